@@ -1,0 +1,211 @@
+"""Which samples make global batch b, and which of them are this rank's. Pure: no files, no torch, no clock.
+
+The order is never stored or sorted: position -> sample is computed by a keyed permutation (a generalised Feistel network
+with cycle walking; Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002), so any step of an epoch of 1e9
+samples costs the same microseconds, and memory is two integers per shard. The integer mix is our own because the
+streams of numpy's and torch's generators change between their versions.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+MASK = (1 << 64) - 1
+GOLDEN = 0x9E3779B97F4A7C15
+HALF_ROUNDS = 8
+
+
+def mix64(x):
+    """The finaliser of splitmix64 (Steele et al., 2014), a bijection of 64-bit integers; int or uint64 array."""
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & MASK
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB & MASK
+    return x ^ (x >> 31)
+
+
+def derive_key(*parts: int) -> int:
+    """A 64-bit key that depends on every part (taken modulo 2**64) and on their order."""
+    key = 0
+    for part in parts:
+        key = mix64((key + GOLDEN & MASK) ^ mix64(part & MASK))
+    return key
+
+
+def permute(index: np.ndarray, size: int, key: int) -> np.ndarray:
+    """Image of each `index` (int64, in [0, size)) under the key's pseudo-random bijection of range(size).
+
+    The domain is a grid of about sqrt(size) x sqrt(size) cells, so fewer than one index in sqrt(size) walks a second cycle.
+    """
+    if size < 2:
+        return index.copy()
+    width = math.isqrt(size)
+    height = -(-size // width)
+    out = _feistel(index.astype(np.uint64), height, width, key)
+    outside = np.flatnonzero(out >= size)
+    while outside.size:
+        walked = _feistel(out[outside], height, width, key)
+        out[outside] = walked
+        outside = outside[walked >= size]
+    return out.astype(np.int64)
+
+
+def _feistel(x: np.ndarray, height: int, width: int, key: int) -> np.ndarray:
+    height, width = np.uint64(height), np.uint64(width)
+    row, column = x // width, x % width
+    for i in range(0, HALF_ROUNDS, 2):
+        row = (row + mix64(column + np.uint64(mix64(key + i & MASK))) % height) % height
+        column = (column + mix64(row + np.uint64(mix64(key + i + 1 & MASK))) % width) % width
+    return row * width + column
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the samples of one source lie: two cumulative counts per shard."""
+
+    run_length: int
+    ends: np.ndarray
+    """Cumulative samples that belong to full runs of `run_length`, int64 [shards]."""
+    rest_ends: np.ndarray
+    """Cumulative samples that are left over at the shards' ends, int64 [shards]."""
+
+    @property
+    def samples(self) -> int:
+        return int(self.ends[-1] + self.rest_ends[-1]) if self.ends.size else 0
+
+
+def make_layout(shard_samples: Sequence[int] | np.ndarray, run_length: int) -> Layout:
+    """The layout of shards with these sample counts, to be read in runs of `run_length` consecutive samples."""
+    if run_length < 1:
+        raise ValueError(f"run_length is {run_length}; it must be at least 1")
+    counts = np.asarray(shard_samples, dtype=np.int64)
+    rest = counts % run_length
+    return Layout(run_length, np.cumsum(counts - rest), np.cumsum(rest))
+
+
+def locate(layout: Layout, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(shard, sample within the shard) of each index in [0, samples), both int64.
+
+    Indices count the samples of all full runs first, shard after shard, and then the left-over samples of the shards'
+    ends: so every run but the very last has the same length, and position -> run needs no table.
+    """
+    full = layout.ends[-1]
+    whole = index < full
+    shard = np.empty_like(index)
+    shard[whole] = np.searchsorted(layout.ends, index[whole], side="right")
+    shard[~whole] = np.searchsorted(layout.rest_ends, index[~whole] - full, side="right")
+
+    begin = np.where(shard > 0, layout.ends[shard - 1], 0)
+    rest_begin = np.where(shard > 0, layout.rest_ends[shard - 1], 0)
+    in_rest = layout.ends[shard] - begin + index - full - rest_begin
+    return shard, np.where(whole, index - begin, in_rest)
+
+
+def source_order(layout: Layout, key: int, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(shard, sample within the shard) at these positions (int64, in [0, samples)) of the order that `key` names.
+
+    The one run that may be short is put at a place of its own, so that it is not the end of every epoch.
+    """
+    length = layout.run_length
+    full_runs, short = divmod(layout.samples, length)
+    hole = derive_key(key, 1) % (full_runs + 1) * length
+    in_hole = (positions >= hole) & (positions < hole + short)
+    run, within = np.divmod(np.where(positions < hole, positions, positions - short), length)
+    index = np.where(in_hole, full_runs * length + positions - hole, 0)
+    index[~in_hole] = permute(run[~in_hole], full_runs, key) * length + within[~in_hole]
+    return locate(layout, index)
+
+
+def interleave(counts: Sequence[int], positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(source, position within that source) when sources of these counts are spread evenly over sum(counts) positions.
+
+    Every stretch of the result holds each source in its share, up to one sample per source. `positions`: int64.
+    """
+    source = np.zeros_like(positions)
+    within = positions.copy()
+    remaining = np.arange(positions.size)
+    for i in range(len(counts) - 1):
+        # Sources i+1.. together take `others` of these positions: of the first p, exactly p * others // total.
+        others, total = sum(counts[i + 1 :]), sum(counts[i:])
+        p = within[remaining]
+        taken = _scaled_floor(p, others, total)
+        theirs = _scaled_floor(p + 1, others, total) > taken
+        within[remaining] = np.where(theirs, taken, p - taken)
+        source[remaining[theirs]] = i + 1
+        remaining = remaining[theirs]
+    return source, within
+
+
+def _scaled_floor(p: np.ndarray, numerator: int, denominator: int) -> np.ndarray:
+    """p * numerator // denominator without overflow for the near-by positions of one batch."""
+    if not p.size:
+        return p
+    base = int(p[0])
+    whole, part = divmod(base * numerator, denominator)
+    return whole + (part + (p - base) * numerator) // denominator
+
+
+@dataclass(frozen=True)
+class EpochOrder:
+    """The order of one epoch over one or more sources; `locate` is the whole of it."""
+
+    layouts: tuple[Layout, ...]
+    counts: tuple[int, ...]
+    """Samples each source gives to the epoch; the first gives each of its samples once."""
+    keys: tuple[int, ...]
+    """One per source: names the source and the seed."""
+    epoch: int
+
+    @property
+    def samples(self) -> int:
+        return sum(self.counts)
+
+    def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(source, shard, sample within the shard) of these positions of the epoch; all int64."""
+        source, within = interleave(self.counts, positions)
+        shard, sample = np.empty_like(positions), np.empty_like(positions)
+        for i, layout in enumerate(self.layouts):
+            mine = np.flatnonzero(source == i)
+            # A source that is drawn by weight goes on where the last epoch stopped: its own passes, each in a new order.
+            passes, place = np.divmod(within[mine] + self.epoch * self.counts[i], layout.samples)
+            for one in np.unique(passes):
+                chosen = passes == one
+                rows = mine[chosen]
+                shard[rows], sample[rows] = source_order(layout, derive_key(self.keys[i], int(one)), place[chosen])
+        return source, shard, sample
+
+
+def epoch_order(
+    layouts: Sequence[Layout], digests: Sequence[str], weights: Sequence[float], seed: int, epoch: int
+) -> EpochOrder:
+    """The order of `epoch`: a pure function of the sources' digests (hex), layouts and weights, the seed and the epoch.
+
+    weights[i] is the number of samples of source i per sample of source 0 (weights[0] is not used).
+    Raises ValueError where there is nothing to read.
+    """
+    main = layouts[0].samples
+    counts = [main] + [round(weight * main) for weight in weights[1:]]
+    for i, (layout, count) in enumerate(zip(layouts, counts)):
+        if not layout.samples or not count:
+            raise ValueError(f"source {i} gives no sample: it has {layout.samples}, {count} are asked for per epoch")
+    keys = [derive_key(int(digest[:16], 16), seed, i) for i, digest in enumerate(digests)]
+    return EpochOrder(tuple(layouts), tuple(counts), tuple(keys), epoch)
+
+
+def micro_batch_rows(samples: int, rank: int, world_size: int, accumulation_steps: int, micro: int) -> np.ndarray:
+    """Places (int64) within a global batch of `samples` that micro-batch `micro` of `rank` holds; -1 is a padding row.
+
+    Rank r owns the places r::world_size. Every rank and micro-batch of a step has the same number of rows.
+    """
+    rows = -(-samples // (world_size * accumulation_steps))
+    places = rank + world_size * np.arange(micro * rows, (micro + 1) * rows, dtype=np.int64)
+    places[places >= samples] = -1
+    return places
+
+
+def choose_captions(count: int, limit: int, image: int, seed: int, epoch: int) -> list[int]:
+    """Which `limit` of an image's `count` captions this epoch shows, ascending; `image` is a stable hash of its id."""
+    if count <= limit:
+        return list(range(count))
+    key = derive_key(image, seed, epoch)
+    return sorted(sorted(range(count), key=lambda i: (mix64(key + i & MASK), i))[:limit])
