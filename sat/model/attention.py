@@ -1,0 +1,87 @@
+"""Soft and hard attention over the grid of an image (Show, Attend and Tell, section 4).
+
+B images, k queries per image (captions or beams), L locations, D features, A hidden units. Surprising: the score has no bias
+and the query no bias of its own; both would only duplicate others (a softmax ignores a constant, `project` has one).
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+ENTROPY_WEIGHT = 0.002
+"""Weight of the entropy of alpha in hard attention's objective (authors' code)."""
+REWARD_SCALE = 0.1
+"""Weight of the reward in hard attention's objective (authors' code)."""
+BASELINE_DECAY = 0.9
+"""Decay of the moving average of the NLL that serves as the reward's baseline (paper, section 4.1)."""
+
+
+class Attended(NamedTuple):
+    context: Tensor
+    """[B, k, D] weighted sum of the grid, dtype of the grid."""
+    alpha: Tensor
+    """[B, k, L] distribution over the locations, float32 or float64."""
+    chosen: Tensor | None
+    """[B, k] location that was drawn, -1 where alpha itself was used; None for soft attention."""
+
+
+class Attention(nn.Module):
+    """e_ti = u . act(W_a a_i + W_h h_{t-1}), alpha_t = softmax(e_t): the parameters; `attend` is the computation."""
+
+    def __init__(self, feature_dim: int, lstm_dim: int, attention_dim: int, score: str):
+        super().__init__()
+        self.project = nn.Linear(feature_dim, attention_dim)
+        self.query = nn.Linear(lstm_dim, attention_dim, bias=False)
+        self.score = nn.Linear(attention_dim, 1, bias=False)
+        self.activation = score
+
+    def alpha(self, projection: Tensor, query: Tensor) -> Tensor:
+        """Distribution over the locations, [B, k, L], of `projection` [B, L, A] and `query` [B, k, A]; softmax in float32."""
+        hidden = projection[:, None] + query[:, :, None]  # [B, k, L, A]
+        hidden = hidden.tanh() if self.activation == "tanh" else hidden.relu()
+        scores = hidden @ self.score.weight[0].to(hidden.dtype)
+        return scores.to(torch.promote_types(scores.dtype, torch.float32)).softmax(-1)
+
+
+def attend_soft(attention: Attention, grid: Tensor, projection: Tensor, query: Tensor) -> Attended:
+    """Expected context z_t = sum_i alpha_ti a_i (paper, eq. 13): `grid` [B, L, D], `projection` [B, L, A], `query` [B, k, A]."""
+    alpha = attention.alpha(projection, query)
+    return Attended(alpha.to(grid.dtype) @ grid, alpha, None)
+
+
+def attend_hard(attention: Attention, grid: Tensor, projection: Tensor, query: Tensor, exact: Tensor) -> Attended:
+    """Context of one location s_t ~ Multinoulli(alpha_t); alpha itself where `exact` (bool [B, k]) is true (paper, section 4.1).
+
+    A drawn location passes no gradient to alpha: `reinforce_sums` supplies it.
+    """
+    alpha = attention.alpha(projection, query)
+    chosen = torch.multinomial(alpha.detach().flatten(0, 1), 1).view(alpha.shape[:2])
+    weights = torch.where(exact[..., None], alpha, _one_hot(chosen, alpha))
+    return Attended(weights.to(grid.dtype) @ grid, alpha, chosen.masked_fill(exact, -1))
+
+
+def attend_for_inference(attention: Attention, grid: Tensor, projection: Tensor, query: Tensor, how: str) -> Attended:
+    """`expectation` is soft attention; hard attention may also `sample` one location or take the most probable, `argmax`."""
+    if how == "expectation":
+        return attend_soft(attention, grid, projection, query)
+    alpha = attention.alpha(projection, query)
+    draw = torch.multinomial(alpha.flatten(0, 1), 1).view(alpha.shape[:2]) if how == "sample" else alpha.argmax(2)
+    return Attended(_one_hot(draw, alpha).to(grid.dtype) @ grid, alpha, draw)
+
+
+def _one_hot(location: Tensor, alpha: Tensor) -> Tensor:
+    return torch.zeros_like(alpha).scatter_(2, location[..., None], 1)
+
+
+def reinforce_sums(alpha: Tensor, chosen: Tensor, nll: Tensor, baseline: Tensor) -> Tensor:
+    """Scalar whose gradient is hard attention's: REINFORCE at the drawn locations and the entropy bonus, summed over words.
+
+    `alpha` [M, L], `chosen` [M] (-1: nothing drawn), `nll` [M] of the word that followed, `baseline` scalar. As in the
+    authors' code the reward of a location is the log-likelihood of the very word it led to, against the mean NLL per word.
+    """
+    log_alpha = alpha.clamp_min(torch.finfo(alpha.dtype).tiny).log()
+    drawn = log_alpha.gather(1, chosen.clamp_min(0)[:, None]).squeeze(1) * (chosen >= 0)
+    advantage = REWARD_SCALE * (baseline.to(nll.dtype) - nll.detach())
+    entropy = -(alpha * log_alpha).sum()
+    return -(advantage * drawn).sum() - ENTROPY_WEIGHT * entropy

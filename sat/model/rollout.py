@@ -1,0 +1,84 @@
+"""The time loop of training, over packed rows: readable steps, one after another, differentiated by autograd.
+
+It serves every setting. Soft attention fed with the true words takes the fast loop of `sat.model.recurrence` instead, which
+computes the same.
+"""
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sat.model.attention import Attended, attend_for_inference, attend_hard
+from sat.model.packing import Packing
+
+if TYPE_CHECKING:
+    from sat.model.captioner import Captioner, Memory
+
+
+class Rollout(NamedTuple):
+    """What the time loop leaves for the output layer and the loss: N rows, M packed words (legend in `captioner`)."""
+
+    words: Tensor
+    """[M, E] word vectors that were fed."""
+    hidden: Tensor
+    """[M, H] LSTM outputs."""
+    context: Tensor | None
+    """[M, D] gated contexts; None without attention."""
+    alpha_sum: Tensor | None
+    """[N, L] attention of each caption summed over its words; None without attention."""
+    alpha: Tensor | None
+    """[M, L] attention of each word; None without attention."""
+    chosen: Tensor | None
+    """[M] locations drawn by hard attention (-1: alpha itself was used), else None."""
+
+
+def roll_out(model: "Captioner", memory: "Memory", packing: Packing, sampling_probability: float) -> Rollout:
+    """Run `model` over the captions of `packing`; `memory` holds the images in the order of `packing.images`."""
+    h, c = (state[:, 0][packing.row_image] for state in model.init_state(memory))
+    exact = torch.rand(len(h), device=h.device) < 0.5  # hard attention: half the captions see alpha itself (section 4.1)
+    steps = []
+    for t, words in enumerate(model.embed(packing.inputs).split(packing.rows)):
+        n = len(words)
+        if t and sampling_probability:
+            words = _mix_own_words(model, words, steps[-1], sampling_probability)
+        h, c, context, attended = model.advance(
+            words, h[:n], c[:n], lambda query, t=t: _attend_rows(model, memory, packing, t, query, exact)
+        )
+        steps.append((words, h, context, attended))
+
+    words, hidden, contexts, attendeds = zip(*steps, strict=True)
+    if model.attention is None:
+        return Rollout(torch.cat(words), torch.cat(hidden), None, None, None, None)
+    alpha = torch.cat([a.alpha for a in attendeds])
+    alpha_sum = alpha.new_zeros(packing.rows[0], alpha.shape[1]).index_add(0, packing.word_row, alpha)
+    chosen = torch.cat([a.chosen for a in attendeds]) if model.kind == "hard" and model.training else None
+    return Rollout(torch.cat(words), torch.cat(hidden), torch.cat(contexts), alpha_sum, alpha, chosen)
+
+
+def _attend_rows(
+    model: "Captioner", memory: "Memory", packing: Packing, t: int, query: Tensor, exact: Tensor
+) -> Attended:
+    """Attend for the rows running at step t: `query` [n, A]. Rows of one image share its grid as slots [B_t, K_t]."""
+    B, K, n = packing.images_running[t], packing.slots_running[t], len(query)
+    slot = packing.row_image[:n] * K + packing.row_slot[:n]
+    slots = query.new_zeros(B * K, query.shape[1]).index_copy(0, slot, query).view(B, K, -1)
+    grid, projection = memory.grid[:B], memory.projection[:B]
+    if model.kind == "hard" and model.training:
+        exact = exact.new_zeros(B * K).index_copy(0, slot, exact[:n]).view(B, K)
+        attended = attend_hard(model.attention, grid, projection, slots, exact)
+    else:
+        how = "expectation" if model.kind == "soft" else model.hard_inference
+        attended = attend_for_inference(model.attention, grid, projection, slots, how)
+    return Attended(*(x if x is None else x.flatten(0, 1)[slot] for x in attended))
+
+
+def _mix_own_words(model: "Captioner", words: Tensor, before: tuple, probability: float) -> Tensor:
+    """Scheduled sampling (Bengio et al. 2015): each of `words` [n, E] gives way to the model's own with `probability`.
+
+    The model's own word is the most probable one after the step `before`, without dropout.
+    """
+    with torch.no_grad():
+        previous = [x if x is None else x[: len(words)] for x in before[:3]]
+        own = model.vocabulary(model.output_features(*previous, dropout=False)).argmax(1)
+    return torch.where(torch.rand(len(words), 1, device=words.device) < probability, model.embed(own), words)
