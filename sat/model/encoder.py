@@ -1,16 +1,16 @@
 """ResNet-50 as a grid encoder: pictures in, one vector per cell of the last kept stage out.
 
-Parameters carry torchvision's names, so any ResNet-50 checkpoint fits. The surprising decision: what is frozen stays frozen
-through `train()`. A BatchNorm left in train mode silently replaces its statistics by those of the current batch, the most
-common way to spoil a frozen encoder; `Encoder.train` therefore keeps every closed BatchNorm in eval mode.
+Parameters carry torchvision's names, so any ResNet-50 checkpoint fits. The surprising decision: what is frozen stays
+frozen through `train()`. A BatchNorm left in train mode silently replaces its statistics by those of the current batch,
+the most common way to spoil a frozen encoder; `Encoder.train` therefore keeps every closed BatchNorm in eval mode.
 
-Shapes: B pictures, H x W pixels, L = (H / s) * (W / s) grid cells with s = 2 ** (stage + 1), D = 256 * 2 ** (stage - 1).
+Shapes: B pictures, H x W pixels, L = (H / s) * (W / s) grid cells with s = 2 ** (stage + 1), D = 256 * 2 ** (stage - 1)
 """
 
-import contextlib
 import copy
 import hashlib
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -95,8 +95,9 @@ class Encoder(nn.Module):
     ) -> "Encoder":
         """Open `stages` for training and close all else, the stem included; returns self.
 
-        `freeze_batchnorm` keeps statistics and affine parameters of the open stages fixed too. `checkpointing` keeps only
-        the residual blocks' inputs for the backward pass and computes the rest again. ValueError for a stage that is not kept.
+        `freeze_batchnorm` keeps statistics and affine parameters of the open stages fixed too. `checkpointing` keeps
+        only the residual blocks' inputs for the backward pass and computes the rest again. ValueError for a stage that
+        is not kept.
         """
         unknown = sorted(set(stages) - set(STAGES[: self.stage]))
         if unknown:
@@ -128,12 +129,12 @@ def _has_gradients(module: nn.Module) -> bool:
     return any(parameter.requires_grad for parameter in module.parameters())
 
 
-def _recompute_contexts(block: nn.Module) -> tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]:
+def _recompute_contexts(block: nn.Module) -> tuple[AbstractContextManager, AbstractContextManager]:
     """Contexts of `block`'s first pass and of its recomputation."""
-    return contextlib.nullcontext(), _fixed_statistics(block)
+    return nullcontext(), _fixed_statistics(block)
 
 
-@contextlib.contextmanager
+@contextmanager
 def _fixed_statistics(block: nn.Module) -> Iterator[None]:
     """Run `block` again without moving its BatchNorm statistics a second time."""
     moving = [(norm, norm.momentum, norm.num_batches_tracked.clone()) for norm in _batchnorms(block) if norm.training]
@@ -155,8 +156,8 @@ def load_encoder(path: str | Path, stage: int = 4) -> Encoder:
     """
     if not Path(path).is_file():
         raise ValueError(
-            f"encoder weights {path} do not exist; make them with `python -m preprocessing.pretrain_encoder --out {path}` "
-            f"or, for ImageNet, `python -m preprocessing.fetch_weights --out {path}`"
+            f"encoder weights {path} do not exist; make them with `python -m preprocessing.pretrain_encoder --out "
+            f"{path}` or, for ImageNet, `python -m preprocessing.fetch_weights --out {path}`"
         )
     try:
         weights = load_file(path)

@@ -1,0 +1,181 @@
+"""Say what a scene shows, in varied words; and check any caption's claims against the scene. Pure: no files.
+
+The surprising decision: the words are drawn with uneven odds (circle more often than disc), as people's words are. A
+picture's captions then have something in common that a model can learn, and still differ in order, synonyms and detail.
+"""
+
+import re
+from dataclasses import dataclass
+from itertools import permutations
+from random import Random
+
+from preprocessing.scenes import BACKGROUNDS, COLOURS, SHAPES, SIZE, SIZES, Scene, SceneObject
+
+SYNONYMS = {
+    "circle": ("disc",), "square": ("box",), "triangle": (), "star": (), "ring": ("hoop",), "cross": ("plus",),
+    "heart": (), "moon": ("crescent",), "large": ("big",), "small": ("tiny",), "purple": ("violet",),
+    "cyan": ("turquoise",), "background": ("backdrop", "surface"), "picture": ("image",), "there is": ("we see",),
+    "left of": ("to the left of",), "right of": ("to the right of",), "above": ("over",), "below": ("under",),
+    "in a row": ("side by side",), "in a column": ("one above the other",),
+    "in the top left corner": ("in the upper left corner",), "in the top right corner": ("in the upper right corner",),
+    "in the bottom left corner": ("in the lower left corner",),
+    "in the bottom right corner": ("in the lower right corner",),
+    "at the top": ("near the top edge",), "at the bottom": ("near the bottom edge",),
+    "in the center": ("in the middle",),
+    "on the left side": ("near the left edge",), "on the right side": ("near the right edge",),
+    "shapes": ("objects",),
+}  # fmt: skip
+"""Other ways to say each term; the term itself is the usual one."""
+USUAL = 0.65
+"""Probability of the usual word where there are others."""
+PLACES = (
+    ("in the top left corner", "at the top", "in the top right corner"),
+    ("on the left side", "in the center", "on the right side"),
+    ("in the bottom left corner", "at the bottom", "in the bottom right corner"),
+)
+"""Where a lone object is, by third of the picture: row, then column."""
+NUMBERS = {"two": 2, "three": 3}
+
+SENTENCES = {
+    ("single", 1): (
+        ("{a} {place} on a {ground}", 0.55), ("{there is} {a} {place}", 0.15), ("a {ground} with {a} {place}", 0.15),
+        ("the {picture} shows {a} {place}", 0.15),
+    ),
+    ("row", 2): (
+        ("{a} {left of} {b} on a {ground}", 0.5), ("{b} {right of} {a} on a {ground}", 0.2),
+        ("{a} and {b} {in a row} on a {ground}", 0.15), ("{there is} {a} {left of} {b}", 0.15),
+    ),
+    ("column", 2): (
+        ("{a} {above} {b} on a {ground}", 0.5), ("{b} {below} {a} on a {ground}", 0.2),
+        ("{a} and {b} {in a column} on a {ground}", 0.15), ("{there is} {a} {above} {b}", 0.15),
+    ),
+    ("row", 3): (
+        ("{a} {b} and {c} {in a row}", 0.5), ("{a} {b} and {c} {in a row} on a {ground}", 0.2),
+        ("{a} {left of} {b} and {c}", 0.15), ("three {shapes} {in a row} {a} {b} and {c}", 0.15),
+    ),
+    ("column", 3): (
+        ("{a} {b} and {c} {in a column}", 0.5), ("{a} {b} and {c} {in a column} on a {ground}", 0.2),
+        ("{a} {above} {b} and {c}", 0.15), ("three {shapes} {in a column} {a} {b} and {c}", 0.15),
+    ),
+}  # fmt: skip
+"""Sentences and their odds per layout and number of objects; a, b, c are the objects in reading order."""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """Something a caption says, in the usual words, and whether the scene bears it out."""
+
+    text: str
+    holds: bool
+
+
+def describe(scene: Scene, rng: Random, count: int = 5) -> list[str]:
+    """`count` different captions of `scene`, lower case, without punctuation."""
+    captions: list[str] = []
+    while len(captions) < count:
+        caption = _sentence(scene, rng)
+        if caption not in captions:
+            captions.append(caption)
+    return captions
+
+
+def place_of(thing: SceneObject) -> str:
+    """The third of the picture, across and down, in which an object's centre lies."""
+    row, column = (min(2, max(0, int(3 * value / SIZE))) for value in (thing.y, thing.x))
+    return PLACES[row][column]
+
+
+def _sentence(scene: Scene, rng: Random) -> str:
+    sentences, odds = zip(*SENTENCES[scene.layout, len(scene.objects)], strict=True)
+    sentence = rng.choices(sentences, weights=odds)[0]
+    parts = {letter: _noun(scene, thing, rng) for letter, thing in zip("abc", scene.objects)}
+    parts["place"] = _word(place_of(scene.objects[0]), rng)
+    parts["ground"] = f"{scene.background} {_word('background', rng)}"
+    return re.sub(r"{(.*?)}", lambda match: parts.get(match[1]) or _word(match[1], rng), sentence)
+
+
+def _noun(scene: Scene, thing: SceneObject, rng: Random) -> str:
+    """An object in words; its size is worth saying of one alone, or of two that differ in it."""
+    words = [_word(thing.colour, rng), _word(thing.shape, rng)]
+    sizes = {other.size for other in scene.objects}
+    odds = {1: 0.85, 2: 0.75 if len(sizes) > 1 else 0.15, 3: 0.0}[len(scene.objects)]
+    if rng.random() < odds:
+        words.insert(0, _word(thing.size, rng))
+    return " ".join(["an" if words[0][0] in "aeiou" else "a", *words])
+
+
+def _word(term: str, rng: Random) -> str:
+    others = SYNONYMS.get(term, ())
+    return rng.choice(others) if others and rng.random() >= USUAL else term
+
+
+_USUAL_WORDS = {other: term for term, others in SYNONYMS.items() for other in (term, *others)}
+_PHRASES = re.compile(r"\b(" + "|".join(sorted(_USUAL_WORDS, key=len, reverse=True)) + r")\b")
+_NOUN = re.compile(rf"(?:({'|'.join(SIZES)}) )?(?:({'|'.join(COLOURS)}) )?({'|'.join(SHAPES)})\b")
+_GROUND = re.compile(rf"({'|'.join(BACKGROUNDS)}) background\b")
+_NUMBER = re.compile(rf"({'|'.join(NUMBERS)}) shapes\b")
+_RELATIONS = {
+    "left_of": lambda a, b: a.x < b.x, "right_of": lambda a, b: a.x > b.x,
+    "above": lambda a, b: a.y < b.y, "below": lambda a, b: a.y > b.y,
+}  # fmt: skip
+
+
+def check_claims(caption: str, scene: Scene) -> list[Claim]:
+    """What `caption` says of objects, relations, places, layout, number and ground, each compared with `scene`.
+
+    Words outside the vocabulary of this module claim nothing. Two nouns are never taken for the same object.
+    """
+    words = " ".join(re.findall(r"\w+", caption.lower()))
+    text = _PHRASES.sub(lambda match: _USUAL_WORDS[match[1]].replace(" ", "_"), words)
+    nouns = list(_NOUN.finditer(text))
+    meant = _match_objects(nouns, scene)
+    claims = [Claim(noun[0], noun.start() in meant) for noun in nouns]
+    claims += _relation_claims(text, nouns, meant)
+    claims += _place_claims(text, nouns, meant)
+    claims += [Claim(match[0], match[1] == scene.background) for match in _GROUND.finditer(text)]
+    claims += [Claim(match[0], match[1] == scene.layout) for match in re.finditer(r"in_a_(row|column)", text)]
+    claims += [Claim(match[0], NUMBERS[match[1]] == len(scene.objects)) for match in _NUMBER.finditer(text)]
+    return claims
+
+
+def _match_objects(nouns: list[re.Match], scene: Scene) -> dict[int, SceneObject]:
+    """Objects meant, by where the noun starts: the assignment, one object a noun, that lets most nouns be true."""
+    best: dict[int, SceneObject] = {}
+    for order in permutations(range(max(len(nouns), len(scene.objects))), len(scene.objects)):
+        pairs = [(nouns[index], thing) for index, thing in zip(order, scene.objects, strict=True) if index < len(nouns)]
+        true = {noun.start(): thing for noun, thing in pairs if _fits(noun, thing)}
+        best = max(best, true, key=len)
+    return best
+
+
+def _fits(noun: re.Match, thing: SceneObject) -> bool:
+    said = zip(noun.groups(), (thing.size, thing.colour, thing.shape), strict=True)
+    return all(word in (None, truth) for word, truth in said)
+
+
+def _relation_claims(text: str, nouns: list[re.Match], meant: dict[int, SceneObject]) -> list[Claim]:
+    """`A relation B`, and C where it goes on with `and C`."""
+    claims = []
+    for index, subject in enumerate(nouns[:-1]):
+        relation = ""
+        for before, noun in zip(nouns[index:], nouns[index + 1 :]):
+            link = re.fullmatch(r" (?:is )?(\w+) an? ", text[before.end() : noun.start()])
+            word = link[1] if link else ""
+            if before is subject and word in _RELATIONS:
+                relation = word
+            elif not relation or word != "and":
+                break
+            pair = meant.get(subject.start()), meant.get(noun.start())
+            holds = None not in pair and _RELATIONS[relation](*pair)
+            claims.append(Claim(f"{subject[0]} {relation} {noun[0]}", holds))
+    return claims
+
+
+def _place_claims(text: str, nouns: list[re.Match], meant: dict[int, SceneObject]) -> list[Claim]:
+    """A place belongs to the last noun before it."""
+    claims = []
+    for place in (place for row in PLACES for place in row):
+        for match in re.finditer(place.replace(" ", "_"), text):
+            owner = max((noun.start() for noun in nouns if noun.start() < match.start()), default=-1)
+            claims.append(Claim(match[0], owner in meant and place_of(meant[owner]) == place))
+    return claims
