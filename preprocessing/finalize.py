@@ -1,0 +1,191 @@
+"""Turn finished shards into a data set: check that all stand, write the tables, then `manifest.json`, last.
+
+The surprising decision: nothing is computed here that is not in the sidecars, so finalizing again, anywhere, gives the same
+bytes, and a repair needs nothing else.
+"""
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from preprocessing.plan import Plan
+from preprocessing.shards import (
+    WORK,
+    LeftOut,
+    PlannedShard,
+    crash_point,
+    hash_file,
+    read_sidecar,
+    replace_file,
+    sync_file,
+    sync_folder,
+    temporary_path,
+)
+from sat.data.manifest import (
+    MANIFEST,
+    SAMPLES,
+    SAMPLES_SCHEMA,
+    SCHEMA,
+    SHARDS,
+    SHARDS_SCHEMA,
+    STATISTICS,
+    Manifest,
+    check_files,
+    dataset_digest,
+    load_manifest,
+    rows_digest,
+    seal,
+)
+
+LEFT_OUT = "left_out.jsonl"
+
+
+def finalize(plan: Plan, statistics: Callable[[Iterable[dict]], bytes] | None = None, max_bad_fraction: float = 1.0) -> Manifest:
+    """Publish the data set; one that stands already is reused.
+
+    `statistics` makes the bytes of `statistics.safetensors` from the sidecars, in the order of the shards. Raises ValueError
+    naming shards that are missing, damaged or of another fingerprint, or when too many pictures were left out.
+    """
+    standing = _standing(plan)
+    if standing is not None:
+        _sweep(plan.root)
+        return standing
+    _check_sidecars(plan)
+    left_out = list(plan.left_out) + [LeftOut(**item) for car in _sidecars(plan) for item in car["left_out"]]
+    _check_fraction(plan, left_out, max_bad_fraction)
+    (plan.root / MANIFEST).unlink(missing_ok=True)
+    try:
+        shards = _write_samples(plan)
+        _write_table(plan.root / SHARDS, [(shards, shards.num_rows)], SHARDS_SCHEMA)
+        names = [SAMPLES, SHARDS]
+        if statistics is not None:
+            _write_bytes(plan.root / STATISTICS, statistics(_sidecars(plan)))
+            names.append(STATISTICS)
+        _write_bytes(plan.root / LEFT_OUT, "".join(json.dumps(asdict(item)) + "\n" for item in left_out).encode())
+        crash_point("tables-written")
+        _write_bytes(plan.root / MANIFEST, seal(_document(plan, shards, names, left_out)))
+    except FileNotFoundError:  # our temporary files were swept by another finalize, which has published
+        if _standing(plan) is None:
+            raise
+    crash_point("manifest-written")
+    _sweep(plan.root)
+    return load_manifest(plan.root)
+
+
+def _standing(plan: Plan) -> Manifest | None:
+    """The published data set when it is of this plan and whole by name and size."""
+    try:
+        manifest = load_manifest(plan.root)
+        check_files(manifest)
+    except ValueError:
+        return None
+    return manifest if manifest.fingerprint == plan.fingerprint and manifest.kind == plan.kind else None
+
+
+def _check_sidecars(plan: Plan) -> None:
+    """ValueError naming every shard that does not stand, with the reason."""
+    faults = []
+    for shard in plan.shards:
+        try:
+            sidecar = read_sidecar(plan.root, shard)
+        except ValueError as error:
+            faults.append(str(error))
+            continue
+        path = plan.root / shard.name
+        if sidecar is None:
+            faults.append(f"{shard.name} is missing (no sidecar)")
+        elif sidecar["fingerprint"] != plan.digest:
+            faults.append(f"{shard.name} has fingerprint {sidecar['fingerprint'][:12]}, the plan has {plan.digest[:12]}")
+        elif sidecar["samples"] and (not path.exists() or path.stat().st_size != sidecar["bytes"]):
+            faults.append(f"{shard.name} is missing or not {sidecar['bytes']} bytes long")
+    if faults:
+        more = f" and {len(faults) - 10} more" if len(faults) > 10 else ""
+        raise ValueError(f"{plan.root}: {'; '.join(faults[:10])}{more}; run the shard step again")
+
+
+def _check_fraction(plan: Plan, left_out: list[LeftOut], max_bad_fraction: float) -> None:
+    total = plan.samples + len(plan.left_out)
+    if len(left_out) > max_bad_fraction * total:
+        counts = ", ".join(f"{n} {reason}" for reason, n in sorted(Counter(item.reason for item in left_out).items()))
+        raise ValueError(
+            f"{plan.root}: {len(left_out)} of {total} pictures had to be left out ({counts}), "
+            f"more than --max-bad-fraction {max_bad_fraction} allows"
+        )
+
+
+def _sidecars(plan: Plan) -> Iterator[dict]:
+    """All sidecars in the order of the shards, one at a time in memory."""
+    for shard in plan.shards:
+        sidecar = read_sidecar(plan.root, shard)
+        if sidecar is None:
+            raise ValueError(f"{plan.root}: the sidecar of {shard.name} vanished; run the shard step again")
+        yield sidecar
+
+
+def _write_samples(plan: Plan) -> pa.Table:
+    """Write samples.parquet, one row group per shard that has samples; returns the table of those shards."""
+    infos = []
+
+    def row_groups() -> Iterator[tuple[pa.Table, int]]:
+        for sidecar in _sidecars(plan):
+            if sidecar["samples"] == 0:
+                continue
+            rows = pa.Table.from_pylist(sidecar["rows"], SAMPLES_SCHEMA)
+            info = {"name": sidecar["shard"], "sha256": bytes.fromhex(sidecar["sha256"]), "rows_sha256": rows_digest(rows)}
+            infos.append(info | {name: sidecar[name] for name in ("split", "samples", "bytes")})
+            yield rows, rows.num_rows
+
+    _write_table(plan.root / SAMPLES, row_groups(), SAMPLES_SCHEMA)
+    return pa.Table.from_pylist(infos, SHARDS_SCHEMA)
+
+
+def _document(plan: Plan, shards: pa.Table, names: list[str], left_out: list[LeftOut]) -> dict:
+    """The content of manifest.json."""
+    files = {name: {"bytes": (plan.root / name).stat().st_size, "sha256": hash_file(plan.root / name)} for name in names}
+    return {
+        "schema": SCHEMA,
+        "kind": plan.kind,
+        "fingerprint": plan.fingerprint,
+        "digest": dataset_digest(plan.kind, plan.fingerprint, shards),
+        "files": files,
+        "left_out": dict(sorted(Counter(item.reason for item in left_out).items())),
+    }
+
+
+def _write_table(path: Path, row_groups: Iterable[tuple[pa.Table, int]], schema: pa.Schema) -> None:
+    temporary = temporary_path(path.parent, path.name)
+    try:
+        with open(temporary, "wb") as file:
+            with pq.ParquetWriter(file, schema, compression="zstd", write_statistics=False) as writer:
+                for table, size in row_groups:
+                    writer.write_table(table, row_group_size=max(size, 1))
+            sync_file(file)
+        replace_file(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _write_bytes(path: Path, blob: bytes) -> None:
+    temporary = temporary_path(path.parent, path.name)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(blob)
+            sync_file(file)
+        replace_file(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _sweep(root: Path) -> None:
+    """Remove what killed workers left: every shard stands, so temporary files and claims serve nobody."""
+    for entry in sorted(os.listdir(root / WORK)):
+        if ".tmp-" in entry or entry.endswith(".claim"):
+            (root / WORK / entry).unlink(missing_ok=True)
+    sync_folder(root / WORK)

@@ -1,0 +1,108 @@
+"""Grids on disk: the npy member of a feature sample, and the statistics that standardise it.
+
+The surprising decision: bfloat16 has no npy type, so it is stored as its uint16 bit pattern and the fingerprint's `dtype`
+says so. Statistics are those of the values a reader gets back, after rounding, not of what the network put out.
+"""
+
+import base64
+import io
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from sat.data.manifest import NPY_HEADER
+
+STORED = {"bf16": np.dtype("<u2"), "fp16": np.dtype("<f2"), "fp32": np.dtype("<f4"), "int8": np.dtype("|i1")}
+"""npy type of every storage format."""
+MIN_STD = 1e-6
+"""Floor of the standard deviation, so that a channel that never fires stays finite when it is divided by it."""
+
+
+def check_dtype(dtype: str) -> None:
+    """ValueError listing the choices for an unknown storage format."""
+    if dtype not in STORED:
+        raise ValueError(f"dtype {dtype!r} is unknown; choose one of {', '.join(STORED)}")
+
+
+def store(values: np.ndarray, dtype: str, scale: np.ndarray | None = None) -> np.ndarray:
+    """float32 [..., D] -> the stored type, rounded to nearest even; int8 divides by `scale` [D] and clips to +-127."""
+    if dtype == "bf16":
+        bits = np.ascontiguousarray(values, dtype="<f4").view("<u4")
+        return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2")
+    if dtype == "int8":
+        return np.clip(np.rint(values / scale), -127, 127).astype(np.int8)
+    return values.astype(STORED[dtype])
+
+
+def restore(stored: np.ndarray, dtype: str, scale: np.ndarray | None = None) -> np.ndarray:
+    """The stored type [..., D] -> float32 values, as a reader gets them."""
+    if dtype == "bf16":
+        return (stored.astype("<u4") << 16).view("<f4")
+    values = stored.astype(np.float32)
+    return values * scale if dtype == "int8" else values
+
+
+def npy_bytes(grid: np.ndarray) -> bytes:
+    """A stored grid [L, D] as an npy file, version 1, whose header is NPY_HEADER bytes long."""
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(grid))
+    assert header.tell() == NPY_HEADER, f"npy header of {header.tell()} bytes for shape {grid.shape}"
+    return header.getvalue() + np.ascontiguousarray(grid).tobytes()
+
+
+def calibrate(grids: Iterable[np.ndarray]) -> np.ndarray:
+    """Scale per channel, float32 [D]: the largest magnitude over the sample grids (float32 [..., D]) becomes 127."""
+    largest = np.max([np.abs(grid).reshape(-1, grid.shape[-1]).max(axis=0) for grid in grids], axis=0)
+    return np.where(largest > 0, largest / 127, 1).astype(np.float32)
+
+
+class ChannelSums:
+    """Count, sum and sum of squares per channel, in float64."""
+
+    def __init__(self, dim: int):
+        self.count, self.sum, self.squares = 0, np.zeros(dim), np.zeros(dim)
+
+    def add(self, values: np.ndarray) -> None:
+        """Count float32 values [..., L, D]; the L cells of a grid are summed in float32, grids in float64."""
+        self.count += values.size // values.shape[-1]
+        self.sum += values.sum(axis=-2).reshape(-1, len(self.sum)).sum(axis=0, dtype=np.float64)
+        squares = np.einsum("...ld,...ld->...d", values, values)
+        self.squares += squares.reshape(-1, len(self.sum)).sum(axis=0, dtype=np.float64)
+
+    def to_json(self) -> dict:
+        """For the sidecar: exact (float64 bytes in base64)."""
+        return {"count": self.count, "sum": _to_base64(self.sum), "squares": _to_base64(self.squares)}
+
+
+def _to_base64(array: np.ndarray) -> str:
+    return base64.b64encode(array.astype("<f8").tobytes()).decode()
+
+
+def _from_base64(text: str) -> np.ndarray:
+    return np.frombuffer(base64.b64decode(text), "<f8")
+
+
+def merge_statistics(sidecars: Iterable[dict], splits: Sequence[str], dim: int, scale: np.ndarray) -> bytes:
+    """Bytes of statistics.safetensors: mean, std and scale per channel, over the shards of `splits` in their order.
+
+    Without a shard of those splits (a data set only for evaluation) all shards count.
+    """
+    from safetensors.numpy import save
+
+    named, everything = ChannelSums(dim), ChannelSums(dim)
+    for sidecar in sidecars:
+        for sums in (everything, named) if sidecar["split"] in splits else (everything,):
+            extra = sidecar["extra"]
+            sums.count += extra["count"]
+            sums.sum += _from_base64(extra["sum"])
+            sums.squares += _from_base64(extra["squares"])
+    sums = named if named.count else everything
+    mean = sums.sum / max(sums.count, 1)
+    std = np.sqrt(np.maximum(sums.squares / max(sums.count, 1) - mean**2, 0))
+    return save(
+        {
+            "mean": mean.astype(np.float32),
+            "std": np.maximum(std, MIN_STD).astype(np.float32),
+            "scale": scale.astype(np.float32),
+        }
+    )

@@ -1,0 +1,168 @@
+"""Run the shard jobs of a plan: a stripe of them, several at a time, sharing the work with whoever else is running.
+
+A worker claims a shard before it builds it. The surprising decision: no clock is compared. A claim counts as dead when its
+process is gone (same machine) or when we ourselves have watched it for `claim_timeout` seconds without the shard appearing;
+file times, which lie on network file systems, are never read. A wrong guess costs double work and nothing else.
+"""
+
+import json
+import os
+import socket
+import time
+from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+
+from preprocessing.plan import Plan
+from preprocessing.shards import WORK, PlannedShard, is_finished, publish_exclusive, read_sidecar
+
+_POLL_SECONDS = 0.2
+
+
+@dataclass
+class Summary:
+    """What a run of the shard step did, for the closing line."""
+
+    built: int = 0
+    reused: int = 0
+    images: int = 0
+    bytes: int = 0
+    bad: int = 0
+    reasons: dict[str, int] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    def add(self, sidecar: dict, built: bool) -> None:
+        """Count one finished shard."""
+        self.built += built
+        self.reused += not built
+        if built:
+            self.images += sidecar["samples"]
+            self.bytes += sidecar["bytes"]
+        self.bad += len(sidecar["left_out"])
+        for item in sidecar["left_out"]:
+            self.reasons[item["reason"]] = self.reasons.get(item["reason"], 0) + 1
+
+    def line(self) -> str:
+        """One line: shards, images/s, bytes, left out and why."""
+        rate = f" ({self.images / self.seconds:.1f} images/s)" if self.images else ""
+        why = "; left out " + ", ".join(f"{n} {reason}" for reason, n in sorted(self.reasons.items())) if self.bad else ""
+        return (
+            f"{self.built} shards written, {self.reused} reused: {self.images} images{rate}, "
+            f"{self.bytes / 1e6:.1f} MB, {self.seconds:.1f} s{why}"
+        )
+
+
+def parse_stripe(stripe: str) -> tuple[int, int]:
+    """`I/N` -> (I, N): take every N-th shard from number I, counted from 0. Raises ValueError otherwise."""
+    index, _, count = stripe.partition("/")
+    if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+        raise ValueError(f"stripe {stripe!r}: expected I/N with I from 0 to N-1, e.g. 0/4")
+    return int(index), int(count)
+
+
+def run_shards(
+    plan: Plan,
+    build: Callable[[Plan, PlannedShard], dict],
+    executor: Executor,
+    *,
+    stripe: str = "0/1",
+    slots: int = 1,
+    max_bad_fraction: float = 1.0,
+    claim_timeout: float = 300.0,
+    progress: Callable[[int], None] = lambda images: None,
+) -> Summary:
+    """Bring the shards of a stripe to stand, `slots` at a time; returns when all do.
+
+    `build(plan, shard)` writes one shard and returns its sidecar; with a process pool it must be picklable. Shards claimed
+    by another live worker are left to it and looked at again at the end. Raises ValueError when more than `max_bad_fraction` of
+    the stripe's pictures are left out, and whatever `build` raises.
+    """
+    index, count = parse_stripe(stripe)
+    todo, running, claimed, summary = list(plan.shards[index::count]), {}, {}, Summary()
+    limit = max_bad_fraction * sum(shard.samples for shard in todo)
+    started = time.monotonic()
+    try:
+        while todo or running or claimed:
+            _check_bad(summary, limit, max_bad_fraction)
+            while todo and len(running) < slots:
+                shard = todo.pop(0)
+                running[executor.submit(work_on, plan, shard, build, _is_dead(claimed, shard, claim_timeout))] = shard
+            done, _ = wait(running, timeout=_POLL_SECONDS, return_when=FIRST_COMPLETED)
+            for future in done:
+                _take_result(future, running.pop(future), summary, claimed, progress)
+            if not todo and not running and claimed:
+                time.sleep(_POLL_SECONDS)
+                todo = list(claimed)
+        _check_bad(summary, limit, max_bad_fraction)
+    finally:
+        for future in running:
+            future.cancel()
+    summary.seconds = time.monotonic() - started
+    return summary
+
+
+def work_on(plan: Plan, shard: PlannedShard, build: Callable, steal: bool) -> tuple[dict | None, bool]:
+    """(sidecar, built here) of one shard; (None, False) when another live worker has claimed it."""
+    if is_finished(plan.root, shard, plan.digest):
+        return read_sidecar(plan.root, shard), False
+    path = plan.root / WORK / f"{shard.stem}.claim"
+    if steal or _holder_is_gone(path):
+        path.unlink(missing_ok=True)
+    if not publish_exclusive(path, json.dumps({"machine": _machine(), "pid": os.getpid(), "start": _start(os.getpid())}).encode()):
+        return None, False
+    try:
+        return build(plan, shard), True
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _take_result(future: Future, shard: PlannedShard, summary: Summary, claimed: dict, progress: Callable) -> None:
+    sidecar, built = future.result()
+    if sidecar is None:
+        claimed.setdefault(shard, time.monotonic())
+        return
+    claimed.pop(shard, None)
+    summary.add(sidecar, built)
+    progress(shard.samples)
+
+
+def _is_dead(claimed: dict, shard: PlannedShard, claim_timeout: float) -> bool:
+    return shard in claimed and time.monotonic() - claimed[shard] > claim_timeout
+
+
+def _check_bad(summary: Summary, limit: float, fraction: float) -> None:
+    if summary.bad > limit:
+        reasons = ", ".join(f"{n} {reason}" for reason, n in sorted(summary.reasons.items()))
+        raise ValueError(
+            f"{summary.bad} pictures had to be left out ({reasons}), more than --max-bad-fraction {fraction} allows; "
+            "the sidecars in the folder work/ name them"
+        )
+
+
+def _holder_is_gone(path: Path) -> bool:
+    """True when a claim was made on this machine by a process that no longer exists."""
+    try:
+        holder = json.loads(path.read_bytes())
+        return holder["machine"] == _machine() and _start(holder["pid"]) != holder["start"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+@lru_cache(maxsize=1)
+def _machine() -> str:
+    """This machine, boot and process namespace: where a process id has one meaning."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{socket.gethostname()}/{boot}/{os.stat('/proc/self/ns/pid').st_ino}"
+    except OSError:
+        return f"{socket.gethostname()}/{os.getpid()}"
+
+
+def _start(pid: int) -> str | None:
+    """Start time of a process in clock ticks since boot, None when it does not exist: tells re-used ids apart."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return None

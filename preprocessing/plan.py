@@ -1,0 +1,163 @@
+"""Fix, before any work, which samples go into which shard, so that every worker on every machine agrees.
+
+    ROOT/work/plan.json               sealed: kind, fingerprint, settings, shards, what was left out
+    ROOT/work/plan-DIGEST.parquet     image shards only: the samples of each shard, one row group per shard
+
+The surprising decision: a folder keeps its first plan. Running again with the same inputs and settings reuses it, other
+ones are refused (or start from nothing with `overwrite`), so a folder never holds shards of two plans.
+"""
+
+import hashlib
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from preprocessing.shards import (
+    WORK,
+    LeftOut,
+    PlannedShard,
+    publish_exclusive,
+    replace_file,
+    sync_file,
+    temporary_path,
+)
+from sat.data.manifest import MANIFEST, SAMPLES, SHARDS, STATISTICS, seal, unseal
+
+PLAN = "plan.json"
+PLAN_SCHEMA = pa.schema(
+    [
+        ("key", pa.string()),
+        ("image_id", pa.string()),
+        ("file_name", pa.string()),
+        ("split", pa.string()),
+        ("captions", pa.list_(pa.string())),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a data set will be made of."""
+
+    root: Path
+    kind: str
+    """`images` or `features`."""
+    fingerprint: dict
+    """Everything that shapes the bytes."""
+    settings: dict
+    """What a worker or a repair needs and the bytes do not depend on: folders, batch size."""
+    shards: tuple[PlannedShard, ...]
+    """Sorted by (split, name)."""
+    left_out: tuple[LeftOut, ...] = ()
+    """Pictures left out before any was opened."""
+    notes: dict = field(default_factory=dict)
+    """Counts worth telling: captions cleaned, truncated, dropped."""
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the fingerprint; every sidecar carries it."""
+        return fingerprint_digest(self.fingerprint)
+
+    @property
+    def samples(self) -> int:
+        """Pictures planned."""
+        return sum(shard.samples for shard in self.shards)
+
+    def rows(self, shard: PlannedShard) -> list[dict]:
+        """Planned samples of one shard, columns as in `PLAN_SCHEMA`. Raises ValueError when the table is damaged."""
+        path = self.root / WORK / self.settings["table"]
+        try:
+            rows = pq.ParquetFile(path).read_row_group(self.shards.index(shard), use_threads=False).to_pylist()
+        except (pa.ArrowException, OSError) as error:
+            raise ValueError(f"{path}: the plan of {shard.name} cannot be read ({error}); {_AGAIN}") from error
+        if plan_rows_digest(rows) != shard.rows_sha256:
+            raise ValueError(f"{path}: the plan of {shard.name} is not the one that was written; {_AGAIN}")
+        return rows
+
+
+_AGAIN = "run the plan step again with --overwrite"
+
+
+def fingerprint_digest(fingerprint: dict) -> str:
+    """sha256 of a fingerprint, hex."""
+    return hashlib.sha256(seal(fingerprint)).hexdigest()
+
+
+def plan_rows_digest(rows: Iterable[dict]) -> str:
+    """sha256 of the planned samples of one shard, hex."""
+    return hashlib.sha256(seal({"rows": list(rows)})).hexdigest()
+
+
+def publish_plan(plan: Plan, overwrite: bool = False) -> Plan:
+    """Write the plan; an equal one that stands is reused.
+
+    Raises ValueError, naming what differs, when the folder was planned otherwise; `overwrite` then deletes the old data set.
+    """
+    (plan.root / WORK).mkdir(parents=True, exist_ok=True)
+    document = {"kind": plan.kind, "fingerprint": plan.fingerprint, "settings": plan.settings, "notes": plan.notes}
+    document["shards"] = [asdict(shard) for shard in plan.shards]
+    document["left_out"] = [asdict(item) for item in plan.left_out]
+    blob = seal(document)
+    path = plan.root / WORK / PLAN
+    if overwrite and path.exists() and path.read_bytes() != blob:
+        delete_data_set(plan.root)
+    if publish_exclusive(path, blob):
+        return plan
+    standing = load_plan(plan.root)
+    changed = sorted(
+        name
+        for name in standing.fingerprint.keys() | plan.fingerprint.keys()
+        if standing.fingerprint.get(name) != plan.fingerprint.get(name)
+    )
+    if changed or standing.kind != plan.kind:
+        raise ValueError(
+            f"{plan.root} was planned with other inputs or settings ({', '.join(changed) or 'kind'}); "
+            "choose another --out, or delete what is there with --overwrite"
+        )
+    return standing
+
+
+def load_plan(root: Path) -> Plan:
+    """The plan of a folder. Raises ValueError when there is none or it is damaged."""
+    path = root / WORK / PLAN
+    try:
+        document = unseal(path.read_bytes())
+    except FileNotFoundError:
+        raise ValueError(f"{root} has no plan ({path}); run the plan step first") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: damaged ({error}); {_AGAIN}") from None
+    shards = tuple(PlannedShard(**shard) for shard in document.pop("shards"))
+    left_out = tuple(LeftOut(**item) for item in document.pop("left_out"))
+    return Plan(root=root, shards=shards, left_out=left_out, **document)
+
+
+def write_plan_table(root: Path, row_groups: Iterable[list[dict]], digest: str) -> str:
+    """Write the samples of all shards, one row group each; returns the table's file name, which carries the digest."""
+    name = f"plan-{digest[:16]}.parquet"
+    temporary = temporary_path(root, name)
+    try:
+        with open(temporary, "wb") as file:
+            with pq.ParquetWriter(file, PLAN_SCHEMA, compression="zstd", write_statistics=False) as writer:
+                for rows in row_groups:
+                    writer.write_table(pa.Table.from_pylist(rows, PLAN_SCHEMA), row_group_size=len(rows))
+            sync_file(file)
+        replace_file(temporary, root / WORK / name)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return name
+
+
+def delete_data_set(root: Path) -> None:
+    """Delete what these programs wrote in a folder, the manifest first and the plan last; other files stay."""
+    for name in (MANIFEST, SAMPLES, SHARDS, STATISTICS):
+        (root / name).unlink(missing_ok=True)
+    work = root / WORK
+    entries = sorted(os.listdir(work), key=lambda name: (name == PLAN, name))
+    for entry in entries:
+        if entry.endswith(".json") and entry != PLAN:
+            (root / f"{entry.removesuffix('.json')}.tar").unlink(missing_ok=True)
+        (work / entry).unlink(missing_ok=True)

@@ -1,0 +1,281 @@
+"""Write one shard so that it appears whole or not at all, whoever is killed and however many workers try at once.
+
+    ROOT/SPLIT-000000.tar          the shard
+    ROOT/work/SPLIT-000000.json    its sidecar: digests, rows and what was left out; a shard without one does not exist
+    ROOT/work/SPLIT-000000.claim   who is working on it; saves work only, nothing breaks when it lies
+
+A tar is written under a temporary name, flushed, synced, read back and hashed, then linked to its name; the sidecar is
+linked last. The surprising decision: links, not renames, publish both: a link fails when the name exists, so of two
+workers one wins and the other throws its work away; a pair mixed of both cannot come to stand.
+"""
+
+import hashlib
+import json
+import os
+import signal
+import tarfile
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import BinaryIO
+from uuid import uuid4
+
+import xxhash
+
+from sat.data.manifest import TAR_BLOCK, seal, unseal
+
+WORK = "work"
+_CHUNK = 1 << 22
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What goes into a shard for one picture: `KEY.EXTENSION` holds `data`, `KEY.json` the rest."""
+
+    key: str
+    image_id: str
+    file_name: str
+    captions: tuple[str, ...]
+    width: int
+    height: int
+    extension: str
+    data: bytes
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A picture that is not in the data set: the reason names the rule (and is counted), the detail tells the case."""
+
+    image_id: str
+    file_name: str
+    reason: str
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class PlannedShard:
+    """A shard to be written: at most `samples` samples, fewer where pictures are left out."""
+
+    name: str
+    split: str
+    samples: int
+    rows_sha256: str
+    """Digest of what is planned for it: rows of the plan's table, or of the image shard it is made from."""
+
+    @property
+    def stem(self) -> str:
+        return self.name.removesuffix(".tar")
+
+
+def crash_point(name: str) -> None:
+    """Die here, as by a power cut, when a test names this place in SAT_CRASH_POINT; else do nothing."""
+    if os.environ.get("SAT_CRASH_POINT") == name:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def sidecar_path(root: Path, shard: PlannedShard) -> Path:
+    """Where the sidecar of a shard lies."""
+    return root / WORK / f"{shard.stem}.json"
+
+
+def read_sidecar(root: Path, shard: PlannedShard) -> dict | None:
+    """The sidecar of a shard, None when there is none. Raises ValueError naming it when it is damaged."""
+    path = sidecar_path(root, shard)
+    try:
+        document = unseal(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise ValueError(f"{path}: damaged ({error})") from None
+    if document["shard"] != shard.name:
+        raise ValueError(f"{path}: belongs to {document['shard']}, not to {shard.name}")
+    return document
+
+
+def is_finished(root: Path, shard: PlannedShard, fingerprint: str) -> bool:
+    """True when the shard stands: a sound sidecar with this fingerprint and a tar of the recorded size."""
+    try:
+        sidecar = read_sidecar(root, shard)
+    except ValueError:
+        return False
+    return sidecar is not None and sidecar["fingerprint"] == fingerprint and _tar_size(root, shard) == sidecar["bytes"]
+
+
+def write_shard(
+    root: Path,
+    shard: PlannedShard,
+    fingerprint: str,
+    samples: Iterable[Sample | LeftOut],
+    extra: Callable[[], dict] = dict,
+) -> dict:
+    """Write and publish one shard; returns the sidecar that stands at the end, ours or that of a faster worker.
+
+    `extra()` is called after the last sample and stored in the sidecar. A shard whose samples are all left out has a
+    sidecar and no tar. Raises OSError when the disk is full or returns other bytes than were written.
+    """
+    remove_unfinished(root, shard, fingerprint)
+    temporary = temporary_path(root, shard.name)
+    try:
+        with open(temporary, "wb") as file:
+            crash_point("tar-created")
+            rows, left_out, size, digest = _write_tar(file, shard, samples)
+            sync_file(file)
+        crash_point("tar-written")
+        if hash_file(temporary) != digest:
+            raise OSError(f"{root / shard.name}: reading it back gives other bytes than were written")
+        sidecar = {"shard": shard.name, "split": shard.split, "fingerprint": fingerprint, "samples": len(rows)}
+        sidecar |= {"bytes": size if rows else 0, "sha256": digest, "rows": rows, "extra": extra()}
+        sidecar["left_out"] = [asdict(item) for item in left_out]
+        return _publish(root, shard, temporary, sidecar)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def remove_unfinished(root: Path, shard: PlannedShard, fingerprint: str) -> None:
+    """Remove a sidecar that is damaged, of another fingerprint or whose tar is not the one it describes, with its tar."""
+    if sidecar_path(root, shard).exists() and not is_finished(root, shard, fingerprint):
+        sidecar_path(root, shard).unlink(missing_ok=True)
+        (root / shard.name).unlink(missing_ok=True)
+
+
+def temporary_path(root: Path, name: str) -> Path:
+    """A fresh temporary name on the file system of the data set."""
+    (root / WORK).mkdir(parents=True, exist_ok=True)
+    return root / WORK / f"{name}.tmp-{uuid4().hex}"
+
+
+def publish_exclusive(path: Path, blob: bytes) -> bool:
+    """Create `path` with these bytes, whole and synced; False when it exists already."""
+    temporary = path.with_name(f"{path.name}.tmp-{uuid4().hex}")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(blob)
+            sync_file(file)
+        os.link(temporary, path)
+    except (FileExistsError, FileNotFoundError):  # not found: swept by a worker that finished before us
+        return False
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
+    return True
+
+
+def replace_file(temporary: Path, path: Path) -> None:
+    """Give a synced temporary file its name, replacing what is there."""
+    os.replace(temporary, path)
+    sync_folder(path.parent)
+
+
+def sync_file(file: BinaryIO) -> None:
+    """Bring everything written so far to the disk."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring the names in a folder to the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def hash_file(path: Path) -> str:
+    """sha256 of a file's bytes, hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _publish(root: Path, shard: PlannedShard, temporary: Path, sidecar: dict) -> dict:
+    """Link the tar, then the sidecar; returns the sidecar that stands.
+
+    The loop only turns when another worker put other bytes under the name meanwhile (results of two kinds of machine):
+    a sidecar that does not describe the tar is withdrawn and the describing one published.
+    """
+    uncontested = sidecar["samples"] == 0 or _link_tar(root, shard, temporary, sidecar["sha256"])
+    crash_point("tar-linked")
+    for _ in range(3):
+        published = publish_exclusive(sidecar_path(root, shard), seal(sidecar))
+        crash_point("sidecar-linked")
+        if published and uncontested:
+            return sidecar
+        standing = read_sidecar(root, shard)
+        if standing and (standing["samples"] == 0 or hash_file(root / shard.name) == standing["sha256"]):
+            return standing
+        sidecar_path(root, shard).unlink(missing_ok=True)
+        uncontested = False
+    raise OSError(f"{root / shard.name}: other workers keep replacing it; stop them and run the shard step again")
+
+
+def _link_tar(root: Path, shard: PlannedShard, temporary: Path, sha256: str) -> bool:
+    """Give the tar its name; False when a tar was there: one without a sidecar is kept if it has our bytes, else replaced."""
+    final = root / shard.name
+    try:
+        os.link(temporary, final)
+    except FileExistsError:
+        if not sidecar_path(root, shard).exists() and hash_file(final) != sha256:
+            os.replace(temporary, final)
+        return False
+    except FileNotFoundError:  # swept by a worker that finished before us
+        return False
+    sync_folder(root)
+    return True
+
+
+def _write_tar(
+    file: BinaryIO, shard: PlannedShard, samples: Iterable[Sample | LeftOut]
+) -> tuple[list[dict], list[LeftOut], int, str]:
+    """Write all samples; returns their rows, what was left out, the size in bytes and the sha256 of the tar."""
+    rows, left_out, offset, digest = [], [], 0, hashlib.sha256()
+    for sample in samples:
+        if isinstance(sample, LeftOut):
+            left_out.append(sample)
+            continue
+        blob = _tar_members(sample)
+        file.write(blob)
+        digest.update(blob)
+        row = {"key": sample.key, "image_id": sample.image_id, "file_name": sample.file_name, "split": shard.split}
+        row |= {"shard": shard.name, "offset": offset, "nbytes": len(blob), "xxh3": xxhash.xxh3_64_intdigest(blob)}
+        row |= {"captions": list(sample.captions), "width": sample.width, "height": sample.height}
+        rows.append(row)
+        offset += len(blob)
+        crash_point("sample-written")
+    end = bytes(2 * TAR_BLOCK)
+    file.write(end)
+    digest.update(end)
+    return rows, left_out, offset + len(end), digest.hexdigest()
+
+
+def _tar_members(sample: Sample) -> bytes:
+    """The sample as a piece of a tar: data member, json member; no clock, user or machine in it."""
+    about = {"image_id": sample.image_id, "file_name": sample.file_name, "captions": list(sample.captions)}
+    about |= {"width": sample.width, "height": sample.height}
+    text = json.dumps(about, ensure_ascii=False, sort_keys=True).encode()
+    parts = []
+    for extension, data in ((sample.extension, sample.data), ("json", text)):
+        member = tarfile.TarInfo(f"{sample.key}.{extension}")
+        member.size, member.mode, member.mtime = len(data), 0o644, 0
+        parts += [member.tobuf(tarfile.USTAR_FORMAT), data, bytes(-len(data) % TAR_BLOCK)]
+    return b"".join(parts)
+
+
+def read_members(blob: bytes | memoryview, where: str) -> dict[str, bytes]:
+    """Members of one sample by extension, from its bytes in the tar. Raises ValueError naming `where` on anything odd."""
+    members, position, end = {}, 0, len(blob)
+    while position < end:
+        try:
+            member = tarfile.TarInfo.frombuf(bytes(blob[position : position + TAR_BLOCK]), "utf-8", "strict")
+        except (tarfile.HeaderError, UnicodeDecodeError) as error:
+            raise ValueError(f"{where}: damaged tar header ({error})") from None
+        start = position + TAR_BLOCK
+        if not member.isreg() or start + member.size > end:
+            raise ValueError(f"{where}: member {member.name!r} is no plain file inside the sample")
+        members[member.name.partition(".")[2]] = bytes(blob[start : start + member.size])
+        position = start + member.size + -member.size % TAR_BLOCK
+    return members
+
+
+def _tar_size(root: Path, shard: PlannedShard) -> int:
+    path = root / shard.name
+    return path.stat().st_size if path.exists() else 0

@@ -1,0 +1,101 @@
+"""Tiny real data sets for tests, written by the real writer, without an encoder or pictures of anybody."""
+
+import io
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from preprocessing.finalize import finalize
+from preprocessing.grids import ChannelSums, merge_statistics, npy_bytes, restore, store
+from preprocessing.plan import Plan, publish_plan
+from preprocessing.shards import PlannedShard, Sample, write_shard
+from sat.data.manifest import Manifest
+
+WORDS = "red blue green big small circle square star left right above below".split()
+
+
+def self_describing_captions(split: str, index: int) -> list[str]:
+    """Five captions of three to seven words that differ between images: `split`, the index in letters, then words."""
+    name = "".join("abcdefghij"[int(digit)] for digit in str(index))
+    return [f"{split} {name} " + " ".join(WORDS[(index + k) % len(WORDS)] for k in range(1 + j)) for j in range(5)]
+
+
+def grid_of(split: str, index: int, cells: int, dim: int) -> np.ndarray:
+    """The float32 grid [L, D] of an image, a function of its identity alone."""
+    return np.random.default_rng([index, *split.encode()]).standard_normal((cells, dim)).astype(np.float32)
+
+
+def make_feature_dataset(
+    root: Path,
+    splits: Mapping[str, int] = {"train": 20, "val": 6},
+    grid: tuple[int, int] = (2, 2),
+    dim: int = 8,
+    dtype: str = "fp16",
+    captions: Callable[[str, int], list[str]] = self_describing_captions,
+    shard_size: int = 7,
+    name: str = "tiny",
+) -> Manifest:
+    """Write a finished feature data set into `root`.
+
+    Image `index` of a split has image_id SPLIT-INDEX, the grid `grid_of(split, index, ...)` and `captions(split, index)`;
+    `name` sets two otherwise equal data sets apart (another fingerprint and digest).
+    """
+    root, cells = Path(root), grid[0] * grid[1]
+    scale = np.full(dim, 4 / 127 if dtype == "int8" else 1, np.float32)
+    shards, members = [], []
+    for split, count in sorted(splits.items()):
+        for number, start in enumerate(range(0, count, shard_size)):
+            indices = range(start, min(start + shard_size, count))
+            shards.append(PlannedShard(f"{split}-{number:06d}.tar", split, len(indices), "0" * 64))
+            members.append(indices)
+    fingerprint = {"name": name, "grid": list(grid), "dim": dim, "dtype": dtype, "encoder": None, "transform": None}
+    plan = publish_plan(Plan(root, "features", fingerprint, {}, tuple(shards)))
+    for shard, indices in zip(shards, members, strict=True):
+        sums = ChannelSums(dim)
+        samples = []
+        for index in indices:
+            stored = store(grid_of(shard.split, index, cells, dim), dtype, scale)
+            sums.add(restore(stored, dtype, scale))
+            key = f"{shard.split}-{index}"
+            texts = tuple(captions(shard.split, index))
+            samples.append(Sample(key, key, f"{key}.jpg", texts, 64, 48, "npy", npy_bytes(stored)))
+        write_shard(root, shard, plan.digest, samples, extra=sums.to_json)
+    return finalize(plan, lambda sidecars: merge_statistics(sidecars, ["train"], dim, scale))
+
+
+def picture(index: int, size: tuple[int, int] = (64, 48)) -> Image.Image:
+    """A smooth RGB picture [H, W] that differs for every index."""
+    x, y = np.meshgrid(np.linspace(0, 1, size[0]), np.linspace(0, 1, size[1]))
+    phase = 0.7 * index
+    channels = [127.5 + 127.5 * np.sin(phase + f * x + g * y) for f, g in ((3, 1), (1, 4), (2, 2))]
+    return Image.fromarray(np.stack(channels, axis=-1).round().astype(np.uint8))
+
+
+def encoded(image: Image.Image, format: str = "JPEG", **options) -> bytes:
+    """A picture as the bytes of a file."""
+    buffer = io.BytesIO()
+    image.save(buffer, format, **({"quality": 95} if format == "JPEG" else {}) | options)
+    return buffer.getvalue()
+
+
+def make_coco(root: Path, splits: Mapping[str, int] = {"train": 12, "val": 5}, size: tuple[int, int] = (64, 48)) -> dict:
+    """Write DIR/images/SPLIT/*.jpg and DIR/annotations/captions_SPLIT.json; returns the annotation file of each split."""
+    files, first = {}, 1
+    for split, count in splits.items():
+        folder = root / "images" / split
+        folder.mkdir(parents=True)
+        images, annotations = [], []
+        for index in range(count):
+            image_id = first + index
+            (folder / f"{image_id:06d}.jpg").write_bytes(encoded(picture(image_id, size)))
+            images.append({"id": image_id, "file_name": f"{image_id:06d}.jpg", "width": size[0], "height": size[1]})
+            for text in self_describing_captions(split, index):
+                annotations.append({"id": len(annotations) + 10_000 * image_id, "image_id": image_id, "caption": text})
+        first += count
+        files[split] = root / "annotations" / f"captions_{split}.json"
+        files[split].parent.mkdir(exist_ok=True)
+        files[split].write_text(json.dumps({"images": images, "annotations": annotations}))
+    return files

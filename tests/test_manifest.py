@@ -1,0 +1,142 @@
+"""The contract on disk: what is opened is what was written, or an error that names the file."""
+
+import hashlib
+import pickle
+import random
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pytest
+from helpers_shards import grid_of, make_feature_dataset, self_describing_captions
+
+from sat.data.manifest import (
+    MANIFEST,
+    NPY_HEADER,
+    SAMPLES,
+    SAMPLES_SCHEMA,
+    SHARDS,
+    STATISTICS,
+    TAR_BLOCK,
+    check_files,
+    load_manifest,
+    load_statistics,
+    rows_digest,
+    seal,
+    unseal,
+)
+
+
+@pytest.fixture
+def root(tmp_path):
+    make_feature_dataset(tmp_path / "set")
+    return tmp_path / "set"
+
+
+def test_every_sample_is_listed_once_and_its_payload_lies_where_the_contract_says(root):
+    manifest = load_manifest(root)
+    seen = []
+    for index, shard in enumerate(manifest.shards):
+        blob = (root / shard.name).read_bytes()
+        assert hashlib.sha256(blob).hexdigest() == shard.sha256 and len(blob) == shard.bytes
+        for row in manifest.rows(index).to_pylist():
+            split, number = row["image_id"].split("-")
+            start = row["offset"] + TAR_BLOCK + NPY_HEADER
+            grid = np.frombuffer(blob[start : start + 4 * 8 * 2], np.float16).reshape(4, 8)
+            assert np.array_equal(grid, grid_of(split, int(number), 4, 8).astype(np.float16))
+            assert row["captions"] == self_describing_captions(split, int(number))
+            assert (row["split"], row["shard"], row["width"], row["height"]) == (split, shard.name, 64, 48)
+            seen.append(row["image_id"])
+    assert sorted(seen) == sorted([f"train-{i}" for i in range(20)] + [f"val-{i}" for i in range(6)])
+    assert manifest.splits == {"train": 20, "val": 6}
+    assert [list(manifest.shards.of_split(split)) for split in ("train", "val", "none")] == [[0, 1, 2], [3], []]
+    assert manifest.shards.samples.tolist() == [7, 7, 6, 6]
+
+
+def test_statistics_are_mean_and_std_over_the_training_split(root):
+    statistics = load_statistics(load_manifest(root))
+    grids = np.stack([grid_of("train", i, 4, 8).astype(np.float16).astype(np.float64) for i in range(20)])
+    assert np.allclose(statistics["mean"], grids.mean((0, 1)), atol=1e-6)
+    assert np.allclose(statistics["std"], grids.std((0, 1)), atol=1e-6)
+    assert np.array_equal(statistics["scale"], np.ones(8, np.float32))
+
+
+def test_equal_inputs_give_equal_bytes_and_another_fingerprint_another_digest(tmp_path, root):
+    make_feature_dataset(tmp_path / "again")
+    files = sorted(p.relative_to(root) for p in root.rglob("*") if p.is_file())
+    assert files == sorted(p.relative_to(tmp_path / "again") for p in (tmp_path / "again").rglob("*") if p.is_file())
+    assert all((root / f).read_bytes() == (tmp_path / "again" / f).read_bytes() for f in files)
+    other = make_feature_dataset(tmp_path / "other", name="other")
+    assert other.digest != load_manifest(root).digest
+
+
+def test_a_manifest_can_be_opened_by_url_and_sent_to_another_process(root):
+    local, copy = load_manifest(root), pickle.loads(pickle.dumps(load_manifest(root)))
+    memory = fsspec.filesystem("memory")
+    for path in root.glob("*"):
+        if path.is_file():
+            memory.pipe(f"/set-{root.parent.name}/{path.name}", path.read_bytes())
+    for remote in (load_manifest(f"file://{root}"), load_manifest(f"memory://set-{root.parent.name}"), copy):
+        check_files(remote)
+        assert remote.digest == local.digest
+        assert all(remote.rows(i).equals(local.rows(i)) for i in range(4))
+        assert load_statistics(remote).keys() == {"mean", "std", "scale"}
+
+
+def test_a_folder_without_manifest_is_not_a_data_set(tmp_path):
+    with pytest.raises(ValueError, match="not a finished data set"):
+        load_manifest(tmp_path)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("name", [MANIFEST, SHARDS, SAMPLES, STATISTICS])
+def test_any_flipped_bit_of_the_tables_is_an_error_or_changes_no_value(root, name):
+    blob = (root / name).read_bytes()
+    rows = [load_manifest(root).rows(i) for i in range(4)]
+    generator = random.Random(7)
+    for _ in range(60):
+        place = generator.randrange(len(blob) * 8)
+        damaged = bytearray(blob)
+        damaged[place // 8] ^= 1 << place % 8
+        (root / name).write_bytes(damaged)
+        try:
+            manifest = load_manifest(root)
+            load_statistics(manifest)
+            unchanged = all(manifest.rows(i).equals(rows[i]) for i in range(4))
+        except ValueError as error:
+            assert name in str(error)
+        else:
+            assert name == SAMPLES and unchanged, f"bit {place} of {name} went unnoticed"
+
+
+@pytest.mark.faults
+def test_a_missing_or_cut_file_is_named(root):
+    manifest = load_manifest(root)
+    shard = root / "train-000001.tar"
+    blob = shard.read_bytes()
+    shard.write_bytes(blob[:-512])
+    with pytest.raises(ValueError, match="train-000001.tar: 14848 bytes, 15360 bytes were written"):
+        check_files(manifest)
+    shard.unlink()
+    with pytest.raises(ValueError, match="train-000001.tar: missing"):
+        check_files(manifest)
+    (root / SAMPLES).write_bytes((root / SAMPLES).read_bytes()[:-1])
+    with pytest.raises(ValueError, match=SAMPLES):
+        load_manifest(root)
+
+
+def test_every_value_of_a_row_is_covered_by_the_digest():
+    row = {"key": "a", "image_id": "b", "file_name": "c", "split": "d", "shard": "e", "offset": 0, "nbytes": 1}
+    row |= {"xxh3": 2, "captions": ["f", "gh"], "width": 3, "height": 4}
+    variants = [row] + [{**row, name: row[name] + ("x" if isinstance(row[name], str) else 1)} for name in row if name != "captions"]
+    variants += [{**row, "captions": texts} for texts in ([], ["f"], ["fg", "h"], ["f", "gh", ""])]
+    digests = {rows_digest(pa.Table.from_pylist([variant], SAMPLES_SCHEMA)) for variant in variants}
+    assert len(digests) == len(variants)
+
+
+def test_a_sealed_document_opens_only_unchanged():
+    document = {"b": [1, 2.5, None], "a": "\u2028ü"}
+    assert unseal(seal(document)) == document
+    for blob in (seal(document).replace(b"2.5", b"2.6"), seal(document) + b" ", b"{}", b"[]", b"", b"{" * 9):
+        with pytest.raises(ValueError):
+            unseal(blob)
