@@ -287,21 +287,22 @@ def _read_yaml(path: str | Path):
         raise ValueError(f"{path} is not valid YAML: {error}") from None
     if not OmegaConf.is_dict(layer):
         raise ValueError(f"{path} must hold sections such as `train:`, not a list or a single value")
+    _refuse_unknown(layer, f"{path}: ")
     return layer
 
 
-def _refuse_unknown(given) -> None:
+def _refuse_unknown(given, where: str = "") -> None:
     sections = {section.name: section.type for section in dataclasses.fields(Config)}
     valid = list(flatten(Config()))
     for section, settings in given.items():
         if section not in sections:
-            raise ValueError(f"unknown section {section!r}; {_nearest(str(section), list(sections))}")
+            raise ValueError(f"{where}unknown section {section!r}; {_nearest(str(section), list(sections))}")
         if not OmegaConf.is_dict(settings):
-            raise ValueError(f"section {section!r} must hold settings, e.g. {valid[0]}, not {settings!r}")
+            raise ValueError(f"{where}section {section!r} must hold settings, e.g. {valid[0]}, not {settings!r}")
         for name in settings:
             key = f"{section}.{name}"
             if key not in valid:
-                raise ValueError(f"unknown setting {key!r}; {_nearest(key, valid)}")
+                raise ValueError(f"{where}unknown setting {key!r}; {_nearest(key, valid)}")
 
 
 def _nearest(key: str, valid: list[str]) -> str:
@@ -332,8 +333,6 @@ def _check(config: Config) -> None:
             raise ValueError(f"{key} is {value}; it must be below 1")
     if not 0 <= config.model.scheduled_sampling <= 1:
         raise ValueError(f"model.scheduled_sampling is {config.model.scheduled_sampling}; it is a probability, at most 1")
-    if config.model.attention == "none" and config.model.output == "deep":
-        raise ValueError("model.attention=none has no context vector; set model.output=linear (Show and Tell)")
     if config.encoder.train and not config.encoder.weights:
         raise ValueError("encoder.train needs encoder.weights, a ResNet-50 safetensors file (preprocessing.fetch_weights)")
     if bad := [stage for stage in config.encoder.open_stages if stage not in (1, 2, 3, 4)]:

@@ -1,0 +1,96 @@
+"""Pictures in, captions and attention pictures out, on any machine that has the model's three files and its encoder.
+
+The surprise: the attention picture shows what the encoder saw (after rotation, crop and resize), not the file, so a bright
+cell lies exactly over the pixels it stands for.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from sat.attention_plot import plot_attention
+from sat.data.pictures import Transform, load_picture
+from sat.decoding import DecodeOptions, Hypothesis, decode
+from sat.evaluate import best_folder
+from sat.export import TrainedModel, load_model
+from sat.model.encoder import Encoder, load_encoder, normalise, weights_digest
+
+
+def find_encoder(trained: TrainedModel, weights: Path) -> Encoder:
+    """The frozen ResNet-50 that made the model's features: the file `weights`, or the one in that folder with the digest
+    the model names. Raises ValueError when none matches."""
+    wanted = trained.features["encoder"]
+    candidates = sorted(weights.glob("*.safetensors")) if weights.is_dir() else [weights]
+    for path in candidates:
+        if path.is_file() and weights_digest(path) == wanted["weights_sha256"]:
+            encoder = load_encoder(path, stage=wanted["stage"])
+            if trained.encoder_state:
+                encoder.load_state_dict(trained.encoder_state)
+            return encoder
+    raise ValueError(
+        f"no encoder with SHA-256 {wanted['weights_sha256'][:12]}... at {weights}; give the file that extracted the training "
+        "features: --weights FILE"
+    )
+
+
+@torch.inference_mode()
+def caption_pictures(trained: TrainedModel, encoder: Encoder, paths: list[Path], options: DecodeOptions):
+    """Yield (path, picture as the encoder saw it, best Hypothesis with its attention) for each readable file."""
+    transform = Transform(**trained.features["transform"])
+    for path in paths:
+        picture = load_picture(path, transform)  # uint8 [3, S, S]
+        grid = encoder(normalise(torch.from_numpy(picture)[None]))  # [1, L, D]
+        yield path, picture, decode(trained.captioner, grid, options)[0][0]
+
+
+def main(
+    pictures: Annotated[list[Path], typer.Argument(help="picture files, or folders of them")],
+    model: Annotated[Path, typer.Option(help="run folder or folder with model.safetensors")] = Path("runs/demo"),
+    weights: Annotated[Path, typer.Option(help="encoder weights, or a folder that holds them")] = Path("weights"),
+    out: Annotated[Path, typer.Option(help="where captions.json and the attention pictures go")] = Path("captions"),
+    beam_size: Annotated[int, typer.Option(help="beams per picture")] = 3,
+    limit: Annotated[int, typer.Option(help="caption at most so many pictures; 0: all")] = 0,
+) -> None:
+    """Caption picture files; one PNG each shows the attention of every word."""
+    files = expand(pictures)[: limit or None]
+    trained = load_model(best_folder(model))
+    encoder = find_encoder(trained, weights)
+    options = DecodeOptions(method="beam", beam_size=beam_size, max_length=trained.config.eval.max_length, keep_attention=True)
+    out.mkdir(parents=True, exist_ok=True)
+    written, unreadable = [], []
+    for path in files:
+        try:
+            (_, picture, hypothesis), = caption_pictures(trained, encoder, [path], options)
+        except ValueError as error:
+            unreadable.append(f"{path}: {error}")
+            continue
+        caption = trained.tokenizer.decode(hypothesis.tokens)
+        written.append({"file": str(path), "caption": caption, "log_probability": hypothesis.score})
+        print(f"{path}: {caption}")
+        if hypothesis.alphas is not None:
+            words = [trained.tokenizer.decode([token]) for token in hypothesis.tokens]
+            plot_attention(picture, words, hypothesis.alphas[: len(words)], out / f"{path.stem}.png")
+    (out / "captions.json").write_text(json.dumps(written, indent=1) + "\n")
+    if unreadable:
+        raise ValueError("not captioned: " + "; ".join(unreadable))
+
+
+def expand(pictures: list[Path]) -> list[Path]:
+    """Files as given; folders as the files in them, by name. Raises ValueError for what does not exist."""
+    files = []
+    for path in pictures:
+        if not path.exists():
+            raise ValueError(f"no picture {path}")
+        files += sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
+    return files
+
+
+if __name__ == "__main__":
+    try:
+        typer.run(main)
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from None

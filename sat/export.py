@@ -1,0 +1,106 @@
+"""The trained model as three files: `model.safetensors`, `config.json`, `tokenizer.json`.
+
+The surprise: the folder says which features it was trained on (fingerprint), and everything that feeds it other features
+is refused; scores on the wrong grid look plausible and mean nothing.
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from sat import config as settings
+from sat.data.manifest import Manifest
+from sat.model.captioner import Captioner
+from sat.text import CaptionTokenizer
+
+FILES = ("model.safetensors", "config.json", "tokenizer.json")
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    captioner: Captioner
+    encoder_state: dict[str, torch.Tensor]
+    """The tuned encoder's weights after end-to-end training; empty when the encoder was frozen."""
+    tokenizer: CaptionTokenizer
+    config: settings.Config
+    features: dict
+    """Fingerprint of the features it was trained on."""
+    step: int
+
+
+def build_captioner(model: settings.ModelConfig, *, vocab_size: int, feature_dim: int, grid_size: int, compile: str) -> Captioner:
+    """The captioner of these settings, freshly initialised from torch's default generator."""
+    not_the_models = {"preset", "word_vectors", "tune_word_vectors", "scheduled_sampling"}
+    numbers = {k: v for k, v in dataclasses.asdict(model).items() if k not in not_the_models}
+    return Captioner(vocab_size=vocab_size, feature_dim=feature_dim, grid_size=grid_size, compile=compile, **numbers)
+
+
+def save_model(
+    folder: Path, state: dict[str, torch.Tensor], tokenizer: CaptionTokenizer, config: settings.Config, features: dict, step: int
+) -> None:
+    """Write the three files into a new folder and swap it with `folder`, so that a reader never sees a mix."""
+    temporary = folder.with_name(f"{folder.name}.tmp-{uuid.uuid4().hex[:8]}")
+    temporary.mkdir(parents=True)
+    weights = {
+        name: (value.float() if value.is_floating_point() else value).contiguous().cpu().clone() for name, value in state.items()
+    }
+    save_file(weights, temporary / FILES[0])
+    about = {"format": 1, "step": step, "features": features, "config": settings.to_dict(config)}
+    (temporary / FILES[1]).write_text(json.dumps(about, indent=1) + "\n")
+    tokenizer.save(temporary / FILES[2])
+    if folder.exists():
+        old = folder.with_name(f"{folder.name}.old-{uuid.uuid4().hex[:8]}")
+        os.rename(folder, old)
+        os.rename(temporary, folder)
+        shutil.rmtree(old)
+    else:
+        os.rename(temporary, folder)
+
+
+def load_model(folder: Path, device: torch.device | str = "cpu") -> TrainedModel:
+    """Read what `save_model` wrote, in eval mode. Raises ValueError naming the missing or unfit file."""
+    for name in FILES:
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder} is not a trained model: {name} is missing; train one, or give the run's `best` folder")
+    about = json.loads((folder / FILES[1]).read_text())
+    config = settings.from_dict(about["config"])
+    tokenizer = CaptionTokenizer.load(folder / FILES[2])
+    features = about["features"]
+    state = load_file(folder / FILES[0])
+    encoder_state = {name.removeprefix("encoder."): value for name, value in state.items() if name.startswith("encoder.")}
+    captioner_state = {name: value for name, value in state.items() if not name.startswith("encoder.")}
+    captioner = build_captioner(
+        config.model,
+        vocab_size=tokenizer.vocab_size,
+        feature_dim=features["dim"],
+        grid_size=features["grid"][0] * features["grid"][1],
+        compile="off" if config.train.compile == "off" else "auto",
+    )
+    try:
+        captioner.load_state_dict(captioner_state)
+    except RuntimeError as error:
+        raise ValueError(f"{folder / FILES[0]} does not fit its config.json: {error}") from None
+    return TrainedModel(captioner.to(device).eval(), encoder_state, tokenizer, config, features, about["step"])
+
+
+def refuse_other_features(expected: dict, manifest: Manifest) -> None:
+    """Raise ValueError unless `manifest`'s features were made as those the model was trained on."""
+    for key in ("encoder", "transform", "grid", "dim", "dtype", "scale"):
+        if expected.get(key) != manifest.fingerprint.get(key):
+            raise ValueError(
+                f"{manifest.root}: its {key} is {manifest.fingerprint.get(key)!r}, but the model was trained on "
+                f"{expected.get(key)!r}; extract the features again with the model's encoder"
+            )
+
+
+def module_state(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Weights and buffers of an unwrapped (captioner or end-to-end) model, names as `load_model` expects."""
+    return {name.removeprefix("captioner."): value for name, value in module.state_dict().items()}

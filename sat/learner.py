@@ -1,0 +1,151 @@
+"""Model, optimizer and weight average of a run: built once, saved and loaded as tensors.
+
+The surprise: an optimizer that DeepSpeed shards is saved by DeepSpeed into its own sub-folder; everything else about a
+checkpoint is the same file for one process and for a thousand.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from sat import config as settings
+from sat.data.loader import evaluation_batches
+from sat.data.manifest import load_statistics
+from sat.export import build_captioner
+from sat.model.encoder import load_encoder
+from sat.model.end_to_end import EndToEnd, feature_statistics
+from sat.optim import build_optimizer, learning_rate, weight_average
+from sat.runtime import Runtime
+from sat.training_data import TrainingData
+from sat.word_vectors import load_word_vectors
+
+MODEL, OPTIMIZER, AVERAGE, ENGINE = "model.safetensors", "optimizer.pt", "average.safetensors", "deepspeed"
+
+
+@dataclass(frozen=True)
+class Learner:
+    model: nn.Module
+    """What is called for the loss: wrapped for the exchange of gradients."""
+    module: nn.Module
+    """The same model, unwrapped."""
+    optimizer: torch.optim.Optimizer
+    average: nn.Module | None
+    """Exponential moving average of the weights, or None."""
+    config: settings.Config
+    total_steps: int
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The weights that are scored and exported."""
+        return self.average.module if self.average is not None else self.module
+
+    def set_learning_rate(self, step: int) -> float:
+        """Set the rate of every group for `step`; returns the captioner's. A pure function of the step."""
+        factor = learning_rate(step, peak=1.0, warmup_steps=self.config.train.warmup_steps, total_steps=self.total_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * factor
+        return self.config.train.learning_rate * factor
+
+    def sampling_probability(self, step: int) -> float:
+        """Scheduled sampling (Bengio et al. 2015) grows linearly to its setting."""
+        return self.config.model.scheduled_sampling * step / self.total_steps
+
+    def after_step(self) -> None:
+        if self.average is not None:
+            self.average.update_parameters(self.module)
+
+
+def build_learner(config: settings.Config, data: TrainingData, runtime: Runtime) -> Learner:
+    """A fresh learner; the weights are a function of the seed alone. All ranks enter."""
+    torch.manual_seed(config.train.seed)
+    module = build_model(config, data).to(runtime.device)
+    optimizer = build_optimizer(
+        module,
+        learning_rate=config.train.learning_rate,
+        weight_decay=config.train.weight_decay,
+        encoder_learning_rate=config.encoder.learning_rate,
+    )
+    per_pass = -(-config.train.global_batch // (runtime.world_size * config.train.accumulation_steps))
+    model, wrapped = runtime.prepare(
+        module,
+        optimizer,
+        micro_batch=per_pass,
+        accumulation_steps=config.train.accumulation_steps,
+        clip_norm=config.train.clip_norm,
+    )
+    module = runtime.unwrap(model)
+    average = weight_average(module, config.train.ema) if config.train.ema else None
+    return Learner(model, module, wrapped, average, config, data.total_steps)
+
+
+def build_model(config: settings.Config, data: TrainingData) -> nn.Module:
+    """The captioner with the statistics of its features; with `encoder.train`, behind the ResNet-50."""
+    features = data.main.fingerprint
+    encoder = None
+    if config.encoder.train:
+        encoder = load_encoder(Path(config.encoder.weights))
+        encoder.open_for_training(config.encoder.open_stages, config.encoder.freeze_batchnorm, config.encoder.checkpointing)
+        some = next(
+            iter(evaluation_batches(data.main, split=config.data.train_splits[0], rank=0, world_size=1, batch_size=256, num_workers=0))
+        )
+        grid_size, feature_dim = (some.grid.shape[-1] // 32) ** 2, encoder.feature_dim
+        statistics = feature_statistics(encoder, some.grid)
+    else:
+        grid_size, feature_dim = features["grid"][0] * features["grid"][1], features["dim"]
+        statistics = load_statistics(data.main)
+    captioner = build_captioner(
+        config.model,
+        vocab_size=data.tokenizer.vocab_size,
+        feature_dim=feature_dim,
+        grid_size=grid_size,
+        compile=config.train.compile,
+    )
+    with torch.no_grad():
+        for name, buffer in (("mean", captioner.feature_mean), ("std", captioner.feature_std), ("scale", captioner.feature_scale)):
+            buffer.copy_(torch.as_tensor(statistics[name]))
+    if config.model.word_vectors:
+        load_word_vectors(config.model.word_vectors, data.tokenizer, captioner.embedding, config.model.tune_word_vectors)
+    return EndToEnd(encoder, captioner) if encoder is not None else captioner
+
+
+def save_tensors(learner: Learner, runtime: Runtime, folder: Path) -> None:
+    """Write weights, optimizer and average below `folder`. All ranks enter; DeepSpeed's ranks each write their part."""
+    if runtime.deepspeed:
+        learner.model.save_checkpoint(str(folder / ENGINE), tag="engine")
+    if runtime.is_main:
+        if not runtime.deepspeed:
+            save_file(_tensors(learner.module), folder / MODEL)
+            torch.save(learner.optimizer.state_dict(), folder / OPTIMIZER)
+        if learner.average is not None:
+            save_file(_tensors(learner.average), folder / AVERAGE)
+
+
+def load_tensors(learner: Learner, runtime: Runtime, folder: Path) -> None:
+    """Inverse of `save_tensors`; the files' digests have been checked. All ranks enter."""
+    if runtime.deepspeed:
+        learner.model.load_checkpoint(str(folder / ENGINE), tag="engine")
+    else:
+        learner.module.load_state_dict(load_file(folder / MODEL))
+        learner.optimizer.load_state_dict(torch.load(folder / OPTIMIZER, map_location=runtime.device, weights_only=True))
+    if learner.average is not None:
+        learner.average.load_state_dict(load_file(folder / AVERAGE))
+
+
+def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.detach().contiguous().cpu().clone() for name, value in module.state_dict().items()}
+
+
+def check_resumable(saved: dict, current: dict) -> None:
+    """Refuse to continue a checkpoint under settings that would make it another training. Both are flat.
+
+    Raises ValueError with both values of each such setting.
+    """
+    differing = [f"{k}: the checkpoint has {saved.get(k)!r}, now {current[k]!r}" for k in current if saved.get(k) != current[k]]
+    if differing:
+        raise ValueError(
+            "the run folder's checkpoint belongs to another training (" + "; ".join(differing) + "); "
+            "set these back, or give another train.run_dir"
+        )

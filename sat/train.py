@@ -1,0 +1,246 @@
+"""Train a captioner: the file to read first. Fetch, step, log, save, evaluate.
+
+The surprise: there is no hidden state. Which samples a step sees, its learning rate and its random numbers are pure
+functions of (seed, epoch, step, rank), so a run continues from its counters and weights alone.
+"""
+
+import dataclasses
+import itertools
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from sat import checkpoint
+from sat import config as settings
+from sat.data.loader import CaptionBatch, Cursor, training_batches
+from sat.data.order import derive_key
+from sat.evaluate import Evaluation, evaluate
+from sat.export import module_state, save_model
+from sat.learner import Learner, build_learner, check_resumable, load_tensors, save_tensors
+from sat.meter import Meter
+from sat.model.loss import total_loss
+from sat.run import Run, open_run, read_status
+from sat.runtime import Runtime, start
+from sat.training_data import TrainingData, open_data
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where training stands; with the weights, all that a checkpoint holds."""
+
+    cursor: Cursor
+    step: int = 0
+    best_cider: float = -1.0
+    best_step: int = 0
+    evaluations_without_gain: int = 0
+    last_evaluation: int = 0
+
+
+def train(config: settings.Config, runtime: Runtime) -> Progress:
+    """Run, or continue, the training that `config` describes. All ranks enter; returns where it ended."""
+    data = open_data(config)
+    learner = build_learner(config, data, runtime)
+    progress = resume(config, data, learner, runtime)
+    run = open_run(config, runtime, progress.step)
+    finished = False
+    with tqdm(total=data.total_steps, initial=progress.step, desc="train", unit="step", disable=not runtime.is_main) as bar:
+        meter = Meter()
+        for steps_batches in steps_from(config, data, progress.cursor, runtime, meter):
+            stop = take_step(config, learner, steps_batches, progress.step, run, meter)
+            progress = advance(progress, steps_batches, config)
+            bar.update()
+            last = progress.step == data.total_steps
+            if progress.step % config.train.log_every == 0 or last:
+                log_step(progress.step, learner, meter, run, bar)
+            if progress.step % data.eval_every == 0 or last:
+                progress = score_and_keep_best(config, data, learner, progress, run)
+                meter.restart()
+            finished = last or out_of_patience(config, progress)
+            if finished or stop or progress.step % data.save_every == 0:
+                save(config, data, learner, progress, run)
+            if finished or stop:
+                break
+    state = "finished" if finished else "stopped"
+    run.write_status(state, step=progress.step, best_step=progress.best_step, best_cider=progress.best_cider)
+    run.close(finished)
+    return progress
+
+
+def steps_from(
+    config: settings.Config, data: TrainingData, cursor: Cursor, runtime: Runtime, meter: Meter
+) -> Iterator[list[CaptionBatch]]:
+    """The micro-batches of each remaining optimizer step, over all remaining epochs; waiting time goes to the meter."""
+    for epoch in range(cursor.epoch, config.train.epochs):
+        start_at = cursor if epoch == cursor.epoch else replace(cursor, epoch=epoch, samples_done=0)
+        batches = training_batches(
+            data.sources,
+            data.tokenizer,
+            splits=config.data.train_splits,
+            cursor=start_at,
+            global_batch=config.train.global_batch,
+            rank=runtime.rank,
+            world_size=runtime.world_size,
+            accumulation_steps=config.train.accumulation_steps,
+            captions_per_image=config.data.captions_per_image,
+            max_caption_length=config.data.max_caption_length,
+            run_length=config.data.run_length,
+            num_workers=config.data.num_workers,
+            on_bad_sample=config.data.on_bad_sample,
+            max_bad_samples=config.data.max_bad_samples,
+        )
+        batches = iter(batches)
+        while True:
+            began = time.perf_counter()
+            step_batches = list(itertools.islice(batches, config.train.accumulation_steps))
+            meter.waited += time.perf_counter() - began
+            if not step_batches:
+                break
+            yield step_batches
+
+
+def take_step(config, learner: Learner, batches: list[CaptionBatch], step: int, run: Run, meter: Meter) -> bool:
+    """One optimizer step over `batches`. All ranks enter. Returns whether any rank was asked to stop."""
+    runtime = run.runtime
+    local = [sum(batch.num_tokens for batch in batches), sum(batch.num_captions for batch in batches), run.stop_wanted()]
+    tokens, captions, stop = runtime.sum_over_ranks(local)
+    torch.manual_seed(derive_key(config.train.seed, step, runtime.rank) >> 1)
+    rate = learner.set_learning_rate(step)
+    for i, batch in enumerate(batches):
+        batch = batch.to(runtime.device)
+        with runtime.forward_context(learner.model, last=i == len(batches) - 1):
+            with runtime.autocast():
+                sums = learner.model(batch.grid, batch.captions, batch.lengths, learner.sampling_probability(step))
+            runtime.backward(total_loss(sums, tokens, captions), len(batches))
+        meter.add(sums)
+    if config.model.attention == "hard":
+        learner.module.update_baseline(runtime.sum_over_ranks([sum(part[0].item() for part in meter.sums[-len(batches) :])])[0] / max(tokens, 1))
+    meter.gradient_norm = runtime.step(learner.model, learner.optimizer, config.train.clip_norm)
+    learner.after_step()
+    meter.count(tokens, captions, rate)
+    return stop > 0
+
+
+def advance(progress: Progress, batches: list[CaptionBatch], config: settings.Config) -> Progress:
+    """Count the step; the cursor moves only here, after the update, so that prefetching loses nothing."""
+    done = progress.cursor.samples_done + batches[0].global_samples
+    return replace(progress, step=progress.step + 1, cursor=replace(progress.cursor, epoch=batches[0].epoch, samples_done=done))
+
+
+def resume(config: settings.Config, data: TrainingData, learner: Learner, runtime: Runtime) -> Progress:
+    """Load the newest whole checkpoint of the run folder, if there is one. All ranks enter.
+
+    Raises ValueError when it belongs to another training, or when all checkpoints are damaged.
+    """
+    fresh = Progress(Cursor.start(data.sources, config.train.seed))
+    path = runtime.run_on_main(lambda: checkpoint.latest(Path(config.train.run_dir) / "checkpoints"))
+    if path is None:
+        return fresh
+    saved = json.loads((path / "state.json").read_text())
+    check_resumable(saved["identity"], identity(config, data, runtime))
+    load_tensors(learner, runtime, path)
+    progress = Progress(**saved["progress"] | {"cursor": Cursor.from_dict(saved["progress"]["cursor"])})
+    if runtime.is_main:
+        print(f"continuing {path} at step {progress.step} of {data.total_steps}", flush=True)
+    return progress
+
+
+def identity(config: settings.Config, data: TrainingData, runtime: Runtime) -> dict:
+    """The settings that make a training what it is. Others (workers, ranks, evaluation) may change between its lives."""
+    values = settings.flatten(config)
+    free = {"train.run_dir", "train.epochs", "train.log_every", "train.eval_every", "train.save_every", "train.keep_checkpoints",
+            "train.patience", "train.compile", "train.accumulation_steps", "data.features", "data.tokenizer", "data.extra"}  # fmt: skip
+    kept = {k: v for k, v in values.items() if k.split(".")[0] in ("train", "model", "encoder") and k not in free}
+    kept["data.captions_per_image"], kept["data.run_length"] = config.data.captions_per_image, config.data.run_length
+    kept["features"] = [[manifest.digest, weight] for manifest, weight in data.sources]
+    kept["tokenizer"] = data.tokenizer.digest
+    kept["total_steps"] = data.total_steps
+    kept["engine"] = f"DeepSpeed on {runtime.world_size} ranks" if runtime.deepspeed else "DDP"
+    return kept
+
+
+def save(config: settings.Config, data: TrainingData, learner: Learner, progress: Progress, run: Run) -> None:
+    """Commit a checkpoint. All ranks enter."""
+    state = {"progress": dataclasses.asdict(progress), "identity": identity(config, data, run.runtime)}
+
+    def write(folder: Path) -> None:
+        save_tensors(learner, run.runtime, folder)
+        if run.runtime.is_main:
+            checkpoint.write_json(folder / "state.json", state)
+
+    checkpoint.save(run.checkpoints, progress.step, run.runtime, write, config.train.keep_checkpoints)
+
+
+def log_step(step: int, learner: Learner, meter: Meter, run: Run, bar: tqdm) -> None:
+    """One line of the journal. All ranks enter. Raises RuntimeError where training has diverged."""
+    values = meter.line(run.runtime)
+    run.log(step, values)
+    bar.set_postfix_str(f"nll {values['nll_per_token']:.3f}, {values['captions_per_s']:.0f} captions/s", refresh=False)
+    if not (math.isfinite(values["nll_per_token"]) and math.isfinite(values["gradient_norm"])):
+        raise RuntimeError(
+            f"step {step}: NLL {values['nll_per_token']}, gradient norm {values['gradient_norm']}; the last checkpoint is from "
+            "before; lower train.learning_rate, lengthen train.warmup_steps, or use train.precision=no"
+        )
+
+
+def score_and_keep_best(config: settings.Config, data: TrainingData, learner: Learner, progress: Progress, run: Run) -> Progress:
+    """Score the evaluation split by free-running decoding; export the model when its CIDEr is the best yet. All ranks enter."""
+    model = learner.evaluated.eval()
+    result = evaluate(model, data.main, config.data.eval_split, data.tokenizer, config.eval, run.runtime, config.data.num_workers)
+    learner.module.train()
+    split = config.data.eval_split
+    scores = {f"{split}/{name}": value for name, value in result.scores.values.items() if value is not None}
+    run.log(progress.step, scores | {f"{split}/unfinished": result.unfinished})
+    cider = result.scores.values["CIDEr"]
+    if cider is None:
+        raise RuntimeError(f"CIDEr could not be computed: {result.scores.reasons.get('CIDEr')}")
+    progress = replace(progress, last_evaluation=progress.step)
+    better = cider > progress.best_cider
+
+    def keep() -> None:
+        tqdm.write(f"step {progress.step}: " + ", ".join(f"{name} {value:.4f}" for name, value in sorted(scores.items())))
+        write_captions(run.folder / "captions" / f"step-{progress.step:08d}.json", result)
+        if better:
+            features = data.main.fingerprint
+            save_model(run.best, module_state(model), data.tokenizer, config, features, progress.step)
+
+    run.runtime.run_on_main(keep)
+    if better:
+        return replace(progress, best_cider=cider, best_step=progress.step, evaluations_without_gain=0)
+    return replace(progress, evaluations_without_gain=progress.evaluations_without_gain + 1)
+
+
+def write_captions(path: Path, result: Evaluation) -> None:
+    path.parent.mkdir(exist_ok=True)
+    checkpoint.write_json(path, [{"image_id": image_id, "caption": caption} for image_id, caption in result.captions.items()])
+
+
+def out_of_patience(config: settings.Config, progress: Progress) -> bool:
+    return 0 < config.train.patience <= progress.evaluations_without_gain
+
+
+def main(arguments: list[str]) -> None:
+    """`python -m sat.train CONFIG [key=value ...]`; under `accelerate launch` one such process per rank."""
+    if not arguments or arguments[0].startswith("-"):
+        raise SystemExit("usage: accelerate launch --config_file launch/cpu.yaml -m sat.train CONFIG [key=value ...]")
+    config = settings.load(arguments[0], arguments[1:])
+    status = read_status(Path(config.train.run_dir))
+    if status.get("state") == "finished":
+        print(f"{config.train.run_dir} is finished: best CIDEr {status['best_cider']:.4f} at step {status['best_step']}")
+        return
+    runtime = start(config.train.precision)
+    train(config, runtime)
+    runtime.close()
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from None
