@@ -1,0 +1,219 @@
+"""Rows of the plan -> one CaptionBatch: grids, and captions as token ids.
+
+The surprising decision: in a DataLoader worker the batch is born in shared memory, because handing a tensor of ordinary
+memory to the training process would copy every grid a second time.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+import torch
+import xxhash
+from torch import Tensor
+
+from sat.data.order import choose_captions
+from sat.data.reader import BadSample, Rows, SampleReader
+from sat.text import END, PAD, START, CaptionTokenizer
+
+TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "int8": torch.int8}
+
+
+@dataclass(frozen=True)
+class CaptionBatch:
+    """B images and their captions. A padding or quarantined row has a zero grid, lengths 0 and weighs nothing."""
+
+    grid: Tensor
+    """[B, L, D] in the stored dtype (bfloat16, float16, float32, int8); from image shards uint8 [B, 3, S, S]."""
+    captions: Tensor
+    """int64 [B, K, T]: <start> w1 .. wn <end> <pad> ...; all <pad> where there is no caption."""
+    lengths: Tensor
+    """int64 [B, K]: n + 1 predicted tokens (the words and <end>); 0 where there is no caption."""
+    image_ids: list[str]
+    """Empty strings in padding rows."""
+    keys: list[str]
+    epoch: int
+    step: int
+    """Number of the global batch within the epoch."""
+    samples_done: int
+    """Samples of the epoch that are used up once this global batch is: the cursor's next value."""
+    problems: list[str]
+    """What was wrong with each quarantined sample."""
+    retries: int
+    """I/O errors that another attempt overcame while this batch was read."""
+
+    @property
+    def bad(self) -> int:
+        """Quarantined rows."""
+        return len(self.problems)
+
+    @property
+    def tokens(self) -> Tensor:
+        """Predicted tokens, an int64 scalar."""
+        return self.lengths.sum()
+
+    @property
+    def caption_count(self) -> Tensor:
+        """Captions, an int64 scalar."""
+        return (self.lengths > 0).sum()
+
+    def to(self, device: torch.device | str) -> "CaptionBatch":
+        """The same batch with its tensors on `device`; from pinned memory without waiting for the copy."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> "CaptionBatch":
+        """Called by the DataLoader: page-locked copies of the tensors."""
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> "CaptionBatch":
+        tensors = {f.name: function(getattr(self, f.name)) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
+        return replace(self, **tensors)
+
+
+@dataclass(frozen=True)
+class Slots:
+    """What one micro-batch consists of: `rows` of them, of which `filled` get the samples of the three arrays."""
+
+    rows: int
+    filled: np.ndarray  # int64 [n], rows of the batch
+    source: np.ndarray  # int64 [n]
+    shard: np.ndarray  # int64 [n], index into the source's manifest
+    sample: np.ndarray  # int64 [n], within the shard
+    step: int
+    samples_done: int
+
+
+@dataclass(frozen=True)
+class CaptionOptions:
+    """How captions become tokens; what an image shows in an epoch is a pure function of (seed, epoch, image_id)."""
+
+    tokenizer: CaptionTokenizer
+    per_image: int
+    max_words: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class BatchReader:
+    """Reads the slots of a plan; one per process."""
+
+    readers: Sequence[SampleReader]
+    epoch: int
+    captions: CaptionOptions | None
+    """None: captions are left out (evaluation)."""
+    decode: Callable[[bytes], Tensor] | None
+    """Picture file -> uint8 [3, S, S]; for image shards. Raises ValueError or OSError for what is no picture."""
+    image_size: int
+    """S, for image shards."""
+    quarantine: bool
+
+    def read(self, slots: Slots) -> CaptionBatch:
+        """The batch of these slots. Raises BadSample (unless they are quarantined) and OSError."""
+        retries = sum(reader.retries for reader in self.readers)
+        problems: list[str] = []
+        image_ids, keys = [""] * slots.rows, [""] * slots.rows
+        tokens: list[np.ndarray | None] = [None] * slots.rows
+        grid, store = self._allocate(slots.rows)
+        empty = set(range(slots.rows))
+        by_place = np.lexsort((slots.sample, slots.shard, slots.source))
+        for at in by_place.tolist():
+            row, sample, shard = int(slots.filled[at]), int(slots.sample[at]), int(slots.shard[at])
+            reader = self.readers[int(slots.source[at])]
+            try:
+                store(reader, shard, sample, row)
+            except BadSample as error:
+                if not self.quarantine:
+                    raise
+                problems.append(str(error))
+                continue
+            rows = reader.rows(shard)
+            image_ids[row], keys[row] = rows.image_ids[sample], rows.keys[sample]
+            empty.discard(row)
+            if self.captions:
+                tokens[row] = self._tokens(rows, sample)
+        if empty:
+            grid[sorted(empty)] = 0
+        captions, lengths = _pack(tokens, self.captions.per_image if self.captions else 0)
+        return CaptionBatch(
+            grid=grid,
+            captions=torch.from_numpy(captions),
+            lengths=torch.from_numpy(lengths),
+            image_ids=image_ids,
+            keys=keys,
+            epoch=self.epoch,
+            step=slots.step,
+            samples_done=slots.samples_done,
+            problems=problems,
+            retries=sum(reader.retries for reader in self.readers) - retries,
+        )
+
+    def expect(self, slots: Slots) -> None:
+        """Say that these slots are needed soon."""
+        for source, shard, sample in zip(slots.source.tolist(), slots.shard.tolist(), slots.sample.tolist()):
+            self.readers[source].expect(shard, sample)
+
+    def _allocate(self, rows: int) -> tuple[Tensor, Callable[[SampleReader, int, int, int], None]]:
+        """An uninitialised grid tensor and the function (reader, shard, sample, row) that reads one sample into a row."""
+        first = self.readers[0]
+        if first.manifest.kind == "images":
+            pictures = _empty((rows, 3, self.image_size, self.image_size), torch.uint8)
+
+            def store_picture(reader: SampleReader, shard: int, sample: int, row: int) -> None:
+                blob = reader.read_picture(shard, sample)
+                try:
+                    pictures[row] = self.decode(blob)
+                except (ValueError, OSError) as error:
+                    raise reader.bad(reader.rows(shard), sample, f"its picture cannot be decoded: {error}") from error
+
+            return pictures, store_picture
+
+        grid = _empty((rows, *first.grid_shape), TORCH_DTYPES[first.manifest.fingerprint["dtype"]])
+        raw = memoryview(grid.view(torch.uint8).numpy().reshape(-1))
+        size = len(raw) // rows
+
+        def store_grid(reader: SampleReader, shard: int, sample: int, row: int) -> None:
+            reader.read_grid(shard, sample, raw[row * size : (row + 1) * size])
+
+        return grid, store_grid
+
+    def _tokens(self, rows: Rows, sample: int) -> np.ndarray:
+        """int32 [k, 1 + T]: for each caption shown, its length and its padded ids."""
+        options = self.captions
+        found = rows.encoded.get(sample)
+        if found is None:
+            texts = rows.captions[sample].as_py()
+            found = rows.encoded[sample] = _encode(texts, options.tokenizer, options.max_words)
+        image = xxhash.xxh3_64_intdigest(rows.image_ids[sample].encode())
+        return found[choose_captions(len(found), options.per_image, image, options.seed, self.epoch)]
+
+
+def _encode(texts: Sequence[str], tokenizer: CaptionTokenizer, max_words: int) -> np.ndarray:
+    """Captions without a single word are dropped."""
+    ids = [words for text in texts if (words := tokenizer.encode(text, max_words))]
+    out = np.full((len(ids), max(map(len, ids), default=0) + 3), PAD, dtype=np.int32)
+    for row, words in zip(out, ids):
+        row[0] = len(words) + 1
+        row[1 : len(words) + 3] = [START, *words, END]
+    return out
+
+
+def _pack(tokens: Sequence[np.ndarray | None], per_image: int) -> tuple[np.ndarray, np.ndarray]:
+    """captions int64 [B, K, T] and lengths int64 [B, K] of the rows' tokens."""
+    longest = max((int(each[:, 0].max()) for each in tokens if each is not None and len(each)), default=0)
+    captions = np.full((len(tokens), per_image, longest + 1), PAD, dtype=np.int64)
+    lengths = np.zeros((len(tokens), per_image), dtype=np.int64)
+    for row, each in enumerate(tokens):
+        if each is not None:
+            width = min(each.shape[1] - 1, longest + 1)
+            captions[row, : len(each), :width] = each[:, 1 : width + 1]
+            lengths[row, : len(each)] = each[:, 0]
+    return captions, lengths
+
+
+def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    if torch.utils.data.get_worker_info() is None:
+        return torch.empty(shape, dtype=dtype)
+    # What torch's own default_collate does in a worker.
+    numel = int(np.prod(shape))
+    storage = torch.UntypedStorage._new_shared(numel * dtype.itemsize)
+    return torch.empty(0, dtype=dtype).set_(storage, 0, shape)

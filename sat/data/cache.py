@@ -1,0 +1,222 @@
+"""Where the bytes of a shard come from: a folder, or any fsspec URL through a bounded cache of whole shards.
+
+The surprising decision: a cached shard is named by its sha256, so the cache never holds a stale or a half file and serves
+every data set and every job of a machine at once; processes agree through file locks, which the kernel frees when one dies.
+"""
+
+import fcntl
+import hashlib
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import fsspec
+
+from sat.data.manifest import Manifest, ShardInfo
+from sat.data.retry import retrying
+
+CHUNK = 4 << 20
+"""Bytes read from a remote file at once."""
+READ_TIMEOUT_S = 60
+"""An HTTP server that sends nothing for so long is tried anew."""
+DOWNLOADS = 2
+"""Shards that a process fetches at once, ahead of use."""
+
+
+class FolderStore:
+    """Shards of a local or mounted folder."""
+
+    is_remote = False
+    open_files = 128
+    """File descriptors that a reader keeps."""
+
+    def __init__(self, folder: str):
+        self.folder = folder
+
+    def open(self, shard: ShardInfo) -> int:
+        """A descriptor of the shard, for reading. ValueError where the file is missing."""
+        try:
+            return os.open(os.path.join(self.folder, shard.name), os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            raise ValueError(
+                f"{self.folder}: {shard.name} is missing; run preprocessing.verify_shards with --repair"
+            ) from None
+
+
+class RemoteStore:
+    """Shards of an fsspec URL, kept as FOLDER/SHA256.tar and at most `limit` bytes of them; the least recently used go first.
+
+    A shard that was evicted while it is open stays on disk until it is closed: at most one per process.
+    """
+
+    is_remote = True
+    open_files = 1
+
+    def __init__(self, root: str, folder: str, limit: int):
+        self.root = root
+        self.folder = Path(folder)
+        self.limit = limit
+        self.retries = 0
+        self._ahead: dict[str, int] = {}
+        self._pool: ThreadPoolExecutor | None = None
+        self._pool_owner = 0
+
+    def __reduce__(self):
+        return RemoteStore, (self.root, str(self.folder), self.limit)
+
+    def open(self, shard: ShardInfo) -> int:
+        """A descriptor of the shard, fetched if need be. ValueError where the remote file is missing or another."""
+        self._ahead.pop(shard.name, None)
+        path = self.folder / f"{shard.sha256}.tar"
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return self._fetch(shard, path)
+        os.utime(descriptor)
+        return descriptor
+
+    def expect(self, shard: ShardInfo) -> None:
+        """Fetch the shard in the background, unless half the cache already waits to be used."""
+        if shard.name in self._ahead or sum(self._ahead.values()) + shard.bytes > self.limit // 2:
+            return
+        if self._pool_owner != os.getpid():  # threads do not survive a fork
+            self._pool, self._pool_owner = ThreadPoolExecutor(DOWNLOADS, "fetch-shards"), os.getpid()
+        self._ahead[shard.name] = shard.bytes
+        self._pool.submit(self._fetch_ahead, shard)
+
+    def _fetch_ahead(self, shard: ShardInfo) -> None:
+        path = self.folder / f"{shard.sha256}.tar"
+        try:
+            if not path.exists():
+                os.close(self._fetch(shard, path))
+        except (OSError, ValueError):
+            self._ahead.pop(shard.name, None)  # the reader meets the same error when it needs the shard, and names it
+
+    def _fetch(self, shard: ShardInfo, path: Path) -> int:
+        """Download under an exclusive lock, check, publish; a descriptor of the file that was published."""
+        if shard.bytes > self.limit:
+            raise ValueError(f"{self.root}: {shard.name} has {shard.bytes} bytes, more than the cache; raise data.cache_gb")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(".part")
+        while True:
+            descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            if _is_at(descriptor, part):
+                break
+            os.close(descriptor)  # another process published or removed the file while this one waited for its lock
+            try:
+                return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            except FileNotFoundError:
+                continue
+        try:
+            self._make_room(shard.bytes, descriptor)
+            retrying(lambda: self._download(shard, descriptor), f"{self.root}/{shard.name}", self._count, _is_transient)
+            os.fsync(descriptor)
+            os.rename(part, path)
+        except BaseException as error:
+            part.unlink(missing_ok=True)
+            os.close(descriptor)
+            if isinstance(error, FileNotFoundError):
+                raise ValueError(f"{self.root}: {shard.name} is missing there") from error
+            raise
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
+        return descriptor
+
+    def _count(self) -> None:
+        self.retries += 1
+
+    def _download(self, shard: ShardInfo, descriptor: int) -> None:
+        digest, done = hashlib.sha256(), 0
+        with _open_url(f"{self.root}/{shard.name}") as remote:
+            while chunk := remote.read(CHUNK):
+                digest.update(chunk)
+                done += os.pwrite(descriptor, chunk[: shard.bytes - done], done)
+                if done == shard.bytes:
+                    break
+        if done != shard.bytes:
+            raise ConnectionError(f"{done} bytes arrived, {shard.bytes} were written")
+        if digest.hexdigest() != shard.sha256:
+            raise ConnectionError(f"sha256 is {digest.hexdigest()}, {shard.sha256} was written")
+
+    def _make_room(self, need: int, descriptor: int) -> None:
+        """Reserve `need` bytes for the open part file, evicting shards; waits while other downloads hold the room."""
+        while True:
+            with open(self.folder / ".lock", "a") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                files = sorted(self._entries(), key=lambda entry: (entry[1].st_mtime_ns, entry[0].name))
+                used = sum(status.st_size for _, status in files)
+                for path, status in files:
+                    if used + need <= self.limit:
+                        break
+                    if path.suffix == ".tar" or _is_abandoned(path):
+                        path.unlink(missing_ok=True)
+                        used -= status.st_size
+                if used + need <= self.limit:
+                    os.ftruncate(descriptor, need)
+                    return
+            time.sleep(0.05)
+
+    def _entries(self) -> list[tuple[Path, os.stat_result]]:
+        found = []
+        for path in self.folder.iterdir():
+            if path.suffix in (".tar", ".part"):
+                try:
+                    found.append((path, path.stat()))
+                except FileNotFoundError:
+                    continue
+        return found
+
+
+ShardStore = FolderStore | RemoteStore
+
+
+def make_store(root: str, cache_dir: str = "", cache_gb: float = 50.0) -> ShardStore:
+    """The store of a data set's root: a folder, `file://` or another fsspec URL.
+
+    cache_dir: where remote shards are kept; empty: a folder under the user's cache. Raises ValueError for `pipe:` URLs.
+    """
+    refuse_pipes(root)
+    if root.startswith("file://"):
+        return FolderStore(root.removeprefix("file://"))
+    if "://" not in root:
+        return FolderStore(root)
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "show-attend-and-tell"
+    return RemoteStore(root, cache_dir or str(default), int(cache_gb * 1e9))
+
+
+def refuse_pipes(root: str) -> None:
+    """ValueError for a URL that some readers of shards would hand to a shell."""
+    if root.startswith("pipe:"):
+        raise ValueError(f"{root!r}: pipe: URLs run a shell command and are refused; give a folder or an fsspec URL")
+
+
+def _open_url(url: str):
+    options = {}
+    if url.startswith(("http://", "https://")):
+        import aiohttp
+
+        # The default of 5 minutes for the whole file would end every long download.
+        options["client_kwargs"] = {"timeout": aiohttp.ClientTimeout(total=None, sock_read=READ_TIMEOUT_S)}
+    return fsspec.open(url, "rb", **options).open()
+
+
+def _is_transient(error: Exception) -> bool:
+    return not isinstance(error, (FileNotFoundError, PermissionError, ValueError))
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+def _is_abandoned(part: Path) -> bool:
+    """Whether nobody downloads into this part file: its lock is free."""
+    try:
+        with open(part, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (FileNotFoundError, BlockingIOError):
+        return False
+    return True
