@@ -13,6 +13,7 @@ import xxhash
 from torch import Tensor
 
 from sat.data.order import choose_captions
+from sat.data.plan import Slots
 from sat.data.reader import BadSample, Rows, SampleReader
 from sat.text import END, PAD, START, CaptionTokenizer
 
@@ -68,19 +69,6 @@ class CaptionBatch:
     def _map(self, function: Callable[[Tensor], Tensor]) -> "CaptionBatch":
         tensors = {f.name: function(getattr(self, f.name)) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
         return replace(self, **tensors)
-
-
-@dataclass(frozen=True)
-class Slots:
-    """What one micro-batch consists of: `rows` of them, of which `filled` get the samples of the three arrays."""
-
-    rows: int
-    filled: np.ndarray  # int64 [n], rows of the batch
-    source: np.ndarray  # int64 [n]
-    shard: np.ndarray  # int64 [n], index into the source's manifest
-    sample: np.ndarray  # int64 [n], within the shard
-    step: int
-    samples_done: int
 
 
 @dataclass(frozen=True)

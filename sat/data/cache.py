@@ -8,12 +8,16 @@ import fcntl
 import hashlib
 import os
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
+from typing import BinaryIO
 
 import fsspec
+import pyarrow as pa
 
-from sat.data.manifest import Manifest, ShardInfo
+from sat.data.manifest import SAMPLES, Manifest, ShardInfo
 from sat.data.retry import retrying
 
 CHUNK = 4 << 20
@@ -43,11 +47,16 @@ class FolderStore:
                 f"{self.folder}: {shard.name} is missing; run preprocessing.verify_shards with --repair"
             ) from None
 
+    def rows(self, manifest: Manifest, shard: int) -> pa.Table:
+        """`manifest.rows(shard)`."""
+        return manifest.rows(shard)
+
 
 class RemoteStore:
     """Shards of an fsspec URL, kept as FOLDER/SHA256.tar and at most `limit` bytes of them; the least recently used go first.
 
-    A shard that was evicted while it is open stays on disk until it is closed: at most one per process.
+    A shard that was evicted while it is open stays on disk until it is closed: at most one per process. The table of the
+    samples is fetched whole, once, and kept beside the shards; it does not count.
     """
 
     is_remote = True
@@ -66,15 +75,22 @@ class RemoteStore:
         return RemoteStore, (self.root, str(self.folder), self.limit)
 
     def open(self, shard: ShardInfo) -> int:
-        """A descriptor of the shard, fetched if need be. ValueError where the remote file is missing or another."""
+        """A descriptor of the shard, fetched if need be. ValueError where the remote file is missing or too large."""
         self._ahead.pop(shard.name, None)
-        path = self.folder / f"{shard.sha256}.tar"
         try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            descriptor = os.open(self._path(shard), os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
-            return self._fetch(shard, path)
+            return self._fetch_shard(shard)
         os.utime(descriptor)
         return descriptor
+
+    def rows(self, manifest: Manifest, shard: int) -> pa.Table:
+        """`manifest.rows(shard)`, from a copy of the table: many servers cannot serve a part of a file."""
+        record = manifest.files[SAMPLES]
+        path = self.folder / "tables" / record["sha256"] / SAMPLES
+        if not path.exists():
+            os.close(self._fetch(SAMPLES, record["bytes"], record["sha256"], path, lambda descriptor: None))
+        return replace(manifest, root=str(path.parent)).rows(shard)
 
     def expect(self, shard: ShardInfo) -> None:
         """Fetch the shard in the background, unless half the cache already waits to be used."""
@@ -86,18 +102,24 @@ class RemoteStore:
         self._pool.submit(self._fetch_ahead, shard)
 
     def _fetch_ahead(self, shard: ShardInfo) -> None:
-        path = self.folder / f"{shard.sha256}.tar"
         try:
-            if not path.exists():
-                os.close(self._fetch(shard, path))
+            if not self._path(shard).exists():
+                os.close(self._fetch_shard(shard))
         except (OSError, ValueError):
             self._ahead.pop(shard.name, None)  # the reader meets the same error when it needs the shard, and names it
 
-    def _fetch(self, shard: ShardInfo, path: Path) -> int:
-        """Download under an exclusive lock, check, publish; a descriptor of the file that was published."""
+    def _path(self, shard: ShardInfo) -> Path:
+        return self.folder / f"{shard.sha256}.tar"
+
+    def _fetch_shard(self, shard: ShardInfo) -> int:
         if shard.bytes > self.limit:
             raise ValueError(f"{self.root}: {shard.name} has {shard.bytes} bytes, more than the cache; raise data.cache_gb")
-        self.folder.mkdir(parents=True, exist_ok=True)
+        reserve = lambda descriptor: self._make_room(shard.bytes, descriptor)  # noqa: E731
+        return self._fetch(shard.name, shard.bytes, shard.sha256, self._path(shard), reserve)
+
+    def _fetch(self, name: str, size: int, sha256: str, path: Path, reserve: Callable[[int], None]) -> int:
+        """Download under an exclusive lock, check, publish; a descriptor of the file that was published."""
+        path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(".part")
         while True:
             descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -109,35 +131,23 @@ class RemoteStore:
                 return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             except FileNotFoundError:
                 continue
+        url = f"{self.root}/{name}"
         try:
-            self._make_room(shard.bytes, descriptor)
-            retrying(lambda: self._download(shard, descriptor), f"{self.root}/{shard.name}", self._count, _is_transient)
+            reserve(descriptor)
+            retrying(lambda: _download(url, size, sha256, descriptor), url, self._count, _is_transient)
             os.fsync(descriptor)
             os.rename(part, path)
         except BaseException as error:
             part.unlink(missing_ok=True)
             os.close(descriptor)
             if isinstance(error, FileNotFoundError):
-                raise ValueError(f"{self.root}: {shard.name} is missing there") from error
+                raise ValueError(f"{self.root}: {name} is missing there") from error
             raise
         fcntl.flock(descriptor, fcntl.LOCK_UN)
         return descriptor
 
     def _count(self) -> None:
         self.retries += 1
-
-    def _download(self, shard: ShardInfo, descriptor: int) -> None:
-        digest, done = hashlib.sha256(), 0
-        with _open_url(f"{self.root}/{shard.name}") as remote:
-            while chunk := remote.read(CHUNK):
-                digest.update(chunk)
-                done += os.pwrite(descriptor, chunk[: shard.bytes - done], done)
-                if done == shard.bytes:
-                    break
-        if done != shard.bytes:
-            raise ConnectionError(f"{done} bytes arrived, {shard.bytes} were written")
-        if digest.hexdigest() != shard.sha256:
-            raise ConnectionError(f"sha256 is {digest.hexdigest()}, {shard.sha256} was written")
 
     def _make_room(self, need: int, descriptor: int) -> None:
         """Reserve `need` bytes for the open part file, evicting shards; waits while other downloads hold the room."""
@@ -191,7 +201,23 @@ def refuse_pipes(root: str) -> None:
         raise ValueError(f"{root!r}: pipe: URLs run a shell command and are refused; give a folder or an fsspec URL")
 
 
-def _open_url(url: str):
+def _download(url: str, size: int, sha256: str, descriptor: int) -> None:
+    """Stream a remote file into an open one. ConnectionError where other bytes arrive than were written."""
+    digest, done = hashlib.sha256(), 0
+    with _open_url(url) as remote:
+        while chunk := remote.read(CHUNK):
+            digest.update(chunk)
+            done += len(chunk)
+            if done > size:
+                break
+            os.pwrite(descriptor, chunk, done - len(chunk))
+    if done != size:
+        raise ConnectionError(f"{done} bytes arrived, {size} were written")
+    if digest.hexdigest() != sha256:
+        raise ConnectionError(f"the sha256 of what arrived is {digest.hexdigest()}, {sha256} was written")
+
+
+def _open_url(url: str) -> BinaryIO:
     options = {}
     if url.startswith(("http://", "https://")):
         import aiohttp

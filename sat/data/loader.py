@@ -5,130 +5,32 @@ make any batch, and the cursor (which the trainer advances after its optimizer s
 these loaders to `accelerator.prepare`: they are already shared among the ranks.
 """
 
-import hashlib
-import json
 import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from sat.data.batch import BatchReader, CaptionBatch, CaptionOptions, Slots
+from sat.data.batch import BatchReader, CaptionBatch, CaptionOptions
 from sat.data.cache import make_store
 from sat.data.manifest import Manifest, check_files
-from sat.data.order import EpochOrder, Layout, epoch_order, make_layout, micro_batch_rows
+from sat.data.plan import (
+    Cursor,
+    EvaluationPlan,
+    Sources,
+    TrainingPlan,
+    choose_shards,
+    plan_training,
+    sources_digest,
+)
 from sat.data.reader import SampleReader
 from sat.text import CaptionTokenizer
 
 logger = logging.getLogger(__name__)
 
-Sources = Sequence[tuple[Manifest, float]]
-"""The main data set first, each sample once per epoch; then others with the samples drawn per sample of the main one."""
-CURSOR_VERSION = 1
 SAME_IN_A_MIXTURE = ("grid", "dim", "dtype", "encoder", "transform")
-
-
-@dataclass(frozen=True)
-class Cursor:
-    """Where training stands in its samples; continued with any number of ranks, workers or micro-batches."""
-
-    version: int
-    manifest: str
-    """Digest of what is read: the manifest's, or a digest over those of a mixture and their weights."""
-    seed: int
-    epoch: int
-    samples_done: int
-    """Samples of this epoch that optimizer steps have used; between 0 and the epoch's number of samples."""
-
-    @classmethod
-    def start(cls, sources: Sources, seed: int) -> "Cursor":
-        """Before the first sample of the first epoch."""
-        return cls(CURSOR_VERSION, sources_digest(sources), seed, 0, 0)
-
-    def advanced(self, batch: CaptionBatch) -> "Cursor":
-        """After the optimizer step that used `batch`."""
-        return replace(self, samples_done=batch.samples_done)
-
-    def next_epoch(self) -> "Cursor":
-        return replace(self, epoch=self.epoch + 1, samples_done=0)
-
-    def to_dict(self) -> dict:
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: dict) -> "Cursor":
-        """Raises ValueError for a cursor of another version of this program."""
-        if values.get("version") != CURSOR_VERSION:
-            raise ValueError(f"cursor of version {values.get('version')}; this program reads version {CURSOR_VERSION}")
-        return cls(**values)
-
-
-def sources_digest(sources: Sources) -> str:
-    """The digest that names these data sets, their order and weights; a lone manifest's own digest."""
-    if len(sources) == 1:
-        return sources[0][0].digest
-    named = [[manifest.digest, float(weight)] for manifest, weight in sources]
-    return hashlib.sha256(json.dumps(named).encode()).hexdigest()
-
-
-@dataclass(frozen=True)
-class Chosen:
-    """The shards of some splits of one source, as the order numbers them."""
-
-    shards: np.ndarray  # int64, indices into the manifest
-    layout: Layout
-
-
-@dataclass(frozen=True)
-class TrainingPlan:
-    """Micro-batches of one rank, from the cursor to the end of the epoch; `slots` is a pure function of the index."""
-
-    order: EpochOrder
-    chosen: Sequence[Chosen]
-    start: int
-    global_batch: int
-    rank: int
-    world_size: int
-    accumulation_steps: int
-
-    def __len__(self) -> int:
-        return -(-(self.order.samples - self.start) // self.global_batch) * self.accumulation_steps
-
-    def slots(self, index: int) -> Slots:
-        batch, micro = divmod(index, self.accumulation_steps)
-        begin = self.start + batch * self.global_batch
-        end = min(begin + self.global_batch, self.order.samples)
-        places = micro_batch_rows(end - begin, self.rank, self.world_size, self.accumulation_steps, micro)
-        filled = np.flatnonzero(places >= 0)
-        source, shard, sample = self.order.locate(begin + places[filled])
-        for i, chosen in enumerate(self.chosen):
-            shard[source == i] = chosen.shards[shard[source == i]]
-        step = -(-self.start // self.global_batch) + batch
-        return Slots(places.size, filled, source, shard, sample, step, end)
-
-
-@dataclass(frozen=True)
-class EvaluationPlan:
-    """One rank's share of a split, in the shards' order; contiguous, so that every rank reads sequentially."""
-
-    chosen: Chosen
-    begin: int
-    end: int
-    batch_size: int
-
-    def __len__(self) -> int:
-        return -(-(self.end - self.begin) // self.batch_size)
-
-    def slots(self, index: int) -> Slots:
-        begin = self.begin + index * self.batch_size
-        end = min(begin + self.batch_size, self.end)
-        place = np.arange(begin, end)
-        shard = np.searchsorted(self.chosen.layout.ends, place, side="right")
-        sample = place - np.where(shard > 0, self.chosen.layout.ends[shard - 1], 0)
-        rows = np.arange(place.size)
-        return Slots(rows.size, rows, np.zeros_like(rows), self.chosen.shards[shard], sample, index, end - self.begin)
 
 
 @dataclass
@@ -193,31 +95,6 @@ def training_batches(
     return _iterate(plan, reader, num_workers, max_bad_samples, pin_memory)
 
 
-def plan_training(
-    sources: Sources,
-    splits: Sequence[str],
-    cursor: Cursor,
-    global_batch: int,
-    rank: int,
-    world_size: int,
-    accumulation_steps: int,
-    run_length: int,
-) -> TrainingPlan:
-    """What each of the rank's remaining micro-batches of the epoch consists of; reads no shard."""
-    chosen = [choose_shards(manifest, splits, run_length, main=i == 0) for i, (manifest, _) in enumerate(sources)]
-    digests, weights = zip(*((manifest.digest, weight) for manifest, weight in sources))
-    order = epoch_order([each.layout for each in chosen], digests, weights, cursor.seed, cursor.epoch)
-    if not 0 <= cursor.samples_done <= order.samples:
-        raise ValueError(f"the cursor stands at sample {cursor.samples_done} of an epoch of {order.samples}")
-    return TrainingPlan(order, chosen, cursor.samples_done, global_batch, rank, world_size, accumulation_steps)
-
-
-def steps_per_epoch(sources: Sources, splits: Sequence[str], global_batch: int) -> int:
-    """Optimizer steps of one epoch; the last may be short. Raises ValueError for a split that is not there."""
-    plan = plan_training(sources, splits, Cursor.start(sources, 0), global_batch, 0, 1, 1, 1)
-    return len(plan)
-
-
 def evaluation_batches(
     manifest: Manifest,
     *,
@@ -244,22 +121,16 @@ def evaluation_batches(
     return _iterate(EvaluationPlan(chosen, begin, end, batch_size), batches, num_workers, 0, False)
 
 
-def read_references(manifest: Manifest, split: str) -> dict[str, list[str]]:
+def read_references(
+    manifest: Manifest, split: str, cache_dir: str = "", cache_gb: float = 50.0
+) -> dict[str, list[str]]:
     """image_id -> its captions as they were given, in the shards' order. Raises ValueError for an unknown split."""
+    store = make_store(manifest.root, cache_dir, cache_gb)
     references: dict[str, list[str]] = {}
     for shard in choose_shards(manifest, [split], run_length=1, main=True).shards.tolist():
-        rows = manifest.rows(shard)
+        rows = store.rows(manifest, shard)
         references.update(zip(rows["image_id"].to_pylist(), rows["captions"].to_pylist()))
     return references
-
-
-def choose_shards(manifest: Manifest, splits: Sequence[str], run_length: int, main: bool) -> Chosen:
-    """The shards of these splits. The main source must have every split, a further one at least one of them."""
-    ranges = [manifest.shards.of_split(split) for split in sorted(set(splits))]
-    if not any(ranges) or (main and not all(ranges)):
-        raise ValueError(f"{manifest.root}: no samples of split {list(splits)}; it has {manifest.splits}")
-    shards = np.concatenate([np.asarray(each, dtype=np.int64) for each in ranges])
-    return Chosen(shards, make_layout(manifest.shards.samples[shards], run_length))
 
 
 def _iterate(
@@ -286,8 +157,6 @@ def _iterate(
 
 def _quiet_worker(_: int) -> None:
     """The tokenizers library warns of its own threads in every forked process; a worker encodes without them."""
-    import os
-
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 

@@ -80,7 +80,7 @@ class SampleReader:
         if found is not None:
             self._rows.move_to_end(shard)
             return found
-        table = self._retrying(lambda: self.manifest.rows(shard), f"{self.manifest.root}: rows of shard {shard}")
+        table = self._retrying(lambda: self.store.rows(self.manifest, shard), f"{self.manifest.root}: rows of shard {shard}")
         columns = [table[name].to_pylist() for name in ("key", "image_id", "offset", "nbytes", "xxh3")]
         rows = Rows(self.manifest.shards[shard].name, *columns, table["captions"].combine_chunks())
         self._rows[shard] = rows

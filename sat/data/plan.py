@@ -1,0 +1,170 @@
+"""Which samples every micro-batch of a rank consists of, and the cursor that says where training stands.
+
+The surprising decision: a plan holds no list of samples. It is the order, the cursor and a few counts, so a process plans
+an epoch of 1e9 samples as it plans one of a hundred, and any micro-batch can be asked for by its number.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from sat.data.order import EpochOrder, Layout, epoch_order, make_layout, micro_batch_rows
+
+if TYPE_CHECKING:  # planning itself needs no file and so none of the libraries that read them
+    from sat.data.manifest import Manifest
+
+Sources = Sequence[tuple["Manifest", float]]
+"""The main data set first, each sample once per epoch; then others with the samples drawn per sample of the main one."""
+CURSOR_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Cursor:
+    """Where training stands in its samples; continued with any number of ranks, workers or micro-batches."""
+
+    version: int
+    manifest: str
+    """Digest of what is read: the manifest's, or a digest over those of a mixture and their weights."""
+    seed: int
+    epoch: int
+    samples_done: int
+    """Samples of this epoch that optimizer steps have used; between 0 and the epoch's number of samples."""
+
+    @classmethod
+    def start(cls, sources: Sources, seed: int) -> "Cursor":
+        """Before the first sample of the first epoch."""
+        return cls(CURSOR_VERSION, sources_digest(sources), seed, 0, 0)
+
+    def advanced(self, samples_done: int) -> "Cursor":
+        """After the optimizer step that used the samples before `samples_done` (which its batches say)."""
+        return replace(self, samples_done=samples_done)
+
+    def next_epoch(self) -> "Cursor":
+        return replace(self, epoch=self.epoch + 1, samples_done=0)
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "Cursor":
+        """Raises ValueError for a cursor of another version of this program."""
+        if values.get("version") != CURSOR_VERSION:
+            raise ValueError(f"cursor of version {values.get('version')}; this program reads version {CURSOR_VERSION}")
+        return cls(**values)
+
+
+def sources_digest(sources: Sources) -> str:
+    """The digest that names these data sets, their order and weights; a lone manifest's own digest."""
+    if len(sources) == 1:
+        return sources[0][0].digest
+    named = [[manifest.digest, float(weight)] for manifest, weight in sources]
+    return hashlib.sha256(json.dumps(named).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The shards of some splits of one source, as the order numbers them."""
+
+    shards: np.ndarray  # int64, indices into the manifest
+    layout: Layout
+
+
+@dataclass(frozen=True)
+class Slots:
+    """What one micro-batch consists of: `rows` of them, of which `filled` get the samples of the three arrays."""
+
+    rows: int
+    filled: np.ndarray  # int64 [n], rows of the batch
+    source: np.ndarray  # int64 [n]
+    shard: np.ndarray  # int64 [n], index into the source's manifest
+    sample: np.ndarray  # int64 [n], within the shard
+    step: int
+    samples_done: int
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """Micro-batches of one rank, from the cursor to the end of the epoch; `slots` is a pure function of the index."""
+
+    order: EpochOrder
+    chosen: Sequence[Chosen]
+    start: int
+    global_batch: int
+    rank: int
+    world_size: int
+    accumulation_steps: int
+
+    def __len__(self) -> int:
+        return -(-(self.order.samples - self.start) // self.global_batch) * self.accumulation_steps
+
+    def slots(self, index: int) -> Slots:
+        batch, micro = divmod(index, self.accumulation_steps)
+        begin = self.start + batch * self.global_batch
+        end = min(begin + self.global_batch, self.order.samples)
+        places = micro_batch_rows(end - begin, self.rank, self.world_size, self.accumulation_steps, micro)
+        filled = np.flatnonzero(places >= 0)
+        source, shard, sample = self.order.locate(begin + places[filled])
+        for i, chosen in enumerate(self.chosen):
+            shard[source == i] = chosen.shards[shard[source == i]]
+        step = -(-self.start // self.global_batch) + batch
+        return Slots(places.size, filled, source, shard, sample, step, end)
+
+
+@dataclass(frozen=True)
+class EvaluationPlan:
+    """One rank's share of a split, in the shards' order; contiguous, so that every rank reads sequentially."""
+
+    chosen: Chosen
+    begin: int
+    end: int
+    batch_size: int
+
+    def __len__(self) -> int:
+        return -(-(self.end - self.begin) // self.batch_size)
+
+    def slots(self, index: int) -> Slots:
+        begin = self.begin + index * self.batch_size
+        end = min(begin + self.batch_size, self.end)
+        place = np.arange(begin, end)
+        shard = np.searchsorted(self.chosen.layout.ends, place, side="right")
+        sample = place - np.where(shard > 0, self.chosen.layout.ends[shard - 1], 0)
+        rows = np.arange(place.size)
+        return Slots(rows.size, rows, np.zeros_like(rows), self.chosen.shards[shard], sample, index, end - self.begin)
+
+
+def plan_training(
+    sources: Sources,
+    splits: Sequence[str],
+    cursor: Cursor,
+    global_batch: int,
+    rank: int,
+    world_size: int,
+    accumulation_steps: int,
+    run_length: int,
+) -> TrainingPlan:
+    """What each of the rank's remaining micro-batches of the epoch consists of; reads no shard."""
+    chosen = [choose_shards(manifest, splits, run_length, main=i == 0) for i, (manifest, _) in enumerate(sources)]
+    digests, weights = zip(*((manifest.digest, weight) for manifest, weight in sources))
+    order = epoch_order([each.layout for each in chosen], digests, weights, cursor.seed, cursor.epoch)
+    if not 0 <= cursor.samples_done <= order.samples:
+        raise ValueError(f"the cursor stands at sample {cursor.samples_done} of an epoch of {order.samples}")
+    return TrainingPlan(order, chosen, cursor.samples_done, global_batch, rank, world_size, accumulation_steps)
+
+
+def steps_per_epoch(sources: Sources, splits: Sequence[str], global_batch: int) -> int:
+    """Optimizer steps of one epoch; the last may be short. Raises ValueError for a split that is not there."""
+    plan = plan_training(sources, splits, Cursor.start(sources, 0), global_batch, 0, 1, 1, 1)
+    return len(plan)
+
+
+def choose_shards(manifest: "Manifest", splits: Sequence[str], run_length: int, main: bool) -> Chosen:
+    """The shards of these splits. The main source must have every split, a further one at least one of them."""
+    ranges = [manifest.shards.of_split(split) for split in sorted(set(splits))]
+    if not any(ranges) or (main and not all(ranges)):
+        raise ValueError(f"{manifest.root}: no samples of split {list(splits)}; it has {manifest.splits}")
+    shards = np.concatenate([np.asarray(each, dtype=np.int64) for each in ranges])
+    return Chosen(shards, make_layout(manifest.shards.samples[shards], run_length))
