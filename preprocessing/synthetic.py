@@ -85,7 +85,8 @@ def make_scenes(out: Path, counts: dict[str, int], seed: int, size: int = SIZE, 
     pictures = [Picture(seed, split, number, size) for split in SPLITS for number in range(counts.get(split, 0))]
     missing = [picture for picture in pictures if not (out / "images" / picture.file_name).exists()]
     jobs = [(out / "images" / picture.file_name, picture) for picture in missing]
-    for _ in tqdm(_run(jobs, num_workers), total=len(jobs), desc="rendering scenes", unit="picture", disable=not jobs):
+    progress = dict(total=len(jobs), desc="rendering scenes", unit="picture", mininterval=1, disable=not jobs)
+    for _ in tqdm(_run(jobs, num_workers), **progress):
         pass
     _write_tables(out, pictures)
     return len(missing)
