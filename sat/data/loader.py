@@ -95,6 +95,12 @@ def training_batches(
     return _iterate(plan, reader, num_workers, max_bad_samples, pin_memory)
 
 
+def steps_per_epoch(sources: Sources, splits: Sequence[str], global_batch: int) -> int:
+    """Optimizer steps of one epoch; the last may be short. Raises ValueError for a split that is not there."""
+    plan = plan_training(sources, splits, Cursor.start(sources, 0), global_batch, 0, 1, 1, 1)
+    return len(plan)
+
+
 def evaluation_batches(
     manifest: Manifest,
     *,

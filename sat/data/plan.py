@@ -155,12 +155,6 @@ def plan_training(
     return TrainingPlan(order, chosen, cursor.samples_done, global_batch, rank, world_size, accumulation_steps)
 
 
-def steps_per_epoch(sources: Sources, splits: Sequence[str], global_batch: int) -> int:
-    """Optimizer steps of one epoch; the last may be short. Raises ValueError for a split that is not there."""
-    plan = plan_training(sources, splits, Cursor.start(sources, 0), global_batch, 0, 1, 1, 1)
-    return len(plan)
-
-
 def choose_shards(manifest: "Manifest", splits: Sequence[str], run_length: int, main: bool) -> Chosen:
     """The shards of these splits. The main source must have every split, a further one at least one of them."""
     ranges = [manifest.shards.of_split(split) for split in sorted(set(splits))]
