@@ -37,8 +37,8 @@ CHOICES = {
     "model.weight_init": ("normal", "uniform"),
     "model.hard_inference": ("expectation", "sample", "argmax"),
     "data.on_bad_sample": ("fail", "quarantine"),
-    "train.precision": ("no", "bf16", "fp16"),
-    "train.compile": ("auto", "on", "off"),
+    "train.precision": ("fp32", "bf16", "fp16"),
+    "train.compile": ("auto", "always", "never"),
 }
 
 
@@ -130,6 +130,8 @@ class EncoderConfig:
     """Train the ResNet-50 from image shards; otherwise it never runs during training."""
     weights: str = ""
     """Encoder weights (safetensors); needed with `train`."""
+    image_size: int = 224
+    """Pixels per side of what the encoder sees, with `train`; 224 gives a 7x7 grid."""
     open_stages: list[int] = field(default_factory=lambda: [2, 3, 4])
     """ResNet stages (1-4) that are tuned."""
     learning_rate: float = 1e-5
@@ -163,9 +165,9 @@ class TrainConfig:
     ema: float = 0.0
     """Decay of the exponential moving average of the weights that is evaluated and exported; 0: off."""
     precision: str = "bf16"
-    """Mixed precision: `no`, `bf16` or `fp16`."""
+    """`fp32`, or mixed precision `bf16` or `fp16`."""
     compile: str = "auto"
-    """Compiled or native kernels for the time step: `auto`, `on` or `off`."""
+    """Compiled or native kernels for the time step: `auto`, `always` or `never`."""
     eval_every: int = 0
     """Steps between evaluations; 0: once per epoch."""
     save_every: int = 0
@@ -335,6 +337,8 @@ def _check(config: Config) -> None:
         raise ValueError(f"model.scheduled_sampling is {config.model.scheduled_sampling}; it is a probability, at most 1")
     if config.encoder.train and not config.encoder.weights:
         raise ValueError("encoder.train needs encoder.weights, a ResNet-50 safetensors file (preprocessing.fetch_weights)")
+    if config.encoder.image_size % 32 or not config.encoder.image_size:
+        raise ValueError(f"encoder.image_size is {config.encoder.image_size}; it must be a multiple of 32, e.g. 224 or 448")
     if bad := [stage for stage in config.encoder.open_stages if stage not in (1, 2, 3, 4)]:
         raise ValueError(f"encoder.open_stages holds {bad}; a ResNet-50 has the stages 1, 2, 3, 4")
     if not config.data.train_splits:

@@ -130,7 +130,7 @@ def main(
         refuse_other_features(model.features, manifest)
         if model.tokenizer.digest != trained[0].tokenizer.digest:
             raise ValueError(f"the ensemble's models have different vocabularies ({run} and {also}); they cannot vote on words")
-    runtime = start("bf16" if config.train.precision == "bf16" else "no")
+    runtime = start(config.train.precision if torch.cuda.is_available() or config.train.precision != "fp16" else "bf16")
     captioners = [model.captioner.to(runtime.device) for model in trained]
     result = evaluate(captioners, manifest, split, trained[0].tokenizer, config.eval, runtime, config.data.num_workers)
 

@@ -82,7 +82,7 @@ def load_model(folder: Path, device: torch.device | str = "cpu") -> TrainedModel
         vocab_size=tokenizer.vocab_size,
         feature_dim=features["dim"],
         grid_size=features["grid"][0] * features["grid"][1],
-        compile="off" if config.train.compile == "off" else "auto",
+        compile=config.train.compile,
     )
     try:
         captioner.load_state_dict(captioner_state)

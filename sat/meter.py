@@ -4,13 +4,17 @@ The surprise: sums stay on the device until a line is due, so that measuring nev
 """
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from sat.model.loss import LossSums
 from sat.runtime import Runtime
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -33,8 +37,20 @@ class Meter:
     def add(self, sums: LossSums) -> None:
         self.sums.append(torch.stack([sums.nll.float(), sums.penalty.float(), sums.correct.float()]))
 
-    def count(self, tokens: float, captions: float, rate: float) -> None:
-        self.tokens, self.captions, self.steps, self.rate = self.tokens + tokens, self.captions + captions, self.steps + 1, rate
+    def count(self, tokens: float, captions: float, rate: float, bad: int) -> None:
+        self.tokens, self.captions, self.steps = self.tokens + tokens, self.captions + captions, self.steps + 1
+        self.bad_samples, self.rate = self.bad_samples + bad, rate
+
+    def wait_for(self, fetch: Callable[[], T]) -> T:
+        """The result of `fetch()`, its time booked as waiting for data."""
+        began = time.perf_counter()
+        result = fetch()
+        self.waited += time.perf_counter() - began
+        return result
+
+    def nll_of_last(self, micro_batches: int) -> float:
+        """Summed NLL of this rank's last micro-batches; waits for the device."""
+        return float(sum(part[0] for part in self.sums[-micro_batches:]))
 
     def restart(self) -> None:
         """Leave out the time until now (an evaluation, say) from the rates."""

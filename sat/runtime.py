@@ -120,8 +120,8 @@ class Runtime:
         self.accelerator.end_training()
 
 
-def start(precision: str = "no") -> Runtime:
-    """Join the process group that the launcher set up (or run alone) at mixed `precision` no|bf16|fp16.
+def start(precision: str = "fp32") -> Runtime:
+    """Join the process group that the launcher set up (or run alone) at `precision` fp32|bf16|fp16.
 
     Raises RuntimeError when the group that forms is not the one the launcher announced: two trainings that both think
     they are rank 0 would overwrite each other.
@@ -130,25 +130,30 @@ def start(precision: str = "no") -> Runtime:
     on_cpu = not torch.cuda.is_available()
     if use_deepspeed and on_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed reads it at its first import
+        import deepspeed.ops
+
+        # Its shared-memory all-reduce wants a compiler and a minute, and aborts some processes at exit; gloo does as well.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     from accelerate import Accelerator
     from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
     if precision == "fp16" and on_cpu:
-        raise ValueError("train.precision is fp16, which a CPU computes 15 times slower than bf16; use bf16 or no")
+        raise ValueError("train.precision is fp16, which a CPU computes 15 times slower than bf16; use bf16 or fp32")
     announced = int(os.environ.get("WORLD_SIZE", "1"))
     handlers = [DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
-    if announced > 1:
+    if "LOCAL_RANK" in os.environ:
         handlers.append(InitProcessGroupKwargs(backend="gloo" if on_cpu else "nccl", timeout=COLLECTIVE_TIMEOUT))
     accelerator = Accelerator(
         cpu=on_cpu and not use_deepspeed,
-        mixed_precision=precision,
+        mixed_precision="no" if precision == "fp32" else precision,
         kwargs_handlers=handlers,
         step_scheduler_with_optimizer=False,
     )
     world_size = dist.get_world_size() if dist.is_initialized() else 1
-    if world_size != announced:
+    if not announced == world_size == accelerator.num_processes:
         raise RuntimeError(
-            f"the launcher announced WORLD_SIZE={announced} but the process group has {world_size}; start with "
+            f"the launcher announced WORLD_SIZE={announced}, the process group has {world_size} ranks and accelerate counts "
+            f"{accelerator.num_processes}: ranks would train apart and overwrite each other; start with "
             "`accelerate launch --config_file launch/cpu.yaml -m sat.train CONFIG` (or launch/multi_gpu.yaml)"
         )
     rank = dist.get_rank() if world_size > 1 else 0

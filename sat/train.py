@@ -9,7 +9,6 @@ import itertools
 import json
 import math
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,8 +18,10 @@ from tqdm import tqdm
 
 from sat import checkpoint
 from sat import config as settings
-from sat.data.loader import CaptionBatch, Cursor, training_batches
+from sat.data.batch import CaptionBatch
+from sat.data.loader import training_batches
 from sat.data.order import derive_key
+from sat.data.plan import Cursor
 from sat.evaluate import Evaluation, evaluate
 from sat.export import module_state, save_model
 from sat.learner import Learner, build_learner, check_resumable, load_tensors, save_tensors
@@ -52,9 +53,9 @@ def train(config: settings.Config, runtime: Runtime) -> Progress:
     finished = False
     with tqdm(total=data.total_steps, initial=progress.step, desc="train", unit="step", disable=not runtime.is_main) as bar:
         meter = Meter()
-        for steps_batches in steps_from(config, data, progress.cursor, runtime, meter):
-            stop = take_step(config, learner, steps_batches, progress.step, run, meter)
-            progress = advance(progress, steps_batches, config)
+        for step_batches in steps_from(config, data, progress.cursor, runtime, meter):
+            stop = take_step(config, learner, step_batches, progress.step, run, meter)
+            progress = replace(progress, step=progress.step + 1, cursor=cursor_after(progress.cursor, step_batches[0]))
             bar.update()
             last = progress.step == data.total_steps
             if progress.step % config.train.log_every == 0 or last:
@@ -77,13 +78,12 @@ def steps_from(
     config: settings.Config, data: TrainingData, cursor: Cursor, runtime: Runtime, meter: Meter
 ) -> Iterator[list[CaptionBatch]]:
     """The micro-batches of each remaining optimizer step, over all remaining epochs; waiting time goes to the meter."""
-    for epoch in range(cursor.epoch, config.train.epochs):
-        start_at = cursor if epoch == cursor.epoch else replace(cursor, epoch=epoch, samples_done=0)
+    while cursor.epoch < config.train.epochs:
         batches = training_batches(
             data.sources,
             data.tokenizer,
             splits=config.data.train_splits,
-            cursor=start_at,
+            cursor=cursor,
             global_batch=config.train.global_batch,
             rank=runtime.rank,
             world_size=runtime.world_size,
@@ -94,21 +94,20 @@ def steps_from(
             num_workers=config.data.num_workers,
             on_bad_sample=config.data.on_bad_sample,
             max_bad_samples=config.data.max_bad_samples,
+            decode=data.decode,
+            cache_dir=config.data.cache_dir,
+            cache_gb=config.data.cache_gb,
+            pin_memory=runtime.device.type == "cuda",
         )
-        batches = iter(batches)
-        while True:
-            began = time.perf_counter()
-            step_batches = list(itertools.islice(batches, config.train.accumulation_steps))
-            meter.waited += time.perf_counter() - began
-            if not step_batches:
-                break
+        while step_batches := meter.wait_for(lambda: list(itertools.islice(batches, config.train.accumulation_steps))):
             yield step_batches
+        cursor = cursor.next_epoch()
 
 
 def take_step(config, learner: Learner, batches: list[CaptionBatch], step: int, run: Run, meter: Meter) -> bool:
     """One optimizer step over `batches`. All ranks enter. Returns whether any rank was asked to stop."""
     runtime = run.runtime
-    local = [sum(batch.num_tokens for batch in batches), sum(batch.num_captions for batch in batches), run.stop_wanted()]
+    local = [sum(int(batch.tokens) for batch in batches), sum(int(batch.caption_count) for batch in batches), run.stop_wanted()]
     tokens, captions, stop = runtime.sum_over_ranks(local)
     torch.manual_seed(derive_key(config.train.seed, step, runtime.rank) >> 1)
     rate = learner.set_learning_rate(step)
@@ -119,18 +118,18 @@ def take_step(config, learner: Learner, batches: list[CaptionBatch], step: int, 
                 sums = learner.model(batch.grid, batch.captions, batch.lengths, learner.sampling_probability(step))
             runtime.backward(total_loss(sums, tokens, captions), len(batches))
         meter.add(sums)
-    if config.model.attention == "hard":
-        learner.module.update_baseline(runtime.sum_over_ranks([sum(part[0].item() for part in meter.sums[-len(batches) :])])[0] / max(tokens, 1))
     meter.gradient_norm = runtime.step(learner.model, learner.optimizer, config.train.clip_norm)
     learner.after_step()
-    meter.count(tokens, captions, rate)
+    if config.model.attention == "hard":
+        nll = runtime.sum_over_ranks([meter.nll_of_last(len(batches))])[0]
+        learner.module.update_baseline(nll / max(tokens, 1))
+    meter.count(tokens, captions, rate, bad=sum(batch.bad for batch in batches))
     return stop > 0
 
 
-def advance(progress: Progress, batches: list[CaptionBatch], config: settings.Config) -> Progress:
-    """Count the step; the cursor moves only here, after the update, so that prefetching loses nothing."""
-    done = progress.cursor.samples_done + batches[0].global_samples
-    return replace(progress, step=progress.step + 1, cursor=replace(progress.cursor, epoch=batches[0].epoch, samples_done=done))
+def cursor_after(cursor: Cursor, batch: CaptionBatch) -> Cursor:
+    """The cursor moves only here, after the update, so that what was read ahead is neither lost nor repeated."""
+    return (cursor if batch.epoch == cursor.epoch else cursor.next_epoch()).advanced(batch.samples_done)
 
 
 def resume(config: settings.Config, data: TrainingData, learner: Learner, runtime: Runtime) -> Progress:
@@ -185,7 +184,7 @@ def log_step(step: int, learner: Learner, meter: Meter, run: Run, bar: tqdm) -> 
     if not (math.isfinite(values["nll_per_token"]) and math.isfinite(values["gradient_norm"])):
         raise RuntimeError(
             f"step {step}: NLL {values['nll_per_token']}, gradient norm {values['gradient_norm']}; the last checkpoint is from "
-            "before; lower train.learning_rate, lengthen train.warmup_steps, or use train.precision=no"
+            "before; lower train.learning_rate, lengthen train.warmup_steps, or use train.precision=fp32"
         )
 
 

@@ -1,6 +1,9 @@
 """What a run learns from, opened and checked before anything expensive starts."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+
+from torch import Tensor
 
 from sat import config as settings
 from sat.data.loader import steps_per_epoch
@@ -20,6 +23,8 @@ class TrainingData:
     """Steps between evaluations."""
     save_every: int
     """Steps between checkpoints."""
+    decode: Callable[[bytes], Tensor] | None
+    """Picture file -> what the encoder sees, uint8 [3, S, S]; None for precomputed features."""
 
     @property
     def main(self) -> Manifest:
@@ -40,13 +45,17 @@ def open_data(config: settings.Config) -> TrainingData:
         manifest = load_manifest(extra.features)
         refuse_other_features(main.fingerprint, manifest)
         sources.append((manifest, extra.weight))
-    per_epoch = steps_per_epoch(sources, config.data.train_splits, config.train.global_batch, config.data.run_length)
+    per_epoch = steps_per_epoch(sources, config.data.train_splits, config.train.global_batch)
+    total_steps = per_epoch * config.train.epochs
+    if config.train.warmup_steps >= total_steps:
+        raise ValueError(f"train.warmup_steps {config.train.warmup_steps} must be below the {total_steps} steps of this training")
     eval_every = config.train.eval_every or per_epoch
     return TrainingData(
         sources=sources,
         tokenizer=CaptionTokenizer.load(config.data.tokenizer),
         steps_per_epoch=per_epoch,
-        total_steps=per_epoch * config.train.epochs,
+        total_steps=total_steps,
         eval_every=eval_every,
         save_every=config.train.save_every or eval_every,
+        decode=None,
     )
