@@ -7,11 +7,12 @@ every data set and every job of a machine at once; processes agree through file 
 import fcntl
 import hashlib
 import os
+import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from queue import SimpleQueue
 from typing import BinaryIO
 
 import fsspec
@@ -34,6 +35,7 @@ class FolderStore:
     is_remote = False
     open_files = 128
     """File descriptors that a reader keeps."""
+    retries = 0
 
     def __init__(self, folder: str):
         self.folder = folder
@@ -67,9 +69,10 @@ class RemoteStore:
         self.folder = Path(folder)
         self.limit = limit
         self.retries = 0
+        """Downloads that failed and were tried again."""
         self._ahead: dict[str, int] = {}
-        self._pool: ThreadPoolExecutor | None = None
-        self._pool_owner = 0
+        self._expected: SimpleQueue[ShardInfo] = SimpleQueue()
+        self._fetching_process = 0
 
     def __reduce__(self):
         return RemoteStore, (self.root, str(self.folder), self.limit)
@@ -96,17 +99,22 @@ class RemoteStore:
         """Fetch the shard in the background, unless half the cache already waits to be used."""
         if shard.name in self._ahead or sum(self._ahead.values()) + shard.bytes > self.limit // 2:
             return
-        if self._pool_owner != os.getpid():  # threads do not survive a fork
-            self._pool, self._pool_owner = ThreadPoolExecutor(DOWNLOADS, "fetch-shards"), os.getpid()
+        if self._fetching_process != os.getpid():  # threads do not survive a fork
+            self._expected, self._fetching_process = SimpleQueue(), os.getpid()
+            for _ in range(DOWNLOADS):
+                # Daemons: a process that is done must not wait for downloads that nobody needs any more.
+                threading.Thread(target=self._fetch_expected, name="fetch-shards", daemon=True).start()
         self._ahead[shard.name] = shard.bytes
-        self._pool.submit(self._fetch_ahead, shard)
+        self._expected.put(shard)
 
-    def _fetch_ahead(self, shard: ShardInfo) -> None:
-        try:
-            if not self._path(shard).exists():
-                os.close(self._fetch_shard(shard))
-        except (OSError, ValueError):
-            self._ahead.pop(shard.name, None)  # the reader meets the same error when it needs the shard, and names it
+    def _fetch_expected(self) -> None:
+        while True:
+            shard = self._expected.get()
+            try:
+                if shard.name in self._ahead and not self._path(shard).exists():
+                    os.close(self._fetch_shard(shard))
+            except Exception:
+                self._ahead.pop(shard.name, None)  # the reader meets the same error when it needs the shard, and names it
 
     def _path(self, shard: ShardInfo) -> Path:
         return self.folder / f"{shard.sha256}.tar"
@@ -124,15 +132,20 @@ class RemoteStore:
         while True:
             descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
             fcntl.flock(descriptor, fcntl.LOCK_EX)
-            if _is_at(descriptor, part):
-                break
-            os.close(descriptor)  # another process published or removed the file while this one waited for its lock
             try:
-                return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                published = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             except FileNotFoundError:
+                if _is_at(descriptor, part):
+                    break
+                os.close(descriptor)  # another process removed it while this one waited for its lock
                 continue
+            if _is_at(descriptor, part):
+                part.unlink()
+            os.close(descriptor)
+            return published
         url = f"{self.root}/{name}"
         try:
+            os.ftruncate(descriptor, 0)  # what a killed process left
             reserve(descriptor)
             retrying(lambda: _download(url, size, sha256, descriptor), url, self._count, _is_transient)
             os.fsync(descriptor)

@@ -46,15 +46,12 @@ class Rows:
 
 
 class SampleReader:
-    """Reads samples of one source. Cheap to make: shards, rows and files are opened when they are first needed.
-
-    `retries` counts the I/O errors that another attempt overcame.
-    """
+    """Reads samples of one source. Cheap to make: shards, rows and files are opened when they are first needed."""
 
     def __init__(self, manifest: Manifest, store: ShardStore):
         self.manifest = manifest
         self.store = store
-        self.retries = 0
+        self._retries = 0
         self._rows: OrderedDict[int, Rows] = OrderedDict()
         self._cached_rows = 0
         self._files: OrderedDict[int, int] = OrderedDict()
@@ -74,6 +71,11 @@ class SampleReader:
         for descriptor in self._files.values():
             os.close(descriptor)
 
+    @property
+    def retries(self) -> int:
+        """I/O errors so far that another attempt overcame."""
+        return self._retries + self.store.retries
+
     def rows(self, shard: int) -> Rows:
         """Rows of a shard, from a bounded cache. ValueError where they are not those that were written."""
         found = self._rows.get(shard)
@@ -82,7 +84,11 @@ class SampleReader:
             return found
         table = self._retrying(lambda: self.store.rows(self.manifest, shard), f"{self.manifest.root}: rows of shard {shard}")
         columns = [table[name].to_pylist() for name in ("key", "image_id", "offset", "nbytes", "xxh3")]
-        rows = Rows(self.manifest.shards[shard].name, *columns, table["captions"].combine_chunks())
+        info = self.manifest.shards[shard]
+        rows = Rows(info.name, *columns, table["captions"].combine_chunks())
+        ends = [offset + nbytes for offset, nbytes in zip(rows.offsets, rows.nbytes)]
+        if min(rows.offsets) < 0 or min(rows.nbytes) < TAR_BLOCK or max(ends) > info.bytes:
+            raise ValueError(f"{self.manifest.root}: {info.name}: the manifest places samples outside the shard")
         self._rows[shard] = rows
         self._cached_rows += len(rows.keys)
         while self._cached_rows > CACHED_ROWS and len(self._rows) > 1:
@@ -96,7 +102,9 @@ class SampleReader:
         """
         rows = self.rows(shard)
         rest = rows.nbytes[sample] - PAYLOAD - len(out)
-        if not 0 <= rest <= len(self._tail):
+        if rest > len(self._tail):
+            self._tail = memoryview(bytearray(rest))
+        if rest < 0:
             raise self.bad(rows, sample, f"{rows.nbytes[sample]} bytes cannot hold a grid of {len(out)} and its .json")
         tail = self._tail[:rest]
         self._read(shard, rows, sample, [self._head, out, tail])
@@ -127,7 +135,8 @@ class SampleReader:
     def expect(self, shard: int, sample: int) -> None:
         """Say that this sample is needed soon: the kernel, or the cache of a remote source, fetches it meanwhile."""
         if self.store.is_remote:
-            self.store.expect(self.manifest.shards[shard])
+            if shard not in self._files:
+                self.store.expect(self.manifest.shards[shard])
         elif shard in self._files and shard in self._rows:
             rows = self._rows[shard]
             os.posix_fadvise(self._files[shard], rows.offsets[sample], rows.nbytes[sample], os.POSIX_FADV_WILLNEED)
@@ -177,7 +186,7 @@ class SampleReader:
 
     def _retrying(self, operation: Callable[[], Result], what: str, shard: int | None = None) -> Result:
         def count() -> None:
-            self.retries += 1
+            self._retries += 1
             # A stale handle stays stale: the next attempt opens the file anew.
             if shard in self._files:
                 os.close(self._files.pop(shard))

@@ -1,0 +1,307 @@
+"""The loader's promises over real tiny shards: the same global batches for any world, resume anywhere, evaluation once."""
+
+import io
+from collections import Counter
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from helpers_shards import encoded, grid_of, make_feature_dataset, picture, self_describing_captions
+from PIL import Image
+
+from preprocessing.finalize import finalize
+from preprocessing.grids import restore, store
+from preprocessing.plan import Plan, publish_plan
+from preprocessing.shards import PlannedShard, Sample, write_shard
+from sat.data import reader as reader_module
+from sat.data.loader import evaluation_batches, read_references, steps_per_epoch, training_batches
+from sat.data.plan import Cursor
+from sat.text import END, PAD, START, build_tokenizer
+
+SAMPLES = 23
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory):
+    return make_feature_dataset(tmp_path_factory.mktemp("features"), {"train": SAMPLES, "val": 6, "restval": 5})
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return build_tokenizer([c for i in range(SAMPLES) for c in self_describing_captions("train", i)], 1)
+
+
+@pytest.fixture
+def batches_of(manifest, tokenizer):
+    """training_batches over the tiny set, with its usual settings unless told otherwise."""
+    return partial(_batches, [(manifest, 1.0)], tokenizer)
+
+
+def _batches(sources, tokenizer, *, done=0, epoch=0, **settings):
+    cursor = replace(Cursor.start(sources, 7), samples_done=done, epoch=epoch)
+    settings = {"splits": ["train"], "global_batch": 8} | settings
+    return list(training_batches(sources, tokenizer, cursor=cursor, **settings))
+
+
+def global_batches(batches_of, world_size, **settings):
+    """{step: sorted image ids} over all ranks."""
+    found: dict[int, list[str]] = {}
+    for rank in range(world_size):
+        for batch in batches_of(rank=rank, world_size=world_size, **settings):
+            found.setdefault(batch.step, []).extend(filter(None, batch.image_ids))
+    return {step: sorted(ids) for step, ids in found.items()}
+
+
+def assert_equal(ours, theirs):
+    assert len(ours) == len(theirs)
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.equal(a.grid.view(torch.uint8), b.grid.view(torch.uint8))
+        assert torch.equal(a.captions, b.captions) and torch.equal(a.lengths, b.lengths)
+        assert (a.image_ids, a.keys, a.step, a.samples_done) == (b.image_ids, b.keys, b.step, b.samples_done)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("global_batch", [1, 8, 10])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 5])
+def test_global_batches_are_the_same_for_any_ranks_and_accumulation(batches_of, world_size, global_batch):
+    expected = global_batches(batches_of, 1, global_batch=global_batch)
+    assert Counter(i for ids in expected.values() for i in ids) == Counter(f"train-{i}" for i in range(SAMPLES))
+    assert [len(ids) for ids in expected.values()][:-1] == [global_batch] * (len(expected) - 1)
+    for accumulation in (1, 3):
+        settings = {"global_batch": global_batch, "accumulation_steps": accumulation}
+        assert global_batches(batches_of, world_size, **settings) == expected
+
+
+@pytest.mark.faults
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker")
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 5])
+def test_the_number_of_workers_changes_nothing(batches_of, world_size):
+    for rank in range(world_size):
+        settings = {"rank": rank, "world_size": world_size, "accumulation_steps": 2, "global_batch": 10}
+        expected = batches_of(**settings)
+        for workers in (1, 2, 3):
+            assert_equal(batches_of(num_workers=workers, **settings), expected)
+
+
+@pytest.mark.faults
+def test_resume_after_any_step_with_another_world_yields_the_remaining_batches(batches_of):
+    whole = global_batches(batches_of, 1, epoch=3)
+    for step in range(len(whole) + 1):
+        for world_size, accumulation in ((1, 1), (2, 1), (3, 2)):
+            done = min(step * 8, SAMPLES)
+            rest = global_batches(batches_of, world_size, epoch=3, done=done, accumulation_steps=accumulation)
+            assert rest == {s: ids for s, ids in whole.items() if s >= step}
+
+
+def test_the_cursor_value_of_each_batch_resumes_behind_it(batches_of):
+    for batch in batches_of(accumulation_steps=2, world_size=2):
+        rest = batches_of(done=batch.samples_done)
+        assert not {i for b in rest for i in b.image_ids} & set(filter(None, batch.image_ids))
+        assert sum(len(b.image_ids) for b in rest) == SAMPLES - batch.samples_done
+
+
+def test_every_rank_makes_the_same_micro_batches_and_short_ranks_get_empty_rows(batches_of):
+    ranks = [batches_of(rank=rank, world_size=5, accumulation_steps=2, global_batch=8) for rank in range(5)]
+    assert len({tuple((b.step, len(b.keys)) for b in batches) for batches in ranks}) == 1
+    padding = 0
+    for batch in (b for batches in ranks for b in batches):
+        assert batch.grid.shape == (len(batch.keys), 4, 8)
+        for row, key in enumerate(batch.keys):
+            if not key:
+                padding += 1
+                assert not batch.grid[row].any() and not batch.lengths[row].any() and (batch.captions[row] == PAD).all()
+            else:
+                assert batch.lengths[row].all()
+    assert padding == sum(len(b.keys) for batches in ranks for b in batches) - SAMPLES
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32", "int8"])
+def test_rows_hold_the_grid_and_the_captions_of_their_image(tmp_path, tokenizer, dtype):
+    manifest = make_feature_dataset(tmp_path, {"train": 9}, dtype=dtype)
+    scale = np.full(8, 4 / 127, np.float32) if dtype == "int8" else None
+    for batch in _batches([(manifest, 1.0)], tokenizer, global_batch=4):
+        assert str(batch.grid.dtype) == {"bf16": "torch.bfloat16", "fp16": "torch.float16", "fp32": "torch.float32"}.get(
+            dtype, "torch.int8"
+        )
+        for row, image_id in enumerate(batch.image_ids):
+            index = int(image_id.split("-")[1])
+            expected = restore(store(grid_of("train", index, 4, 8), dtype, scale), dtype, scale)
+            got = batch.grid[row].float().numpy() * (scale if dtype == "int8" else 1)
+            assert np.array_equal(got, expected)
+            for k, text in enumerate(self_describing_captions("train", index)):
+                ids, length = batch.captions[row, k].tolist(), int(batch.lengths[row, k])
+                assert ids[0] == START and ids[length] == END and set(ids[length + 1 :]) <= {PAD}
+                assert tokenizer.decode(ids) == text and length == len(text.split()) + 1
+        assert batch.captions.shape[2] == int(batch.lengths.max()) + 1
+        assert int(batch.tokens) == int(batch.lengths.sum()) and int(batch.caption_count) == 5 * len(batch.keys)
+
+
+def test_long_captions_are_cut_and_wordless_ones_dropped(tmp_path):
+    texts = {0: ["one two three four", "..."], 1: [], 2: ["!", "two"]}
+    manifest = make_feature_dataset(tmp_path, {"train": 3}, captions=lambda split, index: texts[index])
+    tokenizer = build_tokenizer(["one two three four"], 1)
+    (batch,) = _batches([(manifest, 1.0)], tokenizer, max_caption_length=3, captions_per_image=2)
+    rows = {i: row for row, i in enumerate(batch.image_ids)}
+    assert batch.lengths[rows["train-0"]].tolist() == [4, 0]
+    assert tokenizer.decode(batch.captions[rows["train-0"], 0]) == "one two three"
+    assert batch.lengths[rows["train-1"]].tolist() == [0, 0]
+    assert batch.lengths[rows["train-2"]].tolist() == [2, 0]
+    assert tokenizer.decode(batch.captions[rows["train-2"], 0]) == "two"
+
+
+def test_the_captions_chosen_depend_on_seed_epoch_and_image_only(batches_of):
+    def shown(**settings):  # the five captions of an image differ in length
+        world = settings.get("world_size", 1)
+        batches = [b for rank in range(world) for b in batches_of(rank=rank, captions_per_image=2, **settings)]
+        return {i: b.lengths[row].tolist() for b in batches for row, i in enumerate(b.image_ids) if i}
+
+    first = shown(epoch=0)
+    assert shown(epoch=0, world_size=3, accumulation_steps=2, run_length=1) == first
+    assert shown(epoch=1) != first
+
+
+def test_epochs_differ_in_order_and_agree_in_content(batches_of):
+    orders = [[i for b in batches_of(epoch=epoch) for i in b.image_ids] for epoch in range(3)]
+    assert len(set(map(tuple, orders))) == 3
+    assert len({tuple(sorted(order)) for order in orders}) == 1
+
+
+def test_a_bounded_cache_of_rows_changes_nothing(batches_of, monkeypatch):
+    expected = batches_of()
+    monkeypatch.setattr(reader_module, "CACHED_ROWS", 1)
+    assert_equal(batches_of(), expected)
+
+
+def test_several_splits_are_one_training_set(batches_of):
+    ids = [i for b in batches_of(splits=["restval", "train"]) for i in b.image_ids]
+    assert sorted(ids) == sorted([f"train-{i}" for i in range(SAMPLES)] + [f"restval-{i}" for i in range(5)])
+
+
+def test_a_mixture_gives_main_samples_once_and_extras_by_weight_for_any_world(manifest, tokenizer, tmp_path):
+    extra = make_feature_dataset(tmp_path, {"train": 4, "test": 2}, name="extra")
+    sources = [(manifest, 1.0), (extra, 0.5)]
+    expected = global_batches(partial(_batches, sources, tokenizer), 1)
+    counts = Counter(i for ids in expected.values() for i in ids)
+    # Both sets name their images alike: train-0 .. train-3 are in both.
+    assert sum(counts.values()) == SAMPLES + round(0.5 * SAMPLES)
+    assert all(counts[f"train-{i}"] == 1 for i in range(4, SAMPLES))
+    assert {counts[f"train-{i}"] for i in range(4)} == {1 + 3}
+    assert global_batches(partial(_batches, sources, tokenizer), 3, accumulation_steps=2) == expected
+    assert steps_per_epoch(sources, ["train"], 8) == len(expected)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4, 7])
+def test_evaluation_reads_each_image_exactly_once_and_balanced(manifest, world_size):
+    shares = []
+    for rank in range(world_size):
+        batches = list(evaluation_batches(manifest, split="val", rank=rank, world_size=world_size, batch_size=2))
+        shares.append([i for b in batches for i in b.image_ids])
+        assert all(b.grid.shape == (len(b.keys), 4, 8) and b.captions.shape[1] == 0 for b in batches)
+    assert Counter(i for share in shares for i in share) == Counter(f"val-{i}" for i in range(6))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_evaluation_pairs_each_image_with_its_own_grid(manifest):
+    for batch in evaluation_batches(manifest, split="train", batch_size=5, num_workers=2):
+        for row, image_id in enumerate(batch.image_ids):
+            expected = grid_of("train", int(image_id.split("-")[1]), 4, 8).astype(np.float16)
+            assert np.array_equal(batch.grid[row].numpy(), expected)
+
+
+def test_references_are_the_captions_as_given(manifest):
+    assert read_references(manifest, "val") == {f"val-{i}": self_describing_captions("val", i) for i in range(6)}
+
+
+@pytest.mark.faults
+def test_more_ranks_than_samples_still_make_equal_steps(batches_of):
+    ranks = [batches_of(rank=rank, world_size=40, global_batch=64) for rank in range(40)]
+    assert {len(batches) for batches in ranks} == {1}
+    assert sum(bool(key) for batches in ranks for key in batches[0].keys) == SAMPLES
+    assert int(ranks[-1][0].tokens) == 0
+
+
+@pytest.mark.faults
+def test_an_empty_or_unknown_split_is_refused_with_those_there_are(manifest, tokenizer):
+    for call in (
+        lambda: _batches([(manifest, 1.0)], tokenizer, splits=["train", "trian"]),
+        lambda: evaluation_batches(manifest, split="trian"),
+        lambda: read_references(manifest, "trian"),
+        lambda: steps_per_epoch([(manifest, 1.0)], ["trian"], 8),
+    ):
+        with pytest.raises(ValueError, match=r"trian.*'restval': 5, 'train': 23, 'val': 6"):
+            call()
+
+
+def test_settings_and_sources_that_do_not_fit_are_refused_at_once(manifest, tokenizer, tmp_path):
+    sources = [(manifest, 1.0)]
+    start = partial(training_batches, sources, tokenizer, splits=["train"], global_batch=8)
+    with pytest.raises(ValueError, match="cursor belongs to data set"):
+        start(cursor=replace(Cursor.start(sources, 1), manifest="f" * 64))
+    with pytest.raises(ValueError, match="sample 24 of an epoch of 23"):
+        start(cursor=replace(Cursor.start(sources, 1), samples_done=24))
+    with pytest.raises(ValueError, match="choose fail or quarantine"):
+        start(cursor=Cursor.start(sources, 1), on_bad_sample="skip")
+    with pytest.raises(ValueError, match="`decode` and `image_size` are for images"):
+        start(cursor=Cursor.start(sources, 1), decode=lambda blob: None, image_size=8)
+    other = make_feature_dataset(tmp_path, {"train": 4}, dim=16)
+    mixed = [(manifest, 1.0), (other, 1.0)]
+    with pytest.raises(ValueError, match="dim is 16 in .*, 8 in"):
+        training_batches(mixed, tokenizer, splits=["train"], cursor=Cursor.start(mixed, 1), global_batch=8)
+
+
+def test_cursor_survives_json_and_refuses_another_version(manifest):
+    cursor = Cursor.start([(manifest, 1.0)], 5).advanced(16)
+    assert Cursor.from_dict(cursor.to_dict()) == cursor
+    assert (cursor.next_epoch().epoch, cursor.next_epoch().samples_done) == (1, 0)
+    with pytest.raises(ValueError, match="cursor of version 99"):
+        Cursor.from_dict(cursor.to_dict() | {"version": 99})
+
+
+def test_batches_move_between_devices_with_all_their_tensors(batches_of):
+    batch = batches_of()[0].to("meta")
+    assert {batch.grid.device.type, batch.captions.device.type, batch.lengths.device.type} == {"meta"}
+    assert len(batch.keys) == 8
+
+
+def make_image_dataset(root, count):
+    """A finished data set of PNG pictures, `picture(index)` under the image id `index`."""
+    shard = PlannedShard("train-000000.tar", "train", count, "0" * 64)
+    plan = publish_plan(Plan(root, "images", {"name": "pictures"}, {}, (shard,)))
+    blobs = [encoded(picture(index), "PNG") for index in range(count)]
+    samples = [Sample(f"k{i}", str(i), f"{i}.png", ("red",), 64, 48, "png", blob) for i, blob in enumerate(blobs)]
+    write_shard(root, shard, plan.digest, samples)
+    return finalize(plan)
+
+
+def decode_crop(blob):
+    array = np.asarray(Image.open(io.BytesIO(blob)).crop((0, 0, 32, 32)))
+    return torch.from_numpy(array.copy()).permute(2, 0, 1)
+
+
+def test_image_shards_give_pictures_and_empty_rows_where_there_is_no_sample(tmp_path, tokenizer):
+    manifest = make_image_dataset(tmp_path, 5)
+    settings = {"decode": decode_crop, "image_size": 32, "global_batch": 3, "num_workers": 1}
+    seen = set()
+    for rank in range(2):
+        for batch in _batches([(manifest, 1.0)], tokenizer, rank=rank, world_size=2, **settings):
+            assert batch.grid.dtype == torch.uint8 and batch.grid.shape == (len(batch.keys), 3, 32, 32)
+            for row, image_id in enumerate(batch.image_ids):
+                if image_id:
+                    seen.add(image_id)
+                    expected = np.asarray(picture(int(image_id)).crop((0, 0, 32, 32)))
+                    assert np.array_equal(batch.grid[row].permute(1, 2, 0).numpy(), expected)
+                else:
+                    assert not batch.grid[row].any()
+    assert seen == {str(i) for i in range(5)}
+
+
+def test_a_picture_that_cannot_be_decoded_names_shard_and_key(tmp_path, tokenizer):
+    manifest = make_image_dataset(tmp_path, 2)
+
+    def refuse(blob):
+        raise OSError("no picture")
+
+    with pytest.raises(ValueError, match="train-000000.tar: key k[01]: its picture cannot be decoded: no picture"):
+        _batches([(manifest, 1.0)], tokenizer, decode=refuse, image_size=32)
