@@ -237,7 +237,7 @@ def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Confi
     for override in overrides:
         if "=" not in override:
             raise ValueError(f"override {override!r} is not of the form key=value, e.g. train.epochs=3")
-        layers.append(OmegaConf.from_dotlist([override]))
+        layers.append(OmegaConf.from_dotlist([override + "''" if override.endswith("=") else override]))
     try:
         given = OmegaConf.merge(*layers)
     except OmegaConfBaseException as error:

@@ -21,6 +21,7 @@ from sat.data.manifest import Manifest, load_manifest
 from sat.decoding import DecodeOptions, decode
 from sat.export import load_model, refuse_other_features
 from sat.metrics import Scores, most_frequent_caption, score
+from sat.run import attach
 from sat.runtime import Runtime, start
 from sat.text import CaptionTokenizer, normalise
 
@@ -164,6 +165,12 @@ def write_report(run: Path, split: str, config, step: int, result: Evaluation, s
     }
     write_json(run / f"captions-{split}.json", [{"image_id": i, "caption": c} for i, c in result.captions.items()])
     write_json(run / f"evaluation-{split}.json", report)
+    if (run / "config.yaml").is_file():
+        with attach(run) as tracker:
+            for name, values in report["scores"].items():
+                label = split if name == "model" else f"{split}_{name}"
+                tracker.log(step, {f"{label}/{metric}": value for metric, value in values.items()})
+            tracker.artifact(run / f"captions-{split}.json", "captions")
     print(json.dumps(report, indent=1))
 
 

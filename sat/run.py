@@ -4,8 +4,11 @@ The surprise: a signal never interrupts anything. It is remembered, rides on the
 ranks then save the same step and leave with exit code 0; `status.json` says whether training is finished or to be resumed.
 """
 
+import contextlib
 import json
 import signal
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -42,6 +45,11 @@ class Run:
         if self.tracker:
             self.tracker.log(step, values)
 
+    def keep_artifact(self, path: Path, folder: str = "") -> None:
+        """Copy a file into the MLflow run."""
+        if self.tracker:
+            self.tracker.artifact(path, folder)
+
     def write_status(self, state: str, **facts: object) -> None:
         """`state` is running, stopped (to be resumed) or finished. Rank 0 writes."""
         if self.runtime.is_main:
@@ -58,6 +66,24 @@ def read_status(folder: Path) -> dict:
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
+@contextlib.contextmanager
+def attach(folder: Path) -> Iterator[Tracker]:
+    """The journal and MLflow run of a trained run folder, to add figures and files to. Rank 0 only."""
+    config = settings.load(folder / "config.yaml")
+    tracker = Tracker(
+        folder,
+        mlflow_uri=config.tracking.mlflow_uri,
+        experiment=config.tracking.experiment,
+        run_name=config.tracking.run_name,
+        params=settings.flatten(config),
+        resume_step=sys.maxsize,
+    )
+    try:
+        yield tracker
+    finally:
+        tracker.close()
+
+
 def open_run(config: settings.Config, runtime: Runtime, resume_step: int) -> Run:
     """Make or re-open the run folder, and start listening for SIGTERM and SIGUSR1. All ranks enter; only rank 0 writes.
 
@@ -68,7 +94,7 @@ def open_run(config: settings.Config, runtime: Runtime, resume_step: int) -> Run
     def prepare() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         settings.save(config, folder / "config.yaml")
-        (folder / STOP_FILE).unlink(missing_ok=True)
+        (folder / STOP_FILE).unlink(missing_ok=True)  # it was for an earlier life
 
     runtime.run_on_main(prepare)
     tracker = None
@@ -82,6 +108,7 @@ def open_run(config: settings.Config, runtime: Runtime, resume_step: int) -> Run
             resume_step=resume_step,
         )
     run = Run(folder, runtime, tracker)
+    run.keep_artifact(folder / "config.yaml")
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, lambda received, _: run.signals.append(received))
     run.write_status("running", step=resume_step)

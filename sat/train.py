@@ -69,6 +69,8 @@ def train(config: settings.Config, runtime: Runtime) -> Progress:
             if finished or stop:
                 break
     state = "finished" if finished else "stopped"
+    for path in sorted(run.best.glob("*")):
+        run.keep_artifact(path, "model")
     run.write_status(state, step=progress.step, best_step=progress.best_step, best_cider=progress.best_cider)
     run.close(finished)
     return progress
@@ -168,6 +170,9 @@ def save(config: settings.Config, data: TrainingData, learner: Learner, progress
     """Commit a checkpoint. All ranks enter."""
     state = {"progress": dataclasses.asdict(progress), "identity": identity(config, data, run.runtime)}
 
+    if run.tracker:
+        run.tracker.flush()
+
     def write(folder: Path) -> None:
         save_tensors(learner, run.runtime, folder)
         if run.runtime.is_main:
@@ -204,7 +209,9 @@ def score_and_keep_best(config: settings.Config, data: TrainingData, learner: Le
 
     def keep() -> None:
         tqdm.write(f"step {progress.step}: " + ", ".join(f"{name} {value:.4f}" for name, value in sorted(scores.items())))
-        write_captions(run.folder / "captions" / f"step-{progress.step:08d}.json", result)
+        captions = run.folder / "captions" / f"step-{progress.step:08d}.json"
+        write_captions(captions, result)
+        run.keep_artifact(captions, "captions")
         if better:
             features = data.main.fingerprint
             save_model(run.best, module_state(model), data.tokenizer, config, features, progress.step)

@@ -1,0 +1,52 @@
+"""One rank of tests/test_two_process.py: takes some optimizer steps and writes down what they did.
+
+usage: two_process_worker.py CONFIG STEPS OUT [key=value ...]
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from sat import config as settings
+from sat.data.plan import Cursor
+from sat.learner import build_learner
+from sat.meter import Meter
+from sat.run import Run
+from sat.runtime import start
+from sat.train import steps_from, take_step
+from sat.training_data import open_data
+
+
+def gradients_are_kept(learner, kept: list[torch.Tensor]):
+    """Write down the exchanged gradient before each update."""
+
+    def hook(optimizer, *_):
+        kept.append(torch.cat([parameter.grad.flatten().clone() for parameter in learner.module.parameters()]))
+
+    learner.optimizer.optimizer.register_step_pre_hook(hook)
+
+
+def main() -> None:
+    config = settings.load(sys.argv[1], sys.argv[4:])
+    runtime = start(config.train.precision)
+    data = open_data(config)
+    learner = build_learner(config, data, runtime)
+    run, meter, kept, lines, weights = Run(Path(config.train.run_dir), runtime, None), Meter(), [], [], []
+    if not runtime.deepspeed:
+        gradients_are_kept(learner, kept)
+    cursor = Cursor.start(data.sources, config.train.seed)
+    for step, batches in zip(range(int(sys.argv[2])), steps_from(config, data, cursor, runtime, meter), strict=False):
+        take_step(config, learner, batches, step, run, meter)
+        line = meter.line(runtime)
+        lines.append(torch.tensor([line["nll_per_token"], line["penalty_per_caption"], line["gradient_norm"]]).double())
+        weights.append(torch.cat([parameter.detach().flatten().float() for parameter in learner.module.parameters()]))
+    if runtime.is_main:
+        found = {"lines": torch.stack(lines), "weights": torch.stack(weights)}
+        save_file(found | ({"gradients": torch.stack(kept)} if kept else {}), sys.argv[3])
+    runtime.close()
+
+
+if __name__ == "__main__":
+    main()
