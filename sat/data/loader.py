@@ -149,14 +149,19 @@ def _iterate(
         batches, batch_size=None, shuffle=False, num_workers=num_workers, pin_memory=pin_memory, worker_init_fn=_quiet_worker
     )
     bad = retries = 0
-    for batch in loader:
-        for problem in batch.problems:
-            logger.warning("quarantined: %s", problem)
-        bad += batch.bad
-        retries += batch.retries
-        if bad > max_bad:
-            raise ValueError(f"{bad} bad samples, data.max_bad_samples allows {max_bad}; the last: {batch.problems[-1]}")
-        yield batch
+    try:
+        for batch in loader:
+            for problem in batch.problems:
+                logger.warning("quarantined: %s", problem)
+            bad += batch.bad
+            retries += batch.retries
+            if bad > max_bad:
+                raise ValueError(f"{bad} bad samples, data.max_bad_samples allows {max_bad}; the last: {batch.problems[-1]}")
+            yield batch
+    except Exception as error:
+        # The traceback's frames hold the DataLoader's iterator, whose workers then outlive it by 5 s each. An error of a
+        # worker carries that worker's traceback as text.
+        raise error.with_traceback(None) if num_workers else error
     if retries:
         logger.warning("%d reads failed and were repeated with success", retries)
 
