@@ -17,10 +17,14 @@ TRANSIENT = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.ECONN
 ATTEMPTS, FIRST_PAUSE_S = 5, 0.05
 
 
+class StillFailing(OSError):
+    """Every attempt failed. Not tried again by a caller that retries too."""
+
+
 def io_error(error: BaseException) -> OSError | None:
     """The transient I/O error that `error` is or was raised from."""
     seen: BaseException | None = error
-    while seen is not None:
+    while seen is not None and not isinstance(seen, StillFailing):
         if isinstance(seen, OSError) and seen.errno in TRANSIENT:
             return seen
         seen = seen.__cause__
@@ -35,7 +39,7 @@ def retrying(
 ) -> Result:
     """Result of `operation`, after up to 5 attempts with doubling pauses; `before_retry` is called between them.
 
-    Errors that are not transient pass unchanged; after the last attempt OSError names `what`.
+    Errors that are not transient pass unchanged; after the last attempt StillFailing (an OSError) names `what`.
     """
     for attempt in range(ATTEMPTS):
         try:
@@ -47,7 +51,7 @@ def retrying(
                 cause = io_error(error)
                 code = cause.errno if cause else errno.EIO
                 detail = os.strerror(code) if cause else f"{type(error).__name__}: {error}"
-                raise OSError(code, f"{what}: {detail} (after {ATTEMPTS} attempts)") from error
+                raise StillFailing(code, f"{what}: {detail} (after {ATTEMPTS} attempts)") from error
         before_retry()
         time.sleep(FIRST_PAUSE_S * 2**attempt)
     raise AssertionError("the last attempt returns or raises")
