@@ -9,10 +9,13 @@ import json
 import os
 import socket
 import time
-from collections.abc import Callable
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
+from multiprocessing import get_context
 from pathlib import Path
 
 from preprocessing.plan import Plan
@@ -80,9 +83,15 @@ def run_shards(
     the stripe's pictures are left out, and whatever `build` raises.
     """
     index, count = parse_stripe(stripe)
-    todo, running, claimed, summary = list(plan.shards[index::count]), {}, {}, Summary()
-    limit = max_bad_fraction * sum(shard.samples for shard in todo)
+    todo, running, claimed, summary = [], {}, {}, Summary()
+    limit = max_bad_fraction * sum(shard.samples for shard in plan.shards[index::count])
     started = time.monotonic()
+    for shard in plan.shards[index::count]:
+        if is_finished(plan.root, shard, plan.digest):
+            summary.add(read_sidecar(plan.root, shard), built=False)
+            progress(shard.samples)
+        else:
+            todo.append(shard)
     try:
         while todo or running or claimed:
             _check_bad(summary, limit, max_bad_fraction)
@@ -101,6 +110,16 @@ def run_shards(
             future.cancel()
     summary.seconds = time.monotonic() - started
     return summary
+
+
+@contextmanager
+def process_pool(processes: int, initializer: Callable | None = None, initargs: tuple = ()) -> Iterator[Executor]:
+    """Fresh worker processes for `run_shards`; the death of one is an OSError that says how to go on."""
+    try:
+        with ProcessPoolExecutor(processes, get_context("spawn"), initializer, initargs) as pool:
+            yield pool
+    except BrokenProcessPool:
+        raise OSError("a worker process died (killed, or out of memory); run the same command again to go on") from None
 
 
 def work_on(plan: Plan, shard: PlannedShard, build: Callable, steal: bool) -> tuple[dict | None, bool]:

@@ -1,7 +1,7 @@
 """Fix, before any work, which samples go into which shard, so that every worker on every machine agrees.
 
     ROOT/work/plan.json               sealed: kind, fingerprint, settings, shards, what was left out
-    ROOT/work/plan-DIGEST.parquet     image shards only: the samples of each shard, one row group per shard
+    ROOT/work/plan-DIGEST.parquet     the samples of each shard, one row group per shard; no rows for feature shards
 
 The surprising decision: a folder keeps its first plan. Running again with the same inputs and settings reuses it, other
 ones are refused (or start from nothing with `overwrite`), so a folder never holds shards of two plans.
@@ -20,6 +20,7 @@ from preprocessing.shards import (
     WORK,
     LeftOut,
     PlannedShard,
+    crash_point,
     publish_exclusive,
     replace_file,
     sync_file,
@@ -34,6 +35,7 @@ PLAN_SCHEMA = pa.schema(
         ("image_id", pa.string()),
         ("file_name", pa.string()),
         ("split", pa.string()),
+        ("file_bytes", pa.int64()),
         ("captions", pa.list_(pa.string())),
     ]
 )
@@ -69,7 +71,7 @@ class Plan:
 
     def rows(self, shard: PlannedShard) -> list[dict]:
         """Planned samples of one shard, columns as in `PLAN_SCHEMA`. Raises ValueError when the table is damaged."""
-        path = self.root / WORK / self.settings["table"]
+        path = table_path(self)
         try:
             rows = pq.ParquetFile(path).read_row_group(self.shards.index(shard), use_threads=False).to_pylist()
         except (pa.ArrowException, OSError) as error:
@@ -79,7 +81,7 @@ class Plan:
         return rows
 
 
-_AGAIN = "run the plan step again with --overwrite"
+_AGAIN = "run the plan step again, with the same options"
 
 
 def fingerprint_digest(fingerprint: dict) -> str:
@@ -92,33 +94,55 @@ def plan_rows_digest(rows: Iterable[dict]) -> str:
     return hashlib.sha256(seal({"rows": list(rows)})).hexdigest()
 
 
-def publish_plan(plan: Plan, overwrite: bool = False) -> Plan:
-    """Write the plan; an equal one that stands is reused.
+def publish_plan(plan: Plan, row_groups: Iterable[list[dict]] = (), overwrite: bool = False) -> Plan:
+    """Write the plan, with `row_groups` (the samples of each shard) as its table; one with this fingerprint is reused.
 
     Raises ValueError, naming what differs, when the folder was planned otherwise; `overwrite` then deletes the old data set.
     """
     (plan.root / WORK).mkdir(parents=True, exist_ok=True)
+    path = plan.root / WORK / PLAN
+    if standing_plan(plan.root) is None:  # none, or a damaged one that nobody can use
+        path.unlink(missing_ok=True)
+    if overwrite and path.exists() and _difference(plan):
+        delete_data_set(plan.root)
+    if not path.exists() or not _difference(plan):
+        _write_table(plan, row_groups)
+        crash_point("plan-table-written")
+        if publish_exclusive(path, _to_bytes(plan)):
+            return plan
+    if difference := _difference(plan):
+        raise ValueError(
+            f"{plan.root} was planned with other inputs or settings ({', '.join(difference)}); "
+            "choose another --out, or delete what is there with --overwrite"
+        )
+    if path.read_bytes() != _to_bytes(plan):  # the same data set from another folder, or with another batch size
+        temporary = temporary_path(plan.root, PLAN)
+        temporary.write_bytes(_to_bytes(plan))
+        replace_file(temporary, path)
+    return plan
+
+
+def standing_plan(root: Path) -> Plan | None:
+    """The plan of a folder, None when there is none or it is damaged."""
+    try:
+        return load_plan(root)
+    except ValueError:
+        return None
+
+
+def _difference(plan: Plan) -> list[str]:
+    """Names of the entries in which the fingerprint of the plan that stands differs from this one."""
+    standing = load_plan(plan.root)
+    names = sorted(standing.fingerprint.keys() | plan.fingerprint.keys())
+    different = [name for name in names if standing.fingerprint.get(name) != plan.fingerprint.get(name)]
+    return different + (["kind"] if standing.kind != plan.kind else [])
+
+
+def _to_bytes(plan: Plan) -> bytes:
     document = {"kind": plan.kind, "fingerprint": plan.fingerprint, "settings": plan.settings, "notes": plan.notes}
     document["shards"] = [asdict(shard) for shard in plan.shards]
     document["left_out"] = [asdict(item) for item in plan.left_out]
-    blob = seal(document)
-    path = plan.root / WORK / PLAN
-    if overwrite and path.exists() and path.read_bytes() != blob:
-        delete_data_set(plan.root)
-    if publish_exclusive(path, blob):
-        return plan
-    standing = load_plan(plan.root)
-    changed = sorted(
-        name
-        for name in standing.fingerprint.keys() | plan.fingerprint.keys()
-        if standing.fingerprint.get(name) != plan.fingerprint.get(name)
-    )
-    if changed or standing.kind != plan.kind:
-        raise ValueError(
-            f"{plan.root} was planned with other inputs or settings ({', '.join(changed) or 'kind'}); "
-            "choose another --out, or delete what is there with --overwrite"
-        )
-    return standing
+    return seal(document)
 
 
 def load_plan(root: Path) -> Plan:
@@ -135,20 +159,24 @@ def load_plan(root: Path) -> Plan:
     return Plan(root=root, shards=shards, left_out=left_out, **document)
 
 
-def write_plan_table(root: Path, row_groups: Iterable[list[dict]], digest: str) -> str:
-    """Write the samples of all shards, one row group each; returns the table's file name, which carries the digest."""
-    name = f"plan-{digest[:16]}.parquet"
-    temporary = temporary_path(root, name)
+def table_path(plan: Plan) -> Path:
+    """The table's name carries the digest of its plan, so that two plans tried at once cannot mix."""
+    return plan.root / WORK / f"plan-{plan.digest[:16]}.parquet"
+
+
+def _write_table(plan: Plan, row_groups: Iterable[list[dict]]) -> None:
+    """Write the planned samples, one row group per shard."""
+    path = table_path(plan)
+    temporary = temporary_path(plan.root, path.name)
     try:
         with open(temporary, "wb") as file:
             with pq.ParquetWriter(file, PLAN_SCHEMA, compression="zstd", write_statistics=False) as writer:
                 for rows in row_groups:
                     writer.write_table(pa.Table.from_pylist(rows, PLAN_SCHEMA), row_group_size=len(rows))
             sync_file(file)
-        replace_file(temporary, root / WORK / name)
+        replace_file(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    return name
 
 
 def delete_data_set(root: Path) -> None:

@@ -118,8 +118,10 @@ class Manifest:
     @property
     def splits(self) -> dict[str, int]:
         """Samples of each split."""
-        counts = self.shards.table.group_by("split", use_threads=False).aggregate([("samples", "sum")])
-        return dict(sorted(zip(counts["split"].to_pylist(), counts["samples_sum"].to_pylist(), strict=True)))
+        counts, ranges = self.shards.samples, {}
+        for name in sorted(pc.unique(self.shards.table["split"]).to_pylist()):
+            ranges[name] = self.shards.of_split(name)
+        return {name: int(counts[shards.start : shards.stop].sum()) for name, shards in ranges.items()}
 
     def rows(self, shard_index: int) -> pa.Table:
         """Rows of one shard, columns as in `SAMPLES_SCHEMA`, in the order of the tar; checked against their digest.
@@ -157,7 +159,8 @@ def load_manifest(root: str | os.PathLike) -> Manifest:
     if document["schema"] != SCHEMA:
         raise ValueError(f"{root}/{MANIFEST}: schema {document['schema']}, this program reads {SCHEMA}")
     blob = _read_recorded(root, SHARDS, document["files"])
-    shards = ShardTable(pq.read_table(pa.BufferReader(blob), use_threads=False))
+    # not pq.read_table: it starts threads that can abort a short process at its end
+    shards = ShardTable(pq.ParquetFile(pa.BufferReader(blob)).read(use_threads=False))
     size = file_size(root, SAMPLES)
     if size != document["files"][SAMPLES]["bytes"]:
         raise ValueError(f"{root}/{SAMPLES}: {size} bytes, {document['files'][SAMPLES]['bytes']} were written")

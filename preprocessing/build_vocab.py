@@ -1,0 +1,86 @@
+"""Training captions -> the tokenizer file, and the statistics of words and lengths that the choice of settings needs.
+
+    python -m preprocessing.build_vocab --features data/coco/features --out data/coco/tokenizer.json
+
+The surprising decision: only the splits trained on are read. A vocabulary that has seen the test captions hides its unknown words.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+
+from preprocessing.annotations import read_annotations
+from preprocessing.console import run
+from sat.data.manifest import load_manifest
+from sat.text import SPECIALS, CaptionTokenizer, build_tokenizer, count_words, normalise
+
+
+def captions_of(root: str, splits: list[str]) -> Iterator[str]:
+    """Captions of the given splits of a finished data set. Raises ValueError when it has none of a split."""
+    manifest = load_manifest(root)
+    for split in splits:
+        shards = manifest.shards.of_split(split)
+        if not shards:
+            raise ValueError(f"{root} has no split {split!r}; it has {', '.join(manifest.splits)}")
+        for index in shards:
+            for captions in manifest.rows(index)["captions"].to_pylist():
+                yield from captions
+
+
+def caption_statistics(captions: list[str], tokenizer: CaptionTokenizer) -> dict:
+    """Counts of captions, words and the vocabulary, the share of words it covers, and caption lengths in words."""
+    lengths = np.array([len(normalise(caption).split()) for caption in captions])
+    counts = count_words(captions)
+    known = set(tokenizer.words[len(SPECIALS) :])
+    covered = sum(count for word, count in counts.items() if word in known)
+    return {
+        "captions": len(captions),
+        "words": int(lengths.sum()),
+        "distinct_words": len(counts),
+        "vocabulary": len(known),
+        "coverage": covered / max(int(lengths.sum()), 1),
+        "length_mean": float(lengths.mean()),
+        "length_std": float(lengths.std()),
+        "length_min": int(lengths.min()),
+        "length_median": float(np.median(lengths)),
+        "length_95_percent": float(np.percentile(lengths, 95)),
+        "length_max": int(lengths.max()),
+    }
+
+
+def main(
+    out: Annotated[Path | None, typer.Option(help="tokenizer file; without it only the statistics are printed")] = None,
+    features: Annotated[list[str] | None, typer.Option(help="folder or URL of feature shards")] = None,
+    images: Annotated[list[str] | None, typer.Option(help="folder or URL of image shards")] = None,
+    annotations: Annotated[list[str] | None, typer.Option(help="annotation file, as for shard_images")] = None,
+    min_count: Annotated[int, typer.Option(min=1, help="words seen less often become <unk>")] = 5,
+    splits: Annotated[list[str], typer.Option(help="splits to read")] = ["train"],
+    statistics: Annotated[Path | None, typer.Option(help="write the statistics to this JSON file as well")] = None,
+) -> None:
+    """Build the vocabulary of the training captions; equal captions give an equal file."""
+    if not (features or images or annotations):
+        raise ValueError("name the captions with --features, --images or --annotations")
+    captions = [caption for root in (features or []) + (images or []) for caption in captions_of(root, splits)]
+    if annotations:
+        records = read_annotations(annotations).images
+        captions += [caption for record in records if record.split in splits for caption in record.captions]
+    if not captions:
+        raise ValueError(f"there is no caption in the splits {', '.join(splits)}")
+    tokenizer = build_tokenizer(captions, min_count)
+    found = caption_statistics(captions, tokenizer)
+    for name, value in found.items():
+        print(f"{name:18} {value:,.3f}" if isinstance(value, float) else f"{name:18} {value:,}")
+    if statistics is not None:
+        statistics.parent.mkdir(parents=True, exist_ok=True)
+        statistics.write_text(json.dumps(found, indent=1) + "\n")
+    if out is not None:
+        tokenizer.save(out)
+        print(f"{out}: {tokenizer.vocab_size} ids ({len(SPECIALS)} special), digest {tokenizer.digest[:12]}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,35 @@
+"""What the command lines of the shard programs share: steps, one line per error, one line of progress."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+
+import typer
+
+
+class Step(StrEnum):
+    """Parts of a job, to run them apart on a cluster; `all` runs them in turn."""
+
+    ALL = "all"
+    PLAN = "plan"
+    SHARDS = "shards"
+    FINALIZE = "finalize"
+
+
+def run(program: Callable[..., None]) -> None:
+    """Run a typer program; what a user or a file can cause (ValueError, OSError) is one line and exit status 1."""
+    try:
+        typer.run(program)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+@contextmanager
+def progress_line(total: int, label: str, unit: str = "images") -> Iterator[Callable[[int], None]]:
+    """Yields a function that advances one progress line with rate and time left."""
+    from tqdm import tqdm
+
+    scale = unit == "B"
+    with tqdm(total=total, desc=label, unit=unit if scale else f" {unit}", unit_scale=scale, dynamic_ncols=True) as bar:
+        yield bar.update

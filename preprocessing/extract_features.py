@@ -1,0 +1,139 @@
+"""Image shards -> feature shards: every picture once through the frozen encoder, its grid beside its captions.
+
+    python -m preprocessing.extract_features --images data/coco/images --out data/coco/features --weights imagenet
+
+One feature shard per image shard, with the same name and keys. The surprising decision: a GPU gets two processes. Each works on
+one shard at a time; while one writes and syncs, the other computes. A CPU gets one process with two shards under way.
+"""
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import get_context
+from multiprocessing.queues import Queue
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from preprocessing.console import Step, progress_line, run
+from preprocessing.extractor import Extractor
+from preprocessing.finalize import finalize
+from preprocessing.grids import merge_statistics
+from preprocessing.jobs import Summary, parse_stripe, process_pool, run_shards
+from preprocessing.plan import Plan, load_plan
+from preprocessing.plan_features import plan_features, scale_of, source_of
+from preprocessing.shards import PlannedShard, is_finished
+from preprocessing.weights import WEIGHTS_DIR, find_weights
+from sat.data.manifest import Manifest
+
+SHARDS_UNDER_WAY = 2
+"""Shards per CPU process, and processes per GPU: one computes while the other is written."""
+
+_extractor: Extractor | None = None
+"""Of a worker process; made by `_start_worker`."""
+
+
+def extract_stripe(plan: Plan, *, stripe: str = "0/1", processes: int = 0, num_workers: int = 0) -> Summary:
+    """Write the shards of a stripe on this machine; 0 processes: two per GPU, or one on a CPU; 0 workers: by cores.
+
+    torch is not even imported when all shards stand. Raises what `Extractor.build` and `run_shards` raise.
+    """
+    index, count = parse_stripe(stripe)
+    shards = plan.shards[index::count]
+    devices = ["cpu"] if all(is_finished(plan.root, s, plan.digest) for s in shards) else _devices(processes)
+    workers = num_workers or max(1, (os.cpu_count() or 1) // len(devices))
+    with progress_line(sum(shard.samples for shard in shards), "feature shards") as advance:
+        if len(devices) == 1:
+            return _extract_here(plan, stripe, devices[0], workers, advance)
+        places = get_context("spawn").Queue()
+        for place in zip(devices, _core_groups(len(devices)), strict=True):
+            places.put(place)
+        with process_pool(len(devices), _start_worker, (plan, places, workers)) as pool:
+            return run_shards(plan, _build, pool, stripe=stripe, slots=len(devices), progress=advance)
+
+
+def finalize_features(plan: Plan) -> Manifest:
+    """Publish the feature data set with its statistics; raises as `finalize`."""
+    splits, dim = plan.fingerprint["statistics_splits"], plan.fingerprint["dim"]
+    return finalize(plan, lambda sidecars: merge_statistics(sidecars, splits, dim, scale_of(plan)))
+
+
+def _extract_here(plan: Plan, stripe: str, device: str, workers: int, advance: Callable[[int], None]) -> Summary:
+    with (
+        Extractor(plan, source_of(plan), scale_of(plan), device, workers) as extractor,
+        ThreadPoolExecutor(SHARDS_UNDER_WAY, thread_name_prefix="shard") as pool,
+    ):
+        return run_shards(plan, extractor.build, pool, stripe=stripe, slots=SHARDS_UNDER_WAY, progress=advance)
+
+
+def _start_worker(plan: Plan, places: Queue, workers: int) -> None:
+    """Take a device and a group of cores (before torch counts them), in a worker process."""
+    global _extractor
+    device, cores = places.get()
+    if device == "cpu":
+        os.sched_setaffinity(0, cores)
+    _extractor = Extractor(plan, source_of(plan), scale_of(plan), device, workers)
+
+
+def _build(plan: Plan, shard: PlannedShard) -> dict:
+    assert _extractor is not None, "the worker process was not started by _start_worker"
+    return _extractor.build(plan, shard)
+
+
+def _devices(processes: int) -> list[str]:
+    """The device of each process."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return ["cpu"] * (processes or 1)
+    gpus = torch.cuda.device_count()
+    return [f"cuda:{index % gpus}" for index in range(processes or SHARDS_UNDER_WAY * gpus)]
+
+
+def _core_groups(count: int) -> list[list[int]]:
+    """The cores this process may use, in `count` groups of neighbours; more groups than cores share them."""
+    cores = sorted(os.sched_getaffinity(0))
+    if count > len(cores):
+        return [cores] * count
+    bounds = [round(i * len(cores) / count) for i in range(count + 1)]
+    return [cores[low:high] for low, high in zip(bounds, bounds[1:], strict=False)]
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="folder of the feature shards")],
+    images: Annotated[Path | None, typer.Option(help="folder of the image shards")] = None,
+    weights: Annotated[str, typer.Option(help="`imagenet` or a safetensors file of the encoder")] = "imagenet",
+    weights_dir: Annotated[Path, typer.Option(help="where `imagenet` weights lie")] = WEIGHTS_DIR,
+    size: Annotated[int, typer.Option(help="side of the encoder's input: 224 gives 7x7 cells, 448 gives 14x14")] = 224,
+    stage: Annotated[int, typer.Option(help="ResNet stage whose output is kept, 1-4")] = 4,
+    dtype: Annotated[str, typer.Option(help="format on disk: bf16, fp16, fp32 or int8")] = "bf16",
+    geometry: Annotated[str, typer.Option(help="squash (whole picture) or center_crop")] = "squash",
+    compute: Annotated[str, typer.Option(help="arithmetic of the network: auto, bf16 or fp32")] = "auto",
+    batch_size: Annotated[int, typer.Option(min=1, help="pictures per pass through the network")] = 32,
+    statistics_split: Annotated[list[str], typer.Option(help="split the statistics are taken from")] = ["train"],
+    processes: Annotated[int, typer.Option(min=0, help="0: two per GPU, one on a CPU")] = 0,
+    num_workers: Annotated[int, typer.Option(min=0, help="decoding threads per process; 0: by cores")] = 0,
+    stripe: Annotated[str, typer.Option(help="I/N: every N-th shard from number I, counted from 0")] = "0/1",
+    step: Annotated[Step, typer.Option(help="part of the job to run")] = Step.ALL,
+    overwrite: Annotated[bool, typer.Option(help="delete a data set that was planned otherwise")] = False,
+) -> None:
+    """Extract grids of all pictures; a second run reuses what is whole and goes on where a first one ended."""
+    if step in (Step.ALL, Step.PLAN):
+        if images is None:
+            raise ValueError("planning needs --images")
+        found = find_weights(weights, weights_dir)
+        shape = {"size": size, "stage": stage, "dtype": dtype, "geometry": geometry, "compute": compute}
+        splits = tuple(statistics_split)
+        plan = plan_features(images, out, found, **shape, batch_size=batch_size, statistics_splits=splits, overwrite=overwrite)
+        print(f"{out}: plan of {plan.samples} pictures in {len(plan.shards)} shards, {plan.fingerprint['compute']} network")
+    if step in (Step.ALL, Step.SHARDS):
+        plan = load_plan(out)
+        print(f"{out}: {extract_stripe(plan, stripe=stripe, processes=processes, num_workers=num_workers).line()}")
+    if step == Step.FINALIZE or (step == Step.ALL and stripe == "0/1"):
+        manifest = finalize_features(load_plan(out))
+        print(f"{out}: data set {manifest.digest[:12]} of {manifest.splits}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,120 @@
+"""Bytes of a picture file -> the RGB pixels the encoder sees, or a named reason why not.
+
+The surprising decision: transparent pixels are laid on white, as a viewer shows them; merely dropping the alpha channel
+would reveal whatever colour hides under it. 16-bit greys are scaled (Pillow's own conversion would clip them to white).
+"""
+
+import io
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+MAX_PIXELS = 80_000_000
+"""Larger pictures are refused before they are decoded (240 MB as RGB); below Pillow's own limit, at which it warns."""
+MAX_BYTES = 256 << 20
+"""Larger files are refused before they are read."""
+FORMATS = ("JPEG", "MPO", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
+"""Formats tried; not those that start other programs (EPS)."""
+GEOMETRIES = ("squash", "center_crop")
+EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "TIFF": "tif"}
+"""File name extension by format, where it is not the format's name in lower case."""
+_ORIENTATION = 0x0112
+_TRANSPOSE = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What undoes each EXIF orientation."""
+
+
+class BadPicture(ValueError):
+    """A file that gives no pixels: `reason` names the rule, `detail` the case."""
+
+    def __init__(self, reason: str, detail: str = ""):
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+        self.reason, self.detail = reason, detail
+
+
+def decode(data: bytes) -> Image.Image:
+    """The picture upright in mode RGB; of an animation the first frame. `format` tells what the file was.
+
+    Raises BadPicture with the reason for everything that is no sound picture; no other exception.
+    """
+    if not data:
+        raise BadPicture("empty file")
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        if image.width * image.height > MAX_PIXELS:
+            raise BadPicture("too many pixels", f"{image.width} x {image.height}")
+        image.load()
+        rgb = _upright(_to_rgb(image), image)
+    except BadPicture:
+        raise
+    except Image.DecompressionBombError as error:
+        raise BadPicture("too many pixels", str(error)) from None
+    except UnidentifiedImageError:
+        raise BadPicture("not a picture", _beginning(data)) from None
+    except Exception as error:  # Pillow's decoders raise many types for damaged files
+        reason = "truncated" if "truncated" in str(error).lower() else "damaged"
+        raise BadPicture(reason, f"{type(error).__name__}: {error}") from None
+    rgb.format = image.format
+    return rgb
+
+
+def fit(image: Image.Image, size: int, geometry: str = "squash") -> np.ndarray:
+    """RGB picture -> uint8 [size, size, 3], bicubic with antialiasing.
+
+    `squash` keeps the whole picture and not its proportions; `center_crop` keeps the largest square in its middle.
+    Raises ValueError for another geometry.
+    """
+    if geometry not in GEOMETRIES:
+        raise ValueError(f"geometry {geometry!r} is unknown; choose one of {', '.join(GEOMETRIES)}")
+    box = None
+    if geometry == "center_crop":
+        side = min(image.size)
+        left, top = (image.width - side) / 2, (image.height - side) / 2
+        box = (left, top, left + side, top + side)
+    if image.size != (size, size):
+        image = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
+    return np.array(image)
+
+
+def extension_of(image: Image.Image) -> str:
+    """File name extension of the format a picture was decoded from."""
+    return EXTENSIONS.get(image.format, image.format.lower())
+
+
+def _upright(image: Image.Image, source: Image.Image) -> Image.Image:
+    """`image` turned as the EXIF data of `source` says."""
+    try:
+        orientation = source.getexif().get(_ORIENTATION, 1)
+    except Exception:  # damaged metadata of a sound picture: shown as it is stored, like a viewer does
+        orientation = 1
+    method = _TRANSPOSE.get(orientation)
+    return image if method is None else image.transpose(method)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+        values = np.asarray(image).astype(np.uint32)
+        return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise BadPicture("no defined brightness range", f"mode {image.mode}")
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def _beginning(data: bytes) -> str:
+    head = data[:64].lstrip().lower()
+    if head.startswith((b"<!doctype html", b"<html")):
+        return "an HTML page"
+    return f"begins with {data[:16]!r}"

@@ -1,0 +1,101 @@
+"""The encoder as fast as the machine runs it: uint8 pictures in, float grids out.
+
+On a GPU: BatchNorm folded, channels_last, bf16, torch.compile for long jobs. On a CPU the surprising decision: the folded network is
+driven through oneDNN's fused convolutions directly, with weights packed once (what torch.compile's freezing arrives at,
+without its warm-up and without a C++ compiler): convolution, bias, the residual's addition and ReLU are one call.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from sat.model.encoder import STAGES, Encoder, fold_batchnorm, load_encoder, normalise
+
+COMPUTE = {"bf16": torch.bfloat16, "fp32": torch.float32}
+"""Precisions of the network's arithmetic; fp16 is left out, it is many times slower on a CPU."""
+COMPILE_IMAGES = 50_000
+"""A GPU job of this many pictures repays the minute that torch.compile takes."""
+
+
+def best_compute() -> str:
+    """`bf16` where the GPU or CPU computes in it natively, else `fp32`."""
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    return "bf16" if torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported() else "fp32"
+
+
+def load_network(
+    weights: str | Path, stage: int, size: int, compute: str, device: str = "cpu", images: int = 0
+) -> Callable[[np.ndarray], np.ndarray]:
+    """A function uint8 [B, S, S, 3] -> grids [B, L, D], float32 or (compute bf16) bf16 as uint16 bits.
+
+    `images` is the length of the job, by which torch.compile is chosen on a GPU. Raises ValueError as `load_encoder`.
+    """
+    forward = fast_forward(load_encoder(weights, stage), size, compute, device, images)
+
+    @torch.inference_mode()
+    def run(pictures: np.ndarray) -> np.ndarray:
+        images = torch.from_numpy(pictures).to(device, non_blocking=True).permute(0, 3, 1, 2)  # a channels_last view
+        grids = forward(normalise(images).to(COMPUTE[compute])).cpu().contiguous()
+        return grids.view(torch.uint16).numpy() if compute == "bf16" else grids.numpy()
+
+    return run
+
+
+def fast_forward(encoder: Encoder, size: int, compute: str, device: str, images: int) -> Callable[[Tensor], Tensor]:
+    """The encoder's forward pass for pictures of one size: [B, 3, S, S] channels_last in `compute` -> [B, L, D]."""
+    folded = fold_batchnorm(encoder).to(device, COMPUTE[compute]).to(memory_format=torch.channels_last)
+    if torch.device(device).type == "cpu" and torch.backends.mkldnn.is_available():
+        return FusedResNet(folded, size)
+    return torch.compile(folded) if images >= COMPILE_IMAGES else folded
+
+
+class FusedResNet:
+    """A folded ResNet-50 in oneDNN's fused convolutions; [B, 3, S, S] channels_last -> [B, L, D], as `Encoder.forward`."""
+
+    def __init__(self, folded: Encoder, size: int):
+        self.folded = folded
+        self.packed = {module: _pack(module, shape) for module, shape in _input_shapes(folded, size).items()}
+
+    def __call__(self, images: Tensor) -> Tensor:
+        x = self.folded.maxpool(self._convolve(self.folded.conv1, images, "relu"))
+        for number in STAGES[: self.folded.stage]:
+            for block in self.folded.stage_module(number):
+                shortcut = x if block.downsample is None else self._convolve(block.downsample[0], x, "none")
+                y = self._convolve(block.conv2, self._convolve(block.conv1, x, "relu"), "relu")
+                x = self._convolve_add_relu(block.conv3, y, shortcut)
+        return x.permute(0, 2, 3, 1).flatten(1, 2)
+
+    def _convolve(self, module: nn.Conv2d, x: Tensor, activation: str) -> Tensor:
+        return torch.ops.mkldnn._convolution_pointwise(x, *self.packed[module], activation, [], "")
+
+    def _convolve_add_relu(self, module: nn.Conv2d, x: Tensor, shortcut: Tensor) -> Tensor:
+        """relu(conv(x) + shortcut), written over `shortcut`."""
+        fused = torch.ops.mkldnn._convolution_pointwise_.binary
+        return fused(shortcut, x, *self.packed[module], "add", 1.0, "relu", [], "")
+
+
+def _input_shapes(network: nn.Module, size: int) -> dict[nn.Conv2d, list[int]]:
+    """Shape of the input of every convolution, [B, C, H, W], for which its weights are packed best."""
+    shapes: dict[nn.Conv2d, list[int]] = {}
+    convolutions = [module for module in network.modules() if isinstance(module, nn.Conv2d)]
+    hooks = [
+        module.register_forward_pre_hook(lambda m, inputs: shapes.__setitem__(m, list(inputs[0].shape)))
+        for module in convolutions
+    ]
+    with torch.inference_mode():
+        dtype = convolutions[0].weight.dtype
+        network(torch.zeros(1, 3, size, size, dtype=dtype).contiguous(memory_format=torch.channels_last))
+    for hook in hooks:
+        hook.remove()
+    return shapes
+
+
+def _pack(module: nn.Conv2d, shape: list[int]) -> tuple:
+    """Weights in oneDNN's own layout, bias and geometry: the middle arguments of its convolutions."""
+    geometry = (module.padding, module.stride, module.dilation, module.groups)
+    weight = torch.ops.mkldnn._reorder_convolution_weight(module.weight.detach(), *geometry, shape)
+    return (weight, module.bias.detach(), *geometry)

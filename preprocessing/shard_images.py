@@ -1,0 +1,156 @@
+"""Pack annotated pictures into WebDataset shards, once, so that nothing later opens a hundred thousand small files.
+
+    python -m preprocessing.shard_images --annotations train=captions_train2017.json --annotations val=captions_val2017.json \\
+        --images coco --out data/coco/images --num-workers 8
+
+Every picture is decoded to prove that it can be; its file goes into the shard unchanged. The surprising decision: the order
+inside the shards is random once and for ever (by a hash of seed and image id), so that later readers may read
+sequential runs and still see mixed samples.
+"""
+
+import hashlib
+import os
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Annotated
+
+import typer
+import xxhash
+
+from preprocessing.annotations import RULES, ImageRecord, Records, read_annotations
+from preprocessing.console import Step, progress_line, run
+from preprocessing.finalize import finalize
+from preprocessing.images import MAX_BYTES, BadPicture, decode, extension_of
+from preprocessing.jobs import Summary, parse_stripe, process_pool, run_shards
+from preprocessing.plan import Plan, load_plan, plan_rows_digest, publish_plan
+from preprocessing.shards import LeftOut, PlannedShard, Sample, write_shard
+
+WRITER = 1
+"""Version of what is written for given inputs; part of the fingerprint."""
+
+
+def plan_images(
+    records: Records, image_root: Path, out: Path, *, shard_size: int, seed: int, max_bad_fraction: float, overwrite: bool = False
+) -> Plan:
+    """Assign records to shards and publish the plan.
+
+    Raises ValueError when there is nothing to shard, too much is left out already, or `out` was planned otherwise.
+    """
+    if shard_size < 1:
+        raise ValueError(f"shard size {shard_size}: expected at least 1")
+    _check_left_out(records, image_root, max_bad_fraction)
+    shards, groups = [], []
+    for split, number, group in _groups(records.images, shard_size, seed):
+        rows = [_plan_row(record) for record in group]
+        shards.append(PlannedShard(f"{split}-{number:06d}.tar", split, len(rows), plan_rows_digest(rows)))
+        groups.append(rows)
+    digest = hashlib.sha256("".join(shard.name + shard.rows_sha256 for shard in shards).encode()).hexdigest()
+    fingerprint = {"writer": WRITER, "rules": RULES, "records": digest, "shard_size": shard_size, "seed": seed}
+    settings = {"images": os.path.abspath(image_root)}
+    plan = Plan(out, "images", fingerprint, settings, tuple(shards), records.left_out, records.notes)
+    return publish_plan(plan, groups, overwrite)
+
+
+def build_image_shard(plan: Plan, shard: PlannedShard) -> dict:
+    """Write one shard of pictures; returns its sidecar."""
+    return write_shard(plan.root, shard, plan.digest, _samples(plan, shard))
+
+
+def shard_stripe(plan: Plan, *, stripe: str = "0/1", num_workers: int = 1, max_bad_fraction: float = 1.0) -> Summary:
+    """Write the shards of a stripe with `num_workers` processes; raises as `run_shards` does."""
+    index, count = parse_stripe(stripe)
+    pictures = sum(shard.samples for shard in plan.shards[index::count])
+    pool = ThreadPoolExecutor(1) if num_workers <= 1 else process_pool(num_workers)
+    with progress_line(pictures, "image shards") as advance, pool as executor:
+        options = {"stripe": stripe, "slots": max(num_workers, 1), "max_bad_fraction": max_bad_fraction}
+        return run_shards(plan, build_image_shard, executor, **options, progress=advance)
+
+
+def read_picture(path: Path) -> bytes:
+    """The bytes of a picture file. Raises BadPicture when it is missing or too large to be one."""
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise BadPicture("file too large", f"{path.stat().st_size} bytes")
+        return path.read_bytes()
+    except (FileNotFoundError, IsADirectoryError):
+        raise BadPicture("no such file") from None
+
+
+def _check_left_out(records: Records, image_root: Path, max_bad_fraction: float) -> None:
+    total = len(records.images) + len(records.left_out)
+    if records.left_out and (not records.images or len(records.left_out) > max_bad_fraction * total):
+        counts = ", ".join(f"{n} {reason}" for reason, n in sorted(Counter(i.reason for i in records.left_out).items()))
+        first = records.left_out[0]
+        raise ValueError(
+            f"{len(records.left_out)} of {total} pictures have to be left out ({counts}), e.g. {first.file_name} ({first.reason}); "
+            f"looked below {image_root}; --max-bad-fraction {max_bad_fraction} allows less"
+        )
+    if not records.images:
+        raise ValueError("the annotations list no picture")
+
+
+def _groups(images: tuple[ImageRecord, ...], shard_size: int, seed: int) -> Iterator[tuple[str, int, list[ImageRecord]]]:
+    """(split, number, records) of every shard, in the order of the shards."""
+    by_split = defaultdict(list)
+    for record in images:
+        by_split[record.split].append(record)
+    for split, members in sorted(by_split.items()):
+        members.sort(key=lambda r: (xxhash.xxh3_64_intdigest(f"{seed}/{r.image_id}".encode()), r.image_id))
+        for number, start in enumerate(range(0, len(members), shard_size)):
+            yield split, number, members[start : start + shard_size]
+
+
+def _plan_row(record: ImageRecord) -> dict:
+    row = {name: getattr(record, name) for name in ("key", "image_id", "file_name", "split", "file_bytes")}
+    return row | {"captions": list(record.captions)}
+
+
+def _samples(plan: Plan, shard: PlannedShard) -> Iterator[Sample | LeftOut]:
+    for row in plan.rows(shard):
+        try:
+            data = read_picture(Path(plan.settings["images"]) / row["file_name"])
+            image = decode(data)
+        except BadPicture as bad:
+            yield LeftOut(row["image_id"], row["file_name"], bad.reason, bad.detail)
+            continue
+        about = {name: row[name] for name in ("key", "image_id", "file_name")}
+        size = {"width": image.width, "height": image.height}
+        yield Sample(**about, captions=tuple(row["captions"]), **size, extension=extension_of(image), data=data)
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="folder of the image shards")],
+    annotations: Annotated[list[str] | None, typer.Option(help="SPLIT=FILE (COCO captions JSON) or FILE (Karpathy, Flickr)")] = None,
+    images: Annotated[Path | None, typer.Option(help="folder the file names are relative to")] = None,
+    split: Annotated[list[str] | None, typer.Option(help="SPLIT=FILE, a list of file names (Flickr)")] = None,
+    format: Annotated[str, typer.Option(help="auto, coco, karpathy or flickr")] = "auto",
+    val_fraction: Annotated[float, typer.Option(help="share of a lone training set that becomes val, by hash of its id")] = 0.0,
+    shard_size: Annotated[int, typer.Option(min=1, help="pictures per shard")] = 1000,
+    seed: Annotated[int, typer.Option(help="orders the samples inside the shards")] = 1,
+    num_workers: Annotated[int, typer.Option(min=1, help="processes")] = os.cpu_count() or 1,
+    max_bad_fraction: Annotated[float, typer.Option(min=0, max=1, help="share of pictures that may be left out")] = 0.01,
+    stripe: Annotated[str, typer.Option(help="I/N: every N-th shard from number I, counted from 0")] = "0/1",
+    step: Annotated[Step, typer.Option(help="part of the job to run")] = Step.ALL,
+    overwrite: Annotated[bool, typer.Option(help="delete a data set that was planned otherwise")] = False,
+) -> None:
+    """Pack pictures and captions into shards; a second run reuses what is whole and goes on where a first one ended."""
+    if step in (Step.ALL, Step.PLAN):
+        if images is None or not annotations:
+            raise ValueError("planning needs --annotations and --images")
+        records = read_annotations(annotations, format, image_root=images, split_lists=split or (), val_fraction=val_fraction)
+        limits = {"shard_size": shard_size, "seed": seed, "max_bad_fraction": max_bad_fraction}
+        plan = plan_images(records, images, out, **limits, overwrite=overwrite)
+        notes = "".join(f", {count} {note}" for note, count in plan.notes.items())
+        print(f"{out}: plan of {plan.samples} pictures in {len(plan.shards)} shards, {len(plan.left_out)} left out{notes}")
+    if step in (Step.ALL, Step.SHARDS):
+        summary = shard_stripe(load_plan(out), stripe=stripe, num_workers=num_workers, max_bad_fraction=max_bad_fraction)
+        print(f"{out}: {summary.line()}")
+    if step == Step.FINALIZE or (step == Step.ALL and stripe == "0/1"):
+        manifest = finalize(load_plan(out), max_bad_fraction=max_bad_fraction)
+        print(f"{out}: data set {manifest.digest[:12]} of {manifest.splits}, left out: {manifest.left_out or 'none'}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,200 @@
+"""Compare every byte of a data set on disk with what was recorded when it was written, and name every fault.
+
+The surprising decision: a sound shard is hashed once, as a whole file; only a shard whose sha256 is wrong is gone through
+sample by sample, to name the keys. So a check runs at the speed of the disk.
+"""
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import xxhash
+
+from preprocessing.finalize import LEFT_OUT
+from preprocessing.plan import PLAN, Plan, load_plan, table_path
+from preprocessing.shards import WORK, PlannedShard, hash_file, read_sidecar, sidecar_path
+from sat.data.manifest import MANIFEST, Manifest, load_manifest, unseal
+
+_CHUNK = 4 << 20
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Something that is not as it was written: in which file (relative to the data set) and, inside a shard, at which key."""
+
+    file: str
+    what: str
+    key: str = ""
+    shard: str = ""
+    """The shard that has to be built again; empty for a fault of the tables or of the plan."""
+
+    def __str__(self) -> str:
+        return f"{self.file}: {f'key {self.key}: ' if self.key else ''}{self.what}"
+
+
+@dataclass(frozen=True)
+class Report:
+    """Result of a verification."""
+
+    faults: tuple[Fault, ...]
+    foreign: tuple[str, ...]
+    """Files in the folder that are not part of the data set: strangers, orphans, what killed workers left."""
+    shards: int
+    bytes: int
+    """Shards checked and their recorded bytes."""
+
+
+@dataclass(frozen=True)
+class RecordedShard:
+    """A shard as it was recorded in the manifest, or in its sidecar where there is no manifest."""
+
+    name: str
+    bytes: int
+    sha256: str
+    rows: Callable[[], list[dict]]
+
+
+def verify(root: Path, num_workers: int = 4, progress: Callable[[int], None] = lambda size: None) -> Report:
+    """Check tables, plan, sidecars and shards in a folder with `num_workers` threads; `progress` is told bytes read.
+
+    Raises ValueError when the folder holds neither a data set nor a plan.
+    """
+    if not (root / MANIFEST).exists() and not (root / WORK / PLAN).exists():
+        raise ValueError(f"{root}: no data set (neither {MANIFEST} nor {WORK}/{PLAN})")
+    manifest, faults = check_tables(root)
+    plan, plan_faults = _check_plan(root)
+    recorded = [] if manifest is None else list(_recorded(manifest))
+    sidecars, sidecar_faults = _check_sidecars(plan, {shard.name: shard for shard in recorded})
+    if manifest is None:
+        recorded = sidecars
+    with ThreadPoolExecutor(num_workers) as pool:
+        shard_faults = [f for found in pool.map(partial(check_shard, root, progress=progress), recorded) for f in found]
+    faults = (*faults, *plan_faults, *sidecar_faults, *shard_faults)
+    return Report(faults, tuple(_foreign(root, recorded, plan)), len(recorded), sum(shard.bytes for shard in recorded))
+
+
+def recorded_bytes(root: Path) -> int:
+    """Bytes of shards that `verify` is going to read, as far as the manifest tells; for a progress line."""
+    manifest, _ = check_tables(root)
+    return 0 if manifest is None else sum(shard.bytes for shard in manifest.shards)
+
+
+def check_tables(root: Path) -> tuple[Manifest | None, tuple[Fault, ...]]:
+    """The manifest, when it and both tables are sound, and the faults of manifest, tables and statistics."""
+    try:
+        files = unseal((root / MANIFEST).read_bytes())["files"]
+    except FileNotFoundError:
+        return None, (Fault(MANIFEST, "missing: the data set is not finished"),)
+    except ValueError as error:
+        return None, (Fault(MANIFEST, f"damaged ({error})"),)
+    faults = []
+    for name, recorded in sorted(files.items()):
+        if not (root / name).exists():
+            faults.append(Fault(name, "missing"))
+        elif hash_file(root / name) != recorded["sha256"]:
+            faults.append(Fault(name, "not the bytes that were written"))
+    try:
+        return load_manifest(root), tuple(faults)
+    except ValueError as error:
+        return None, tuple(faults) or (Fault(MANIFEST, str(error)),)
+
+
+def check_shard(root: Path, shard: RecordedShard, progress: Callable[[int], None] = lambda size: None) -> list[Fault]:
+    """Faults of one shard: missing, of another size, or with other bytes, by key."""
+    path, digest = root / shard.name, hashlib.sha256()
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            while chunk := file.read(_CHUNK):
+                digest.update(chunk)
+                progress(len(chunk))
+    except FileNotFoundError:
+        return [Fault(shard.name, "missing", shard=shard.name)]
+    if digest.hexdigest() == shard.sha256:
+        return []
+    faults = [] if size == shard.bytes else [Fault(shard.name, f"{size} bytes, {shard.bytes} were written", shard=shard.name)]
+    faults += _faulty_samples(path, shard)
+    return faults or [Fault(shard.name, "the bytes after the last sample are not those that were written", shard=shard.name)]
+
+
+def _faulty_samples(path: Path, shard: RecordedShard) -> Iterator[Fault]:
+    try:
+        rows = shard.rows()
+    except ValueError as error:
+        yield Fault(shard.name, f"its bytes are not those that were written ({error})", shard=shard.name)
+        return
+    with open(path, "rb") as file:
+        for row in rows:
+            file.seek(row["offset"])
+            blob = file.read(row["nbytes"])
+            if len(blob) < row["nbytes"]:
+                yield Fault(shard.name, "cut off", row["key"], shard.name)
+            elif xxhash.xxh3_64_intdigest(blob) != row["xxh3"]:
+                yield Fault(shard.name, "not the bytes that were written", row["key"], shard.name)
+
+
+def _recorded(manifest: Manifest) -> Iterator[RecordedShard]:
+    for index, shard in enumerate(manifest.shards):
+        rows = partial(lambda number: manifest.rows(number).to_pylist(), index)
+        yield RecordedShard(shard.name, shard.bytes, shard.sha256, rows)
+
+
+def _check_plan(root: Path) -> tuple[Plan | None, tuple[Fault, ...]]:
+    """The plan, None where a data set was copied without its work folder, and its faults."""
+    if not (root / WORK / PLAN).exists():
+        return None, ()
+    try:
+        plan = load_plan(root)
+    except ValueError as error:
+        return None, (Fault(f"{WORK}/{PLAN}", str(error)),)
+    try:
+        for shard in plan.shards if plan.kind == "images" else ():
+            plan.rows(shard)
+    except ValueError as error:
+        return plan, (Fault(f"{WORK}/{table_path(plan).name}", str(error)),)
+    return plan, ()
+
+
+def _check_sidecars(plan: Plan | None, recorded: dict[str, RecordedShard]) -> tuple[list[RecordedShard], list[Fault]]:
+    """The shards as their sidecars record them, and the faults of sidecars, beside what the manifest recorded."""
+    shards, faults = [], []
+    for shard in plan.shards if plan else ():
+        file = f"{WORK}/{sidecar_path(plan.root, shard).name}"
+        try:
+            sidecar = read_sidecar(plan.root, shard)
+        except ValueError as error:
+            faults.append(Fault(file, str(error), shard=shard.name))
+            continue
+        problem = _sidecar_problem(plan, shard, sidecar, recorded)
+        if problem:
+            faults.append(Fault(file, problem, shard=shard.name))
+        elif sidecar["samples"]:
+            shards.append(RecordedShard(shard.name, sidecar["bytes"], sidecar["sha256"], partial(sidecar.get, "rows")))
+    return shards, faults
+
+
+def _sidecar_problem(plan: Plan, shard: PlannedShard, sidecar: dict | None, recorded: dict[str, RecordedShard]) -> str:
+    if sidecar is None:
+        return "missing: this shard was not finished"
+    if sidecar["fingerprint"] != plan.digest:
+        return f"fingerprint {sidecar['fingerprint'][:12]}, the plan has {plan.digest[:12]}"
+    if recorded and sidecar["samples"] and (shard.name not in recorded or recorded[shard.name].sha256 != sidecar["sha256"]):
+        return "it does not describe the shard that the manifest lists"
+    return ""
+
+
+def _foreign(root: Path, recorded: list[RecordedShard], plan: Plan | None) -> Iterator[str]:
+    """Files that are not part of the data set, sorted."""
+    try:
+        tables = set(unseal((root / MANIFEST).read_bytes())["files"])
+    except (OSError, ValueError):
+        tables = set()
+    own = {MANIFEST, LEFT_OUT, WORK, *tables, *(shard.name for shard in recorded)}
+    yield from sorted(set(os.listdir(root)) - own)
+    if plan is not None:
+        own = {PLAN, table_path(plan).name, *(f"{shard.stem}.json" for shard in plan.shards)}
+        yield from (f"{WORK}/{name}" for name in sorted(set(os.listdir(root / WORK)) - own))
