@@ -1,0 +1,331 @@
+"""Grids in, captions out: beam search, greedy and sampling over many images at once, for one model or an ensemble.
+
+All three are one loop. Every image owns `width` slots; a step scores the next words of all slots of all images in one
+model call, a rule picks what fills the slots, and images whose best captions are settled leave the batch. The
+surprising decision: a caption that ends keeps its slot, so its image goes on with one beam fewer, as in the code of
+the paper's authors (https://github.com/kelvinxu/arctic-captions, `gen_sample`); so width 1 is always greedy.
+
+Shapes: B images, n of them still open, k slots per image (1 before the first word), V words, L grid cells, T steps.
+"""
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sat.text import END, PAD, START, UNK
+
+if TYPE_CHECKING:
+    from sat.model.captioner import Captioner
+
+METHODS = ("beam", "greedy", "sample")
+CACHE_BYTES = {"cpu": 32 << 20}
+"""Attention's hidden layer of one step (images x slots x L x A, float32) may take this much; other devices: 1 GiB."""
+
+
+@dataclass(frozen=True)
+class DecodeOptions:
+    """How captions are searched for. ValueError at once for a setting that cannot work or would be ignored."""
+
+    method: str = "beam"
+    """`beam`, `greedy` (beam of one) or `sample`."""
+    beam_size: int = 3
+    """Beams kept per image; 1 is greedy. Only read by `beam`."""
+    max_length: int = 20
+    """Steps at most: this many words, or fewer words and `<end>`."""
+    length_penalty: float = 0.0
+    """A caption's score is its log-probability / words ** this; `<end>` is no word, the empty caption counts as one."""
+    n_best: int = 1
+    """Captions returned per image, best first; with `sample` the number of independent samples."""
+    block_unk: bool = False
+    """Never choose `<unk>`."""
+    block_ngram: int = 0
+    """No caption repeats a sequence of this many words; 0: allowed."""
+    temperature: float = 1.0
+    """`sample`: logits are divided by this."""
+    top_k: int = 0
+    """`sample`: only the k most probable words; 0: all."""
+    top_p: float = 1.0
+    """`sample`: only the fewest words that together reach this probability."""
+    seed: int = 0
+    """`sample`: with the image's id it fixes the captions, whatever the batch."""
+    keep_attention: bool = False
+    """Return the attention of every step."""
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ValueError(f"method {self.method!r} is unknown; choose from {', '.join(METHODS)}")
+        for name, least in (("beam_size", 1), ("max_length", 1), ("n_best", 1), ("block_ngram", 0), ("top_k", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"{name} is {value!r}; it must be a whole number of at least {least}")
+        if not 0 <= self.length_penalty < math.inf:
+            raise ValueError(f"length_penalty is {self.length_penalty}; use 0 (none) or more, e.g. 0.7")
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"temperature is {self.temperature}; it must be above 0 (greedy takes the best word)")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p is {self.top_p}; it must be above 0 and at most 1 (all words)")
+        if self.method != "sample" and (self.temperature, self.top_k, self.top_p) != (1.0, 0, 1.0):
+            raise ValueError(f"temperature, top_k and top_p have no effect on method {self.method}; use method sample")
+        if self.n_best > self.width:
+            way_out = "beam_size" if self.method == "beam" else "method beam or sample"
+            raise ValueError(f"n_best {self.n_best} captions cannot come from a width of {self.width}; raise {way_out}")
+
+    @property
+    def width(self) -> int:
+        """Slots per image."""
+        return {"beam": self.beam_size, "greedy": 1, "sample": self.n_best}[self.method]
+
+
+@dataclass(frozen=True)
+class Hypothesis:
+    """One caption of an image."""
+
+    tokens: list[int]
+    """Word ids, without `<start>` and `<end>`."""
+    score: float
+    """Log-probability under the model (or ensemble), `<end>` included, / words ** length_penalty."""
+    finished: bool
+    """False: `max_length` came before `<end>`."""
+    alphas: Tensor | None = field(default=None, compare=False)
+    """Attention [steps, L] float32 if asked for: one row per word, then one for `<end>` if finished."""
+
+
+class _Beams(NamedTuple):
+    """The open images and what fills their slots; tensors whose first dimension is the image, so that rows can go."""
+
+    images: Tensor  # [n] position in the chunk
+    logp: Tensor  # [n, k] float32, -inf: nothing in this slot
+    ended: Tensor  # [n, k] bool
+    words: Tensor  # [n, k, T] chosen words, END where it was chosen, PAD after
+    parents: Tensor  # [n, k, T] the slot whose step chose that word
+
+    def scores(self, penalty: float) -> Tensor:
+        """[n, k]: log-probability / words ** penalty."""
+        words = ((self.words != PAD) & (self.words != END)).sum(-1).clamp(min=1)
+        return self.logp / words**penalty
+
+
+@torch.inference_mode()
+def decode(
+    models: "Captioner | Sequence[Captioner]",
+    grid: Tensor,
+    options: DecodeOptions = DecodeOptions(),
+    image_ids: Sequence[str] | None = None,
+) -> list[list[Hypothesis]]:
+    """The `n_best` captions of every image of `grid` [B, L, D], best first: finished ones, then unfinished ones.
+
+    Several models vote by the mean of their probabilities (float32); alphas are averaged too. An image gets fewer
+    captions only where fewer exist. `<pad>` and `<start>` are never chosen, blocked words keep their share of the
+    probability: scores are true log-probabilities. Equal scores go to the lower slot, then the lower word id, so
+    captions do not depend on which images share a batch, except where the rounding of a matrix product decides.
+    `image_ids` (one per image) is needed to sample.
+
+    Raises ValueError for a model in training mode, an ensemble of different vocabularies or logits that are not finite.
+    """
+    models = list(models) if isinstance(models, (list, tuple)) else [models]
+    _check(models, grid, options, image_ids)
+    memories = [model.encode(grid) for model in models]
+    uniforms = _uniforms(options, image_ids).to(grid.device) if options.method == "sample" else None
+    size = _images_per_chunk(memories, options.width)
+    captions = []
+    for start in range(0, len(grid), size):
+        chunk = slice(start, start + size)
+        numbers = None if uniforms is None else uniforms[chunk]
+        captions += _search(models, [_index(memory, chunk) for memory in memories], options, numbers)
+    return captions
+
+
+def _check(models: list, grid: Tensor, options: DecodeOptions, image_ids: Sequence[str] | None) -> None:
+    if not models:
+        raise ValueError("decode needs at least one model")
+    if any(model.training for model in models):
+        raise ValueError("a model is in training mode, dropout would change its captions; call model.eval() first")
+    if grid.dim() != 3:
+        raise ValueError(f"grid must be [B, L, D], got shape {tuple(grid.shape)}")
+    if options.method == "sample" and (image_ids is None or len(image_ids) != len(grid)):
+        count = "none" if image_ids is None else len(image_ids)
+        raise ValueError(f"sampling is seeded by image: image_ids must name the {len(grid)} images, got {count}")
+
+
+def _images_per_chunk(memories: list, width: int) -> int:
+    cells, hidden = memories[0].projection.shape[1:]
+    return max(1, CACHE_BYTES.get(memories[0].grid.device.type, 1 << 30) // max(1, 4 * width * cells * hidden))
+
+
+def _search(models: list, memories: list, options: DecodeOptions, uniforms: Tensor | None) -> list[list[Hypothesis]]:
+    grid = memories[0].grid
+    size, steps, device = len(grid), options.max_length, grid.device
+    beams = _Beams(
+        images=torch.arange(size, device=device),
+        logp=torch.zeros(size, 1, device=device),
+        ended=torch.zeros(size, 1, dtype=torch.bool, device=device),
+        words=torch.full((size, 1, steps), PAD, device=device),
+        parents=torch.zeros(size, 1, steps, dtype=torch.long, device=device),
+    )
+    states = [model.init_state(memory) for model, memory in zip(models, memories)]
+    tokens = beams.images.new_full((size, 1), START)
+    alphas = torch.zeros(steps, size, options.width, grid.shape[1], device=device) if options.keep_attention else None
+    captions: list = [None] * size
+    for step in range(steps):
+        outputs = [model.step(*inputs, tokens) for model, *inputs in zip(models, memories, states)]
+        if alphas is not None:
+            mean = torch.stack([alpha.float() for _, _, alpha in outputs]).mean(0)
+            alphas[step, beams.images, : mean.shape[1]] = mean
+        logits, total = _combine([logits for logits, _, _ in outputs])
+        _block(logits, beams.words[:, :, :step], options)
+        if uniforms is None:
+            parents, tokens, logp = _best(logits, total, beams, options.width)
+        else:
+            parents, tokens, logp = _draw(logits, total, beams, uniforms[beams.images, :, step], options)
+        beams = _advance(beams, step, parents, tokens, logp)
+        rows = torch.arange(len(parents), device=device)[:, None]
+        states = [_index(state, (rows, parents)) for _, state, _ in outputs]
+
+        settled = _settled(beams, options) if step < steps - 1 else torch.ones_like(beams.images, dtype=torch.bool)
+        if settled.any():
+            for image, found in _collect(_index(beams, settled), alphas, options):
+                captions[image] = found
+            if settled.all():
+                break
+            beams, tokens = _index(beams, ~settled), tokens[~settled]
+            memories, states = ([_index(item, ~settled) for item in items] for items in (memories, states))
+    return captions
+
+
+def _index(tensors: NamedTuple, where) -> NamedTuple:
+    return type(tensors)(*(tensor[where] for tensor in tensors))
+
+
+def _combine(outputs: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Logits [n, k, V] of every model -> unnormalised log-probabilities and their logsumexp [n, k, 1], both float32.
+
+    One model's log-softmax is never written out: only the few best logits will be normalised.
+    """
+    if len({logits.shape[-1] for logits in outputs}) > 1:
+        raise ValueError(f"ensemble of different vocabularies: {[logits.shape[-1] for logits in outputs]} words")
+    logits = outputs[0].float()
+    if len(outputs) > 1:
+        shares = torch.stack([logits.float().log_softmax(-1) for logits in outputs])
+        logits = shares.logsumexp(0) - math.log(len(outputs))
+    total = logits.logsumexp(-1, keepdim=True)
+    if not total.isfinite().all():
+        raise ValueError("the model's logits are not finite (NaN or inf): its weights or the features are broken")
+    return logits, total
+
+
+def _block(logits: Tensor, words: Tensor, options: DecodeOptions) -> None:
+    """Set to -inf the logits of words that may not follow `words` [n, k, step]; in place, the step made them for us."""
+    logits[..., [PAD, START, UNK] if options.block_unk else [PAD, START]] = -math.inf
+    n = options.block_ngram
+    if n and words.shape[-1] >= n:
+        ngrams = words.unfold(-1, n, 1)  # [n, k, step - n + 1, n]
+        latest = words[..., None, words.shape[-1] - n + 1 :]
+        repeated = (ngrams[..., :-1] == latest).all(-1)
+        logits.scatter_(-1, ngrams[..., -1].where(repeated, PAD), -math.inf)
+
+
+def _best(logits: Tensor, total: Tensor, beams: _Beams, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Best continuations for the slots that have not ended: (parent slots, words, log-probabilities) [n, width]."""
+    values, words = _top(logits, min(width, logits.shape[-1]))
+    scores = (values - total + beams.logp[..., None]).masked_fill(beams.ended[..., None], -math.inf).flatten(1)
+    if scores.shape[1] < width:  # more slots than continuations: some stay empty
+        scores = torch.nn.functional.pad(scores, (0, width - scores.shape[1]), value=-math.inf)
+    scores, order = scores.sort(dim=-1, descending=True, stable=True)
+    # The j-th best goes to the j-th slot that is free.
+    free = ~beams.ended.expand(-1, width)
+    rank = (free.cumsum(-1) - 1).clamp(min=0)
+    order, scores = order.gather(1, rank), scores.gather(1, rank)
+    exists = order < words[0].numel()
+    parents = (order // words.shape[-1]).where(exists, 0)
+    return parents, words.flatten(1).gather(1, order.where(exists, 0)), scores
+
+
+def _top(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` largest of every row and their ids, in order of id; of equal ones the lower ids.
+
+    topk promises nothing about equals, and with bf16 logits they are frequent; so rows tied at the cut are sorted.
+    """
+    values, ids = logits.topk(min(count + 1, logits.shape[-1]))
+    tied = (values[..., count - 1] == values[..., -1]) & (values[..., -1] > -math.inf)
+    if count < values.shape[-1] and tied.any():
+        ordered = logits[tied].sort(descending=True, stable=True)
+        values[tied], ids[tied] = ordered.values[:, : count + 1], ordered.indices[:, : count + 1]
+    ids, order = ids[..., :count].sort()
+    return values.gather(-1, order), ids
+
+
+def _draw(
+    logits: Tensor, total: Tensor, beams: _Beams, uniforms: Tensor, options: DecodeOptions
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Continue every slot with a word drawn by its uniform number [n, width]: (parents, words, log-probabilities)."""
+    ranked, ids = (logits / options.temperature).sort(descending=True, stable=True)
+    keep = options.top_k or ranked.shape[-1]
+    chances = ranked[..., :keep].double().softmax(-1)  # float32 would lose the tail of the running sum
+    running = chances.cumsum(-1)
+    running = running.where(running - chances < options.top_p, -1).cummax(-1).values  # ends where top_p is reached
+    size, width = uniforms.shape
+    running, logits, ids = (x.expand(size, width, -1).contiguous() for x in (running, logits - total, ids))
+    place = torch.searchsorted(running, uniforms[..., None] * running[..., -1:], right=True)
+    words = ids.gather(-1, place)
+    logp = beams.logp + logits.gather(-1, words).squeeze(-1)
+    parents = torch.arange(width, device=logits.device).expand(size, -1).clamp(max=beams.logp.shape[1] - 1)
+    return parents, words.squeeze(-1), logp
+
+
+def _uniforms(options: DecodeOptions, image_ids: Sequence[str]) -> Tensor:
+    """Numbers in [0, 1) for every image, sample and step, float64 [B, n_best, T]: a hash of (seed, sample, image id).
+
+    No generator: its stream would tie a caption to the order of the images, and to the version of the library.
+    """
+    names = [f"{options.seed}/{sample}/{image_id}" for image_id in image_ids for sample in range(options.n_best)]
+    draws = b"".join(hashlib.shake_256(name.encode()).digest(8 * options.max_length) for name in names)
+    numbers = (np.frombuffer(draws, "<u8") >> 12) * 2.0**-52  # 52 bits: 1 cannot come out by rounding
+    return torch.from_numpy(numbers).view(len(image_ids), options.n_best, options.max_length)
+
+
+def _advance(beams: _Beams, step: int, parents: Tensor, tokens: Tensor, logp: Tensor) -> _Beams:
+    """The beams after this step's choices; slots that had ended keep what they hold."""
+    slots = torch.arange(parents.shape[1], device=parents.device)
+    ended = beams.ended.expand_as(parents)
+    source = slots.where(ended, parents)[..., None].expand(-1, -1, beams.words.shape[-1])
+    words, history = beams.words.gather(1, source), beams.parents.gather(1, source)
+    words[..., step] = tokens.masked_fill(ended, PAD)
+    history[..., step] = parents
+    logp = beams.logp.expand_as(logp).where(ended, logp)
+    return _Beams(beams.images, logp, ended | (tokens == END) & (logp > -math.inf), words, history)
+
+
+def _settled(beams: _Beams, options: DecodeOptions) -> Tensor:
+    """[n] bool: no open slot can still reach the n best finished captions.
+
+    Log-probabilities only fall while the divisor grows, so an open slot's hope is its own / max_length ** penalty;
+    comparing at its present length would stop too early. Samples all run to their end.
+    """
+    best = beams.scores(options.length_penalty).masked_fill(~beams.ended, -math.inf).topk(options.n_best).values[:, -1]
+    hope = beams.logp.masked_fill(beams.ended, -math.inf).amax(-1) / options.max_length**options.length_penalty
+    return best >= hope
+
+
+def _collect(beams: _Beams, alphas: Tensor | None, options: DecodeOptions) -> list[tuple[int, list[Hypothesis]]]:
+    """The captions of settled images: (position in the chunk, hypotheses best first)."""
+    found = []
+    fields = (beams.images, beams.scores(options.length_penalty), beams.ended, beams.words)
+    for row, (image, scores, ended, words) in enumerate(zip(*(field.tolist() for field in fields))):
+        hypotheses = []
+        for slot in range(len(scores)):
+            if scores[slot] == -math.inf:
+                continue
+            tokens = [word for word in words[slot] if word not in (PAD, END)]
+            steps = len(tokens) + ended[slot]
+            path = beams.parents[row, slot, :steps]
+            attention = None if alphas is None else alphas[range(steps), image, path]
+            hypotheses.append(Hypothesis(tokens, scores[slot], ended[slot], attention))
+        hypotheses.sort(key=lambda h: (not h.finished, -h.score, len(h.tokens), h.tokens))
+        found.append((image, hypotheses[: options.n_best]))
+    return found
