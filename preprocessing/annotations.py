@@ -1,11 +1,12 @@
-"""Read captions in the three formats of the field; all give the same records, and a report of what was left out and why.
+"""Read captions in the three formats of the field; all give the same records, with a report of what was left out.
 
     COCO captions JSON (2014, 2017)      SPLIT=FILE
     Karpathy's dataset_*.json            FILE: knows its splits (train, restval, val, test)
     Flickr8k/30k token file              FILE, and a list of pictures per split
 
-The surprising decision: captions are cleaned here, once, because characters that look harmless (U+2028, \\r, NUL, half a
-surrogate pair) later shift or break the tools that score captions. What is cleaned, cut or dropped is counted in the notes.
+The surprising decision: captions are cleaned here, once, because characters that look harmless (U+2028, \\r, NUL, half
+a surrogate pair) later shift or break the tools that score captions. What is cleaned, cut or dropped is counted in the
+notes.
 """
 
 import hashlib
@@ -85,10 +86,10 @@ def read_annotations(
 ) -> Records:
     """Read annotation files, given as `FILE` or `SPLIT=FILE`, into one set of records.
 
-    `split_lists` are `SPLIT=FILE` lists of file names (Flickr). `val_fraction` moves that share of a lone `train` set, chosen by a
-    hash of the image id, to `val`. With `image_root`, file names are completed by the folder that has the file, and pictures
-    without a file are left out. Raises ValueError naming the file for what cannot be read, an id that stands for two pictures
-    or lies in two splits, and file names that point outside the image root.
+    `split_lists` are `SPLIT=FILE` lists of file names (Flickr). `val_fraction` moves that share of a lone `train` set,
+    chosen by a hash of the image id, to `val`. With `image_root`, file names are completed by the folder that has the
+    file, and pictures without a file are left out. Raises ValueError naming the file for what cannot be read, an id
+    that stands for two pictures or lies in two splits, and file names that point outside the image root.
     """
     lists = _read_split_lists(split_lists)
     notes: Counter[str] = Counter()
@@ -107,9 +108,7 @@ def read_annotations(
         usable, missing = _find_files(usable, Path(image_root))
         left_out += missing
     keys = _keys([entry.image_id for entry in usable])
-    images = [
-        ImageRecord(e.image_id, e.file_name, e.split, e.captions, keys[e.image_id], e.file_bytes) for e in usable
-    ]
+    images = [ImageRecord(e.image_id, e.file_name, e.split, e.captions, keys[e.image_id], e.file_bytes) for e in usable]
     images.sort(key=lambda record: (record.split, record.image_id))
     return Records(tuple(images), tuple(sorted(left_out, key=lambda item: item.image_id)), dict(sorted(notes.items())))
 
@@ -178,7 +177,9 @@ def _recognise(file: Path, document: object) -> str:
             return "coco"
         if all("sentences" in image for image in document["images"][:1]):
             return "karpathy"
-    raise ValueError(f"{file}: neither COCO captions JSON (images, annotations) nor Karpathy JSON (images with sentences)")
+    raise ValueError(
+        f"{file}: neither COCO captions JSON (images, annotations) nor Karpathy JSON (images with sentences)"
+    )
 
 
 def _coco(document: dict, split: str, file: Path) -> Iterator[_Entry]:
@@ -250,7 +251,8 @@ def _merge(entries: Iterable[_Entry], notes: Counter[str]) -> list[_Entry]:
             continue
         if (first.file_name, first.split) != (entry.file_name, entry.split):
             raise ValueError(
-                f"image id {entry.image_id} stands for {first.file_name} in {first.split} and {entry.file_name} in {entry.split}"
+                f"image id {entry.image_id} stands for {first.file_name} in {first.split} "
+                f"and {entry.file_name} in {entry.split}"
             )
         notes["images listed twice"] += 1
         new = tuple(text for text in entry.captions if text not in first.captions)
@@ -262,7 +264,9 @@ def _split_by_hash(entries: list[_Entry], fraction: float) -> list[_Entry]:
     """Move the share `fraction` of the pictures with the smallest hash of their id from train to val."""
     if not 0 < fraction < 1 or {entry.split for entry in entries} != {"train"}:
         raise ValueError("--val-fraction needs a share between 0 and 1 and annotations of the split train alone")
-    ranked = sorted(entries, key=lambda entry: (xxhash.xxh3_64_intdigest(f"val/{entry.image_id}".encode()), entry.image_id))
+    ranked = sorted(
+        entries, key=lambda entry: (xxhash.xxh3_64_intdigest(f"val/{entry.image_id}".encode()), entry.image_id)
+    )
     count = round(fraction * len(entries))
     return [replace(entry, split="val") for entry in ranked[:count]] + ranked[count:]
 

@@ -2,7 +2,8 @@
 
     python -m preprocessing.build_vocab --features data/coco/features --out data/coco/tokenizer.json
 
-The surprising decision: only the splits trained on are read. A vocabulary that has seen the test captions hides its unknown words.
+The surprising decision: only the splits trained on are read. A vocabulary that has seen the test captions hides its
+unknown words.
 """
 
 import json

@@ -2,8 +2,9 @@
 
     python -m preprocessing.extract_features --images data/coco/images --out data/coco/features --weights imagenet
 
-One feature shard per image shard, with the same name and keys. The surprising decision: a GPU gets two processes. Each works on
-one shard at a time; while one writes and syncs, the other computes. A CPU gets one process with two shards under way.
+One feature shard per image shard, with the same name and keys. The surprising decision: a GPU gets two processes. Each
+works on one shard at a time; while one writes and syncs, the other computes. A CPU gets one process with two shards
+under way.
 """
 
 import os
@@ -125,8 +126,13 @@ def main(
         found = find_weights(weights, weights_dir)
         shape = {"size": size, "stage": stage, "dtype": dtype, "geometry": geometry, "compute": compute}
         splits = tuple(statistics_split)
-        plan = plan_features(images, out, found, **shape, batch_size=batch_size, statistics_splits=splits, overwrite=overwrite)
-        print(f"{out}: plan of {plan.samples} pictures in {len(plan.shards)} shards, {plan.fingerprint['compute']} network")
+        plan = plan_features(
+            images, out, found, **shape, batch_size=batch_size, statistics_splits=splits, overwrite=overwrite
+        )
+        print(
+            f"{out}: plan of {plan.samples} pictures in {len(plan.shards)} shards, "
+            f"network in {plan.fingerprint['compute']}"
+        )
     if step in (Step.ALL, Step.SHARDS):
         plan = load_plan(out)
         print(f"{out}: {extract_stripe(plan, stripe=stripe, processes=processes, num_workers=num_workers).line()}")

@@ -1,8 +1,8 @@
 """One process's share of an extraction: reads verified pictures, runs the network, writes feature shards.
 
-The surprising decision: the network has a thread of its own, fed by two shards that are under way at once. While it computes,
-the others decode, resize, write, sync and hash; it waits for nothing but the first batch. torch is imported by that thread,
-when the first picture is there.
+The surprising decision: the network has a thread of its own, fed by two shards that are under way at once. While it
+computes, the others decode, resize, write, sync and hash; it waits for nothing but the first batch. torch is imported
+by that thread, when the first picture is there.
 """
 
 import os
@@ -77,7 +77,7 @@ class Extractor:
         return store(grids, self.dtype, self.scale)
 
     def _grids(self, rows: list[dict]) -> Iterator[tuple[list[dict], np.ndarray]]:
-        """(rows, grids [B, L, D]) batch by batch; pictures are decoded two batches ahead, the network runs one ahead."""
+        """(rows, grids [B, L, D]) batch by batch; pictures are decoded two batches ahead, computed one ahead."""
         size = self.plan.settings["batch_size"]
         groups = [rows[start : start + size] for start in range(0, len(rows), size)]
         pictures = in_flight(self.decoding, self._picture, rows, ahead=2 * size)
@@ -89,7 +89,9 @@ class Extractor:
         blob = _read_range(Path(self.source.root) / row["shard"], row["offset"], row["nbytes"])
         where = f"{self.source.root}/{row['shard']}: key {row['key']}"
         if xxhash.xxh3_64_intdigest(blob) != row["xxh3"]:
-            raise ValueError(f"{where} does not have the bytes that were written; run preprocessing.verify_shards --repair")
+            raise ValueError(
+                f"{where} does not have the bytes that were written; run preprocessing.verify_shards --repair"
+            )
         members = read_members(blob, where)
         data = next(data for extension, data in members.items() if extension != "json")
         try:

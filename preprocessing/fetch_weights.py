@@ -2,9 +2,9 @@
 
     python -m preprocessing.fetch_weights --out weights/resnet50-imagenet.safetensors
 
-The surprising decision: the default is the first set of weights (V1), not the more accurate V2. V2's training recipe (label
-smoothing, mixup, long schedule) raises ImageNet accuracy and lowers the use of frozen features (Kornblith et al. 2021,
-arXiv:2010.16402).
+The surprising decision: the default is the first set of weights (V1), not the more accurate V2. V2's training recipe
+(label smoothing, mixup, long schedule) raises ImageNet accuracy and lowers the use of frozen features (Kornblith et al.
+2021, arXiv:2010.16402).
 """
 
 import os
@@ -29,7 +29,7 @@ _TIMEOUT_SECONDS = 30
 
 
 def expected_digest(name: str) -> str:
-    """The beginning of the sha256 that a file name like `resnet50-0676ba61.pth` promises. Raises ValueError without one."""
+    """The beginning of the sha256 that a name like `resnet50-0676ba61.pth` promises. Raises ValueError without one."""
     match = re.search(r"-([0-9a-f]{8,64})\.pth$", name)
     if match is None:
         raise ValueError(f"{name}: the name does not end in -DIGEST.pth, so nothing can be verified")
@@ -46,8 +46,12 @@ def convert(source: Path, name: str, out: Path) -> None:
 
     expected, found = expected_digest(name), hash_file(source)
     if not found.startswith(expected):
-        raise ValueError(f"{source} has sha256 {found[:16]}..., expected {expected}...: damaged or another file; not used")
-    tensors = {key: value.contiguous() for key, value in torch.load(source, map_location="cpu", weights_only=True).items()}
+        raise ValueError(
+            f"{source} has sha256 {found[:16]}..., expected {expected}...: damaged or another file; not used"
+        )
+    tensors = {
+        key: value.contiguous() for key, value in torch.load(source, map_location="cpu", weights_only=True).items()
+    }
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent) as folder:
         first, final = Path(folder) / "tensors", Path(folder) / "final"

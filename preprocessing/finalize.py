@@ -1,10 +1,9 @@
 """Turn finished shards into a data set: check that all stand, write the tables, then `manifest.json`, last.
 
-The surprising decision: nothing is computed here that is not in the sidecars, so finalizing again, anywhere, gives the same
-bytes, and a repair needs nothing else.
+The surprising decision: nothing is computed here that is not in the sidecars, so finalizing again, anywhere, gives the
+same bytes, and a repair needs nothing else.
 """
 
-import hashlib
 import json
 import os
 from collections import Counter
@@ -19,7 +18,6 @@ from preprocessing.plan import Plan
 from preprocessing.shards import (
     WORK,
     LeftOut,
-    PlannedShard,
     crash_point,
     hash_file,
     read_sidecar,
@@ -47,11 +45,14 @@ from sat.data.manifest import (
 LEFT_OUT = "left_out.jsonl"
 
 
-def finalize(plan: Plan, statistics: Callable[[Iterable[dict]], bytes] | None = None, max_bad_fraction: float = 1.0) -> Manifest:
+def finalize(
+    plan: Plan, statistics: Callable[[Iterable[dict]], bytes] | None = None, max_bad_fraction: float = 1.0
+) -> Manifest:
     """Publish the data set; one that stands already is reused.
 
-    `statistics` makes the bytes of `statistics.safetensors` from the sidecars, in the order of the shards. Raises ValueError
-    naming shards that are missing, damaged or of another fingerprint, or when too many pictures were left out.
+    `statistics` makes the bytes of `statistics.safetensors` from the sidecars, in the order of the shards. Raises
+    ValueError naming shards that are missing, damaged or of another fingerprint, or when too many pictures were left
+    out.
     """
     standing = _standing(plan)
     if standing is not None:
@@ -102,7 +103,9 @@ def _check_sidecars(plan: Plan) -> None:
         if sidecar is None:
             faults.append(f"{shard.name} is missing (no sidecar)")
         elif sidecar["fingerprint"] != plan.digest:
-            faults.append(f"{shard.name} has fingerprint {sidecar['fingerprint'][:12]}, the plan has {plan.digest[:12]}")
+            faults.append(
+                f"{shard.name} has fingerprint {sidecar['fingerprint'][:12]}, the plan has {plan.digest[:12]}"
+            )
         elif sidecar["samples"] and (not path.exists() or path.stat().st_size != sidecar["bytes"]):
             faults.append(f"{shard.name} is missing or not {sidecar['bytes']} bytes long")
     if faults:
@@ -138,7 +141,11 @@ def _write_samples(plan: Plan) -> pa.Table:
             if sidecar["samples"] == 0:
                 continue
             rows = pa.Table.from_pylist(sidecar["rows"], SAMPLES_SCHEMA)
-            info = {"name": sidecar["shard"], "sha256": bytes.fromhex(sidecar["sha256"]), "rows_sha256": rows_digest(rows)}
+            info = {
+                "name": sidecar["shard"],
+                "sha256": bytes.fromhex(sidecar["sha256"]),
+                "rows_sha256": rows_digest(rows),
+            }
             infos.append(info | {name: sidecar[name] for name in ("split", "samples", "bytes")})
             yield rows, rows.num_rows
 
@@ -148,7 +155,9 @@ def _write_samples(plan: Plan) -> pa.Table:
 
 def _document(plan: Plan, shards: pa.Table, names: list[str], left_out: list[LeftOut]) -> dict:
     """The content of manifest.json."""
-    files = {name: {"bytes": (plan.root / name).stat().st_size, "sha256": hash_file(plan.root / name)} for name in names}
+    files = {
+        name: {"bytes": (plan.root / name).stat().st_size, "sha256": hash_file(plan.root / name)} for name in names
+    }
     return {
         "schema": SCHEMA,
         "kind": plan.kind,

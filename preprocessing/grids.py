@@ -1,7 +1,7 @@
 """Grids on disk: the npy member of a feature sample, and the statistics that standardise it.
 
-The surprising decision: bfloat16 has no npy type, so it is stored as its uint16 bit pattern and the fingerprint's `dtype`
-says so. Statistics are those of the values a reader gets back, after rounding, not of what the network put out.
+The surprising decision: bfloat16 has no npy type, so it is stored as its uint16 bit pattern and the fingerprint's
+`dtype` says so. Statistics are those of the values a reader gets back, after rounding, not of what the network put out.
 """
 
 import base64

@@ -1,8 +1,9 @@
 """Run the shard jobs of a plan: a stripe of them, several at a time, sharing the work with whoever else is running.
 
-A worker claims a shard before it builds it. The surprising decision: no clock is compared. A claim counts as dead when its
-process is gone (same machine) or when we ourselves have watched it for `claim_timeout` seconds without the shard appearing;
-file times, which lie on network file systems, are never read. A wrong guess costs double work and nothing else.
+A worker claims a shard before it builds it. The surprising decision: no clock is compared. A claim counts as dead when
+its process is gone (same machine) or when we ourselves have watched it for `claim_timeout` seconds without the shard
+appearing; file times, which lie on network file systems, are never read. A wrong guess costs double work and nothing
+else.
 """
 
 import json
@@ -50,7 +51,9 @@ class Summary:
     def line(self) -> str:
         """One line: shards, images/s, bytes, left out and why."""
         rate = f" ({self.images / self.seconds:.1f} images/s)" if self.images else ""
-        why = "; left out " + ", ".join(f"{n} {reason}" for reason, n in sorted(self.reasons.items())) if self.bad else ""
+        why = (
+            "; left out " + ", ".join(f"{n} {reason}" for reason, n in sorted(self.reasons.items())) if self.bad else ""
+        )
         return (
             f"{self.built} shards written, {self.reused} reused: {self.images} images{rate}, "
             f"{self.bytes / 1e6:.1f} MB, {self.seconds:.1f} s{why}"
@@ -78,9 +81,9 @@ def run_shards(
 ) -> Summary:
     """Bring the shards of a stripe to stand, `slots` at a time; returns when all do.
 
-    `build(plan, shard)` writes one shard and returns its sidecar; with a process pool it must be picklable. Shards claimed
-    by another live worker are left to it and looked at again at the end. Raises ValueError when more than `max_bad_fraction` of
-    the stripe's pictures are left out, and whatever `build` raises.
+    `build(plan, shard)` writes one shard and returns its sidecar; with a process pool it must be picklable. Shards
+    claimed by another live worker are left to it and looked at again at the end. Raises ValueError when more than
+    `max_bad_fraction` of the stripe's pictures are left out, and whatever `build` raises.
     """
     index, count = parse_stripe(stripe)
     todo, running, claimed, summary = [], {}, {}, Summary()
@@ -129,7 +132,9 @@ def work_on(plan: Plan, shard: PlannedShard, build: Callable, steal: bool) -> tu
     path = plan.root / WORK / f"{shard.stem}.claim"
     if steal or _holder_is_gone(path):
         path.unlink(missing_ok=True)
-    if not publish_exclusive(path, json.dumps({"machine": _machine(), "pid": os.getpid(), "start": _start(os.getpid())}).encode()):
+    if not publish_exclusive(
+        path, json.dumps({"machine": _machine(), "pid": os.getpid(), "start": _start(os.getpid())}).encode()
+    ):
         return None, False
     try:
         return build(plan, shard), True

@@ -1,8 +1,9 @@
 """The encoder as fast as the machine runs it: uint8 pictures in, float grids out.
 
-On a GPU: BatchNorm folded, channels_last, bf16, torch.compile for long jobs. On a CPU the surprising decision: the folded network is
-driven through oneDNN's fused convolutions directly, with weights packed once (what torch.compile's freezing arrives at,
-without its warm-up and without a C++ compiler): convolution, bias, the residual's addition and ReLU are one call.
+On a GPU: BatchNorm folded, channels_last, bf16, torch.compile for long jobs. On a CPU the surprising decision: the
+folded network is driven through oneDNN's fused convolutions directly, with weights packed once (what torch.compile's
+freezing arrives at, without its warm-up and without a C++ compiler): convolution, bias, the residual's addition and
+ReLU are one call.
 """
 
 from collections.abc import Callable
@@ -54,7 +55,7 @@ def fast_forward(encoder: Encoder, size: int, compute: str, device: str, images:
 
 
 class FusedResNet:
-    """A folded ResNet-50 in oneDNN's fused convolutions; [B, 3, S, S] channels_last -> [B, L, D], as `Encoder.forward`."""
+    """A folded ResNet-50 in oneDNN's fused convolutions; [B, 3, S, S] channels_last -> [B, L, D] like `Encoder`."""
 
     def __init__(self, folded: Encoder, size: int):
         self.folded = folded

@@ -97,7 +97,8 @@ def plan_rows_digest(rows: Iterable[dict]) -> str:
 def publish_plan(plan: Plan, row_groups: Iterable[list[dict]] = (), overwrite: bool = False) -> Plan:
     """Write the plan, with `row_groups` (the samples of each shard) as its table; one with this fingerprint is reused.
 
-    Raises ValueError, naming what differs, when the folder was planned otherwise; `overwrite` then deletes the old data set.
+    Raises ValueError, naming what differs, when the folder was planned otherwise; `overwrite` then deletes the old data
+    set.
     """
     (plan.root / WORK).mkdir(parents=True, exist_ok=True)
     path = plan.root / WORK / PLAN

@@ -1,7 +1,8 @@
-"""Plan a feature data set: which encoder, which transform, which format, and the int8 scales, fixed before the first shard.
+"""Plan a feature data set: encoder, transform, format and int8 scales, all fixed before the first shard.
 
-The surprising decision: int8 scales are calibrated while planning, on the first training pictures in shard order, because every
-shard, on whichever machine, has to use the same ones. They travel in the plan; the fingerprint holds their digest.
+The surprising decision: int8 scales are calibrated while planning, on the first training pictures in shard order,
+because every shard, on whichever machine, has to use the same ones. They travel in the plan; the fingerprint holds
+their digest.
 """
 
 import base64
@@ -89,7 +90,11 @@ def source_of(plan: Plan) -> Manifest:
 
 def _check_settings(size: int, stage: int, dtype: str, geometry: str, compute: str) -> None:
     check_dtype(dtype)
-    for name, value, choices in (("stage", stage, STAGES), ("geometry", geometry, GEOMETRIES), ("compute", compute, PRECISIONS)):
+    for name, value, choices in (
+        ("stage", stage, STAGES),
+        ("geometry", geometry, GEOMETRIES),
+        ("compute", compute, PRECISIONS),
+    ):
         if value not in choices:
             raise ValueError(f"{name} {value!r} is unknown; choose one of {', '.join(map(str, choices))}")
     stride = 2 ** (stage + 1)
@@ -114,8 +119,12 @@ def _with_scale(plan: Plan, source: Manifest) -> Plan:
     standing = standing_plan(plan.root)
     digest = standing.fingerprint.get("scale_sha256") if standing else None
     if digest and standing.fingerprint == plan.fingerprint | {"scale_sha256": digest}:
-        return replace(plan, fingerprint=standing.fingerprint, settings=plan.settings | {"scale": standing.settings["scale"]})
-    splits = [split for split in plan.fingerprint["statistics_splits"] if split in source.splits] or sorted(source.splits)
+        return replace(
+            plan, fingerprint=standing.fingerprint, settings=plan.settings | {"scale": standing.settings["scale"]}
+        )
+    splits = [split for split in plan.fingerprint["statistics_splits"] if split in source.splits] or sorted(
+        source.splits
+    )
     with Extractor(plan, source, np.ones(plan.fingerprint["dim"], np.float32)) as extractor:
         scale = calibrate(extractor.first_grids(splits[0], CALIBRATION_IMAGES)).astype("<f4").tobytes()
     encoded = base64.b64encode(scale).decode()

@@ -1,10 +1,10 @@
 """Pack annotated pictures into WebDataset shards, once, so that nothing later opens a hundred thousand small files.
 
-    python -m preprocessing.shard_images --annotations train=captions_train2017.json --annotations val=captions_val2017.json \\
-        --images coco --out data/coco/images --num-workers 8
+    python -m preprocessing.shard_images --images coco --out data/coco/images --num-workers 8 \\
+        --annotations train=captions_train2017.json --annotations val=captions_val2017.json
 
-Every picture is decoded to prove that it can be; its file goes into the shard unchanged. The surprising decision: the order
-inside the shards is random once and for ever (by a hash of seed and image id), so that later readers may read
+Every picture is decoded to prove that it can be; its file goes into the shard unchanged. The surprising decision: the
+order inside the shards is random once and for ever (by a hash of seed and image id), so that later readers may read
 sequential runs and still see mixed samples.
 """
 
@@ -32,7 +32,14 @@ WRITER = 1
 
 
 def plan_images(
-    records: Records, image_root: Path, out: Path, *, shard_size: int, seed: int, max_bad_fraction: float, overwrite: bool = False
+    records: Records,
+    image_root: Path,
+    out: Path,
+    *,
+    shard_size: int,
+    seed: int,
+    max_bad_fraction: float,
+    overwrite: bool = False,
 ) -> Plan:
     """Assign records to shards and publish the plan.
 
@@ -84,14 +91,16 @@ def _check_left_out(records: Records, image_root: Path, max_bad_fraction: float)
         counts = ", ".join(f"{n} {reason}" for reason, n in sorted(Counter(i.reason for i in records.left_out).items()))
         first = records.left_out[0]
         raise ValueError(
-            f"{len(records.left_out)} of {total} pictures have to be left out ({counts}), e.g. {first.file_name} ({first.reason}); "
-            f"looked below {image_root}; --max-bad-fraction {max_bad_fraction} allows less"
+            f"{len(records.left_out)} of {total} pictures have to be left out ({counts}), "
+            f"e.g. {first.file_name} ({first.reason}); looked below {image_root}; --max-bad-fraction {max_bad_fraction} allows less"
         )
     if not records.images:
         raise ValueError("the annotations list no picture")
 
 
-def _groups(images: tuple[ImageRecord, ...], shard_size: int, seed: int) -> Iterator[tuple[str, int, list[ImageRecord]]]:
+def _groups(
+    images: tuple[ImageRecord, ...], shard_size: int, seed: int
+) -> Iterator[tuple[str, int, list[ImageRecord]]]:
     """(split, number, records) of every shard, in the order of the shards."""
     by_split = defaultdict(list)
     for record in images:
@@ -122,15 +131,21 @@ def _samples(plan: Plan, shard: PlannedShard) -> Iterator[Sample | LeftOut]:
 
 def main(
     out: Annotated[Path, typer.Option(help="folder of the image shards")],
-    annotations: Annotated[list[str] | None, typer.Option(help="SPLIT=FILE (COCO captions JSON) or FILE (Karpathy, Flickr)")] = None,
+    annotations: Annotated[
+        list[str] | None, typer.Option(help="SPLIT=FILE (COCO captions JSON) or FILE (Karpathy, Flickr)")
+    ] = None,
     images: Annotated[Path | None, typer.Option(help="folder the file names are relative to")] = None,
     split: Annotated[list[str] | None, typer.Option(help="SPLIT=FILE, a list of file names (Flickr)")] = None,
     format: Annotated[str, typer.Option(help="auto, coco, karpathy or flickr")] = "auto",
-    val_fraction: Annotated[float, typer.Option(help="share of a lone training set that becomes val, by hash of its id")] = 0.0,
+    val_fraction: Annotated[
+        float, typer.Option(help="share of a lone training set that becomes val, by hash of its id")
+    ] = 0.0,
     shard_size: Annotated[int, typer.Option(min=1, help="pictures per shard")] = 1000,
     seed: Annotated[int, typer.Option(help="orders the samples inside the shards")] = 1,
     num_workers: Annotated[int, typer.Option(min=1, help="processes")] = os.cpu_count() or 1,
-    max_bad_fraction: Annotated[float, typer.Option(min=0, max=1, help="share of pictures that may be left out")] = 0.01,
+    max_bad_fraction: Annotated[
+        float, typer.Option(min=0, max=1, help="share of pictures that may be left out")
+    ] = 0.01,
     stripe: Annotated[str, typer.Option(help="I/N: every N-th shard from number I, counted from 0")] = "0/1",
     step: Annotated[Step, typer.Option(help="part of the job to run")] = Step.ALL,
     overwrite: Annotated[bool, typer.Option(help="delete a data set that was planned otherwise")] = False,
@@ -139,13 +154,19 @@ def main(
     if step in (Step.ALL, Step.PLAN):
         if images is None or not annotations:
             raise ValueError("planning needs --annotations and --images")
-        records = read_annotations(annotations, format, image_root=images, split_lists=split or (), val_fraction=val_fraction)
+        records = read_annotations(
+            annotations, format, image_root=images, split_lists=split or (), val_fraction=val_fraction
+        )
         limits = {"shard_size": shard_size, "seed": seed, "max_bad_fraction": max_bad_fraction}
         plan = plan_images(records, images, out, **limits, overwrite=overwrite)
         notes = "".join(f", {count} {note}" for note, count in plan.notes.items())
-        print(f"{out}: plan of {plan.samples} pictures in {len(plan.shards)} shards, {len(plan.left_out)} left out{notes}")
+        print(
+            f"{out}: plan of {plan.samples} pictures in {len(plan.shards)} shards, {len(plan.left_out)} left out{notes}"
+        )
     if step in (Step.ALL, Step.SHARDS):
-        summary = shard_stripe(load_plan(out), stripe=stripe, num_workers=num_workers, max_bad_fraction=max_bad_fraction)
+        summary = shard_stripe(
+            load_plan(out), stripe=stripe, num_workers=num_workers, max_bad_fraction=max_bad_fraction
+        )
         print(f"{out}: {summary.line()}")
     if step == Step.FINALIZE or (step == Step.ALL and stripe == "0/1"):
         manifest = finalize(load_plan(out), max_bad_fraction=max_bad_fraction)

@@ -132,7 +132,7 @@ def write_shard(
 
 
 def remove_unfinished(root: Path, shard: PlannedShard, fingerprint: str) -> None:
-    """Remove a sidecar that is damaged, of another fingerprint or whose tar is not the one it describes, with its tar."""
+    """Remove a sidecar that is damaged, of another fingerprint or without the tar it describes, and its tar."""
     if sidecar_path(root, shard).exists() and not is_finished(root, shard, fingerprint):
         sidecar_path(root, shard).unlink(missing_ok=True)
         (root / shard.name).unlink(missing_ok=True)
@@ -209,7 +209,7 @@ def _publish(root: Path, shard: PlannedShard, temporary: Path, sidecar: dict) ->
 
 
 def _link_tar(root: Path, shard: PlannedShard, temporary: Path, sha256: str) -> bool:
-    """Give the tar its name; False when a tar was there: one without a sidecar is kept if it has our bytes, else replaced."""
+    """Give the tar its name; False when one was there, which without a sidecar is kept if it has our bytes, else replaced."""
     final = root / shard.name
     try:
         os.link(temporary, final)
@@ -261,7 +261,7 @@ def _tar_members(sample: Sample) -> bytes:
 
 
 def read_members(blob: bytes | memoryview, where: str) -> dict[str, bytes]:
-    """Members of one sample by extension, from its bytes in the tar. Raises ValueError naming `where` on anything odd."""
+    """Members of a sample by extension, from its bytes in the tar. Raises ValueError naming `where` on anything odd."""
     members, position, end = {}, 0, len(blob)
     while position < end:
         try:

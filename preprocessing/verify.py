@@ -1,7 +1,7 @@
 """Compare every byte of a data set on disk with what was recorded when it was written, and name every fault.
 
-The surprising decision: a sound shard is hashed once, as a whole file; only a shard whose sha256 is wrong is gone through
-sample by sample, to name the keys. So a check runs at the speed of the disk.
+The surprising decision: a sound shard is hashed once, as a whole file; only a shard whose sha256 is wrong is gone
+through sample by sample, to name the keys. So a check runs at the speed of the disk.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ _CHUNK = 4 << 20
 
 @dataclass(frozen=True)
 class Fault:
-    """Something that is not as it was written: in which file (relative to the data set) and, inside a shard, at which key."""
+    """Something that is not as it was written: in which file of the data set and, inside a shard, at which key."""
 
     file: str
     what: str
@@ -116,9 +116,15 @@ def check_shard(root: Path, shard: RecordedShard, progress: Callable[[int], None
         return [Fault(shard.name, "missing", shard=shard.name)]
     if digest.hexdigest() == shard.sha256:
         return []
-    faults = [] if size == shard.bytes else [Fault(shard.name, f"{size} bytes, {shard.bytes} were written", shard=shard.name)]
+    faults = (
+        []
+        if size == shard.bytes
+        else [Fault(shard.name, f"{size} bytes, {shard.bytes} were written", shard=shard.name)]
+    )
     faults += _faulty_samples(path, shard)
-    return faults or [Fault(shard.name, "the bytes after the last sample are not those that were written", shard=shard.name)]
+    return faults or [
+        Fault(shard.name, "the bytes after the last sample are not those that were written", shard=shard.name)
+    ]
 
 
 def _faulty_samples(path: Path, shard: RecordedShard) -> Iterator[Fault]:
@@ -182,7 +188,11 @@ def _sidecar_problem(plan: Plan, shard: PlannedShard, sidecar: dict | None, reco
         return "missing: this shard was not finished"
     if sidecar["fingerprint"] != plan.digest:
         return f"fingerprint {sidecar['fingerprint'][:12]}, the plan has {plan.digest[:12]}"
-    if recorded and sidecar["samples"] and (shard.name not in recorded or recorded[shard.name].sha256 != sidecar["sha256"]):
+    if (
+        recorded
+        and sidecar["samples"]
+        and (shard.name not in recorded or recorded[shard.name].sha256 != sidecar["sha256"])
+    ):
         return "it does not describe the shard that the manifest lists"
     return ""
 

@@ -2,9 +2,9 @@
 
     python -m preprocessing.verify_shards data/coco/images data/coco/features --repair
 
-The surprising decision: a rebuilt shard goes through the very job that wrote it. Where it comes out with the recorded bytes, as it
-does from the same pictures on the same kind of machine, the manifest does not change; else a new one is published and the
-data set has a new digest. Files that are no part of the data set are told, never touched.
+The surprising decision: a rebuilt shard goes through the very job that wrote it. Where it comes out with the recorded
+bytes, as it does from the same pictures on the same kind of machine, the manifest does not change; else a new one is
+published and the data set has a new digest. Files that are no part of the data set are told, never touched.
 """
 
 import os
@@ -24,10 +24,13 @@ from preprocessing.verify import Report, check_tables, recorded_bytes, verify
 from sat.data.manifest import MANIFEST
 
 
-def repair(root: Path, report: Report, *, images: Path | None = None, weights: Path | None = None, num_workers: int = 1) -> None:
+def repair(
+    root: Path, report: Report, *, images: Path | None = None, weights: Path | None = None, num_workers: int = 1
+) -> None:
     """Build the shards that the report names again, and the tables where they or the shards' bytes have changed.
 
-    `images` and `weights` replace the paths the plan remembers. Raises ValueError when the plan is lost, and what the jobs raise.
+    `images` and `weights` replace the paths the plan remembers. Raises ValueError when the plan is lost, and what the
+    jobs raise.
     """
     plan = load_plan(root)
     moved = {name: os.path.abspath(path) for name, path in (("images", images), ("weights", weights)) if path}
@@ -64,7 +67,9 @@ def _check(root: Path, num_workers: int) -> Report:
 def main(
     folders: Annotated[list[Path], typer.Argument(help="folders of image or feature shards")],
     repair_faults: Annotated[bool, typer.Option("--repair", help="rebuild what is broken")] = False,
-    images: Annotated[Path | None, typer.Option(help="with --repair: where the pictures or image shards are now")] = None,
+    images: Annotated[
+        Path | None, typer.Option(help="with --repair: where the pictures or image shards are now")
+    ] = None,
     weights: Annotated[Path | None, typer.Option(help="with --repair: where the encoder weights are now")] = None,
     num_workers: Annotated[int, typer.Option(min=1, help="hashing threads")] = os.cpu_count() or 1,
 ) -> None:

@@ -1,7 +1,7 @@
 """Find encoder weights and trust them only with a digest; imports no torch, so that a missing file is told at once.
 
-The surprising decision: ImageNet weights carry, in their own metadata, a digest of their tensors. A file damaged in the cache is
-refused when it is used, not only when it was fetched.
+The surprising decision: ImageNet weights carry, in their own metadata, a digest of their tensors. A file damaged in the
+cache is refused when it is used, not only when it was fetched.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ CONTENT_KEY = "content_sha256"
 
 
 def find_weights(weights: str, weights_dir: Path = WEIGHTS_DIR) -> Path:
-    """`imagenet` or a path -> the file. Raises ValueError, with the command that makes it, when it is missing or damaged."""
+    """`imagenet` or a path -> the file. Raises ValueError, with the command that makes it, for a missing or damaged one."""
     imagenet = weights == "imagenet"
     path = weights_dir / IMAGENET_FILE if imagenet else Path(weights)
     if not path.is_file():
@@ -30,7 +30,7 @@ def find_weights(weights: str, weights_dir: Path = WEIGHTS_DIR) -> Path:
 
 
 def content_digest(path: Path) -> str:
-    """sha256 of a safetensors file but for its metadata: names, types and places of the tensors, then their bytes; hex."""
+    """sha256 of a safetensors file but for its metadata: names, types and places of the tensors, their bytes; hex."""
     header, offset = _read_header(path)
     header.pop("__metadata__", None)
     digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
@@ -62,4 +62,7 @@ def _check_content(path: Path, required: bool) -> None:
         return
     if recorded is None or content_digest(path) != recorded:
         found = "has no digest" if recorded is None else "is damaged: its tensors do not have the recorded digest"
-        raise ValueError(f"encoder weights {path}: the file {found}; delete it and run python -m preprocessing.fetch_weights --out {path}")
+        raise ValueError(
+            f"encoder weights {path}: the file {found}; delete it and run "
+            f"python -m preprocessing.fetch_weights --out {path}"
+        )

@@ -40,8 +40,8 @@ def make_feature_dataset(
 ) -> Manifest:
     """Write a finished feature data set into `root`.
 
-    Image `index` of a split has image_id SPLIT-INDEX, the grid `grid_of(split, index, ...)` and `captions(split, index)`;
-    `name` sets two otherwise equal data sets apart (another fingerprint and digest).
+    Image `index` of a split has image_id SPLIT-INDEX, the grid `grid_of(split, index, ...)` and `captions(split,
+    index)`; `name` sets two otherwise equal data sets apart (another fingerprint and digest).
     """
     root, cells = Path(root), grid[0] * grid[1]
     scale = np.full(dim, 4 / 127 if dtype == "int8" else 1, np.float32)
@@ -81,8 +81,10 @@ def encoded(image: Image.Image, format: str = "JPEG", **options) -> bytes:
     return buffer.getvalue()
 
 
-def make_coco(root: Path, splits: Mapping[str, int] = {"train": 12, "val": 5}, size: tuple[int, int] = (64, 48)) -> dict:
-    """Write DIR/images/SPLIT/*.jpg and DIR/annotations/captions_SPLIT.json; returns the annotation file of each split."""
+def make_coco(
+    root: Path, splits: Mapping[str, int] = {"train": 12, "val": 5}, size: tuple[int, int] = (64, 48)
+) -> dict:
+    """Write ROOT/images/SPLIT/*.jpg and ROOT/annotations/captions_SPLIT.json; returns the file of each split."""
     files, first = {}, 1
     for split, count in splits.items():
         folder = root / "images" / split

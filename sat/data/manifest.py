@@ -6,8 +6,9 @@
     ROOT/statistics.safetensors features only: mean, std and scale per channel
     ROOT/SPLIT-000000.tar       plain WebDataset tar; a sample is its data member, then its .json member
 
-The surprising decision: opening costs nothing per sample. `shards.parquet` is hashed whole when it is opened and carries
-the digest of each shard's rows, so a row group of `samples.parquet` is checked when it is read, however long the table.
+The surprising decision: opening costs nothing per sample. `shards.parquet` is hashed whole when it is opened and
+carries the digest of each shard's rows, so a row group of `samples.parquet` is checked when it is read, however long
+the table.
 """
 
 import hashlib
@@ -147,7 +148,8 @@ class Manifest:
 def load_manifest(root: str | os.PathLike) -> Manifest:
     """Open a finished data set in a folder or at an fsspec URL.
 
-    Raises ValueError when there is no `manifest.json` (not a finished data set) or when a file of the contract is damaged.
+    Raises ValueError when there is no `manifest.json` (not a finished data set) or when a file of the contract is
+    damaged.
     """
     root = os.fspath(root).rstrip("/")
     try:
@@ -155,7 +157,9 @@ def load_manifest(root: str | os.PathLike) -> Manifest:
     except FileNotFoundError:
         raise ValueError(f"{root}: not a finished data set (no {MANIFEST}); finish its preprocessing first") from None
     except ValueError as error:
-        raise ValueError(f"{root}/{MANIFEST}: damaged ({error}); run preprocessing.verify_shards with --repair") from None
+        raise ValueError(
+            f"{root}/{MANIFEST}: damaged ({error}); run preprocessing.verify_shards with --repair"
+        ) from None
     if document["schema"] != SCHEMA:
         raise ValueError(f"{root}/{MANIFEST}: schema {document['schema']}, this program reads {SCHEMA}")
     blob = _read_recorded(root, SHARDS, document["files"])
@@ -192,7 +196,9 @@ def check_files(manifest: Manifest) -> None:
             faults.append(f"{shard.name}: {found}, {shard.bytes} bytes were written")
     if faults:
         more = f" and {len(faults) - 5} more" if len(faults) > 5 else ""
-        raise ValueError(f"{manifest.root}: {'; '.join(faults[:5])}{more}; run preprocessing.verify_shards with --repair")
+        raise ValueError(
+            f"{manifest.root}: {'; '.join(faults[:5])}{more}; run preprocessing.verify_shards with --repair"
+        )
 
 
 def seal(document: dict) -> bytes:
@@ -277,7 +283,9 @@ def _read_recorded(root: str, name: str, files: dict) -> bytes:
     except FileNotFoundError:
         raise ValueError(f"{root}/{name} is missing; run preprocessing.verify_shards with --repair") from None
     if hashlib.sha256(blob).hexdigest() != files[name]["sha256"]:
-        raise ValueError(f"{root}/{name}: not the bytes that were written; run preprocessing.verify_shards with --repair")
+        raise ValueError(
+            f"{root}/{name}: not the bytes that were written; run preprocessing.verify_shards with --repair"
+        )
     return blob
 
 
