@@ -19,8 +19,8 @@ from random import Random
 from typing import Annotated
 
 import typer
-from tqdm import tqdm
 
+from preprocessing.console import progress_line, run
 from preprocessing.scene_captions import describe
 from preprocessing.scenes import SIZE, Scene, SceneObject, render, sample_scene
 
@@ -85,9 +85,10 @@ def make_scenes(out: Path, counts: dict[str, int], seed: int, size: int = SIZE, 
     pictures = [Picture(seed, split, number, size) for split in SPLITS for number in range(counts.get(split, 0))]
     missing = [picture for picture in pictures if not (out / "images" / picture.file_name).exists()]
     jobs = [(out / "images" / picture.file_name, picture) for picture in missing]
-    progress = dict(total=len(jobs), desc="rendering scenes", unit="picture", mininterval=1, disable=not jobs)
-    for _ in tqdm(_run(jobs, num_workers), **progress):
-        pass
+    if jobs:
+        with progress_line(len(jobs), "rendering scenes") as advance:
+            for _ in _render_all(jobs, num_workers):
+                advance(1)
     _write_tables(out, pictures)
     return len(missing)
 
@@ -105,7 +106,7 @@ def _claim(out: Path, recipe: dict) -> None:
         leftover.unlink(missing_ok=True)
 
 
-def _run(jobs: list[tuple[Path, Picture]], num_workers: int) -> Iterator[None]:
+def _render_all(jobs: list[tuple[Path, Picture]], num_workers: int) -> Iterator[None]:
     if num_workers <= 1 or len(jobs) < 2:
         yield from map(_render_job, jobs)
         return
@@ -175,4 +176,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run(main)
