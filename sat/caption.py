@@ -4,16 +4,17 @@ The surprise: the attention picture shows what the encoder saw (after rotation, 
 cell lies exactly over the pixels it stands for.
 """
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
+from PIL import Image
 
 from sat.attention_plot import plot_attention
-from sat.data.pictures import Transform, load_picture
+from preprocessing.images import BadPicture, fit
+from preprocessing.images import decode as decode_file
 from sat.decoding import DecodeOptions, Hypothesis, decode
 from sat.evaluate import best_folder
 from sat.export import TrainedModel, load_model
@@ -27,10 +28,7 @@ def find_encoder(trained: TrainedModel, weights: Path) -> Encoder:
     candidates = sorted(weights.glob("*.safetensors")) if weights.is_dir() else [weights]
     for path in candidates:
         if path.is_file() and weights_digest(path) == wanted["weights_sha256"]:
-            encoder = load_encoder(path, stage=wanted["stage"])
-            if trained.encoder_state:
-                encoder.load_state_dict(trained.encoder_state)
-            return encoder
+            return load_encoder(path, stage=wanted["stage"])
     raise ValueError(
         f"no encoder with SHA-256 {wanted['weights_sha256'][:12]}... at {weights}; give the file that extracted the training "
         "features: --weights FILE"
@@ -38,13 +36,15 @@ def find_encoder(trained: TrainedModel, weights: Path) -> Encoder:
 
 
 @torch.inference_mode()
-def caption_pictures(trained: TrainedModel, encoder: Encoder, paths: list[Path], options: DecodeOptions):
-    """Yield (path, picture as the encoder saw it, best Hypothesis with its attention) for each readable file."""
-    transform = Transform(**trained.features["transform"])
-    for path in paths:
-        picture = load_picture(path, transform)  # uint8 [3, S, S]
-        grid = encoder(normalise(torch.from_numpy(picture)[None]))  # [1, L, D]
-        yield path, picture, decode(trained.captioner, grid, options)[0][0]
+def caption_picture(
+    trained: TrainedModel, encoder: Encoder | None, data: bytes, options: DecodeOptions
+) -> tuple[Image.Image, Hypothesis]:
+    """The picture as the encoder sees it, [S, S], and its best hypothesis. Raises BadPicture."""
+    transform = trained.features["transform"]
+    seen = fit(decode_file(data), transform["size"], transform["geometry"])
+    images = torch.from_numpy(seen).permute(2, 0, 1)[None]  # uint8 [1, 3, S, S]
+    grid = images if encoder is None else encoder(normalise(images))
+    return Image.fromarray(seen), decode(trained.model, grid, options)[0][0]
 
 
 def main(
@@ -58,14 +58,14 @@ def main(
     """Caption picture files; one PNG each shows the attention of every word."""
     files = expand(pictures)[: limit or None]
     trained = load_model(best_folder(model))
-    encoder = find_encoder(trained, weights)
+    encoder = None if trained.config.encoder.train else find_encoder(trained, weights)
     options = DecodeOptions(method="beam", beam_size=beam_size, max_length=trained.config.eval.max_length, keep_attention=True)
     out.mkdir(parents=True, exist_ok=True)
     written, unreadable = [], []
     for path in files:
         try:
-            (_, picture, hypothesis), = caption_pictures(trained, encoder, [path], options)
-        except ValueError as error:
+            picture, hypothesis = caption_picture(trained, encoder, path.read_bytes(), options)
+        except BadPicture as error:
             unreadable.append(f"{path}: {error}")
             continue
         caption = trained.tokenizer.decode(hypothesis.tokens)

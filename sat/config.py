@@ -197,7 +197,7 @@ class EvalConfig:
 @dataclass
 class TrackingConfig:
     mlflow_uri: str = ""
-    """MLflow server or `sqlite:////absolute/path.db`; empty: `mlflow.db` beside the run folder; `off`: none."""
+    """MLflow server or `sqlite:////absolute/path.db`; empty: `mlflow.db` beside the run folder; `none`: no MLflow."""
     experiment: str = "show-attend-and-tell"
     """MLflow experiment."""
     run_name: str = ""

@@ -19,11 +19,12 @@ from sat.checkpoint import write_json
 from sat.data.loader import evaluation_batches, read_references
 from sat.data.manifest import Manifest, load_manifest
 from sat.decoding import DecodeOptions, decode
-from sat.export import load_model, refuse_other_features
+from sat.export import TrainedModel, load_model, refuse_other_features
 from sat.metrics import Scores, most_frequent_caption, score
 from sat.run import attach
 from sat.runtime import Runtime, start
 from sat.text import CaptionTokenizer, normalise
+from sat.training_data import reading_options
 
 
 @dataclass(frozen=True)
@@ -40,22 +41,22 @@ def evaluate(
     manifest: Manifest,
     split: str,
     tokenizer: CaptionTokenizer,
-    options: settings.EvalConfig,
+    config: settings.Config,
     runtime: Runtime,
-    num_workers: int = 0,
+    reading: dict,
 ) -> Evaluation:
     """Decode and score `split`. All ranks enter and all get the result; the same scores for any world size.
 
     Raises ValueError where the split is empty or the captions do not cover it exactly.
     """
-    local = decode_split(models, manifest, split, tokenizer, options, runtime, num_workers)
+    local = decode_split(models, manifest, split, tokenizer, config, runtime, reading)
     gathered = [pair for part in runtime.gather(local) for pair in part]
     captions = {image_id: caption for image_id, caption, _ in sorted(gathered)}
     if len(captions) != len(gathered):
         raise ValueError(f"split {split!r} of {manifest.root}: an image was decoded twice; image ids must be unique")
 
     def score_once() -> Scores:
-        return score(read_references(manifest, split), captions, tuple(options.metrics))
+        return score(read_references(manifest, split), captions, tuple(config.eval.metrics))
 
     scores = runtime.run_on_main(score_once)
     return Evaluation(scores, captions, sum(not finished for _, _, finished in gathered))
@@ -67,23 +68,27 @@ def decode_split(
     manifest: Manifest,
     split: str,
     tokenizer: CaptionTokenizer,
-    options: settings.EvalConfig,
+    config: settings.Config,
     runtime: Runtime,
-    num_workers: int,
+    reading: dict,
 ) -> list[tuple[str, str, bool]]:
     """This rank's (image_id, caption, finished) of the split; a progress line on rank 0."""
     from tqdm import tqdm
 
     how = DecodeOptions(
-        method="beam", beam_size=options.beam_size, max_length=options.max_length, length_penalty=options.length_penalty
+        method="beam",
+        beam_size=config.eval.beam_size,
+        max_length=config.eval.max_length,
+        length_penalty=config.eval.length_penalty,
     )
     batches = evaluation_batches(
         manifest,
         split=split,
         rank=runtime.rank,
         world_size=runtime.world_size,
-        batch_size=options.batch_size,
-        num_workers=num_workers,
+        batch_size=config.eval.batch_size,
+        num_workers=config.data.num_workers,
+        **reading,
     )
     results = []
     images = sum(shard.samples for shard in manifest.shards if shard.split == split)
@@ -128,12 +133,12 @@ def main(
         config.eval.beam_size = beam_size
     manifest = load_manifest(features or config.data.features)
     for model in trained:
-        refuse_other_features(model.features, manifest)
+        refuse_unfit(model, manifest)
         if model.tokenizer.digest != trained[0].tokenizer.digest:
             raise ValueError(f"the ensemble's models have different vocabularies ({run} and {also}); they cannot vote on words")
     runtime = start(config.train.precision if torch.cuda.is_available() or config.train.precision != "fp16" else "bf16")
-    captioners = [model.captioner.to(runtime.device) for model in trained]
-    result = evaluate(captioners, manifest, split, trained[0].tokenizer, config.eval, runtime, config.data.num_workers)
+    models = [each.model.to(runtime.device) for each in trained]
+    result = evaluate(models, manifest, split, trained[0].tokenizer, config, runtime, reading_options(config))
 
     def report() -> None:
         scores = {"model": result.scores}
@@ -146,6 +151,14 @@ def main(
 
     runtime.run_on_main(report)
     runtime.close()
+
+
+def refuse_unfit(trained: TrainedModel, manifest: Manifest) -> None:
+    """Raise ValueError unless the model reads what `manifest` holds."""
+    if trained.config.encoder.train and manifest.kind != "images":
+        raise ValueError(f"the model has its own encoder and reads image shards; {manifest.root} holds {manifest.kind}")
+    if not trained.config.encoder.train:
+        refuse_other_features(trained.features, manifest)
 
 
 def best_folder(run: Path) -> Path:

@@ -19,6 +19,8 @@ from torch import nn
 from sat import config as settings
 from sat.data.manifest import Manifest
 from sat.model.captioner import Captioner
+from sat.model.encoder import Encoder
+from sat.model.end_to_end import EndToEnd
 from sat.text import CaptionTokenizer
 
 FILES = ("model.safetensors", "config.json", "tokenizer.json")
@@ -26,13 +28,12 @@ FILES = ("model.safetensors", "config.json", "tokenizer.json")
 
 @dataclass(frozen=True)
 class TrainedModel:
-    captioner: Captioner
-    encoder_state: dict[str, torch.Tensor]
-    """The tuned encoder's weights after end-to-end training; empty when the encoder was frozen."""
+    model: Captioner | EndToEnd
+    """EndToEnd, which takes pictures, when the encoder was trained with it."""
     tokenizer: CaptionTokenizer
     config: settings.Config
     features: dict
-    """Fingerprint of the features it was trained on."""
+    """Fingerprint of the features it was trained on; after end-to-end training what its pictures go through."""
     step: int
 
 
@@ -74,33 +75,38 @@ def load_model(folder: Path, device: torch.device | str = "cpu") -> TrainedModel
     config = settings.from_dict(about["config"])
     tokenizer = CaptionTokenizer.load(folder / FILES[2])
     features = about["features"]
-    state = load_file(folder / FILES[0])
-    encoder_state = {name.removeprefix("encoder."): value for name, value in state.items() if name.startswith("encoder.")}
-    captioner_state = {name: value for name, value in state.items() if not name.startswith("encoder.")}
-    captioner = build_captioner(
+    model = build_captioner(
         config.model,
         vocab_size=tokenizer.vocab_size,
         feature_dim=features["dim"],
         grid_size=features["grid"][0] * features["grid"][1],
         compile=config.train.compile,
     )
+    if config.encoder.train:
+        model = EndToEnd(Encoder(), model)
     try:
-        captioner.load_state_dict(captioner_state)
+        model.load_state_dict(load_file(folder / FILES[0]))
     except RuntimeError as error:
         raise ValueError(f"{folder / FILES[0]} does not fit its config.json: {error}") from None
-    return TrainedModel(captioner.to(device).eval(), encoder_state, tokenizer, config, features, about["step"])
+    return TrainedModel(model.to(device).eval(), tokenizer, config, features, about["step"])
+
+
+def end_to_end_features(config: settings.Config, weights_sha256: str) -> dict:
+    """What stands for a fingerprint when the encoder is trained too, beginning from the weights of that digest."""
+    size, encoder = config.encoder.image_size, Encoder()
+    return {
+        "encoder": {"architecture": "resnet50", "stage": encoder.stage, "trained_from": weights_sha256},
+        "transform": {"size": size, "geometry": "squash"},
+        "grid": [size // 32, size // 32],
+        "dim": encoder.feature_dim,
+    }
 
 
 def refuse_other_features(expected: dict, manifest: Manifest) -> None:
     """Raise ValueError unless `manifest`'s features were made as those the model was trained on."""
-    for key in ("encoder", "transform", "grid", "dim", "dtype", "scale"):
+    for key in ("encoder", "transform", "grid", "dim", "dtype", "scale_sha256"):
         if expected.get(key) != manifest.fingerprint.get(key):
             raise ValueError(
                 f"{manifest.root}: its {key} is {manifest.fingerprint.get(key)!r}, but the model was trained on "
                 f"{expected.get(key)!r}; extract the features again with the model's encoder"
             )
-
-
-def module_state(module: nn.Module) -> dict[str, torch.Tensor]:
-    """Weights and buffers of an unwrapped (captioner or end-to-end) model, names as `load_model` expects."""
-    return {name.removeprefix("captioner."): value for name, value in module.state_dict().items()}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from sat import config as settings
 from sat.data.loader import evaluation_batches
@@ -20,7 +20,6 @@ from sat.model.end_to_end import EndToEnd, feature_statistics
 from sat.optim import build_optimizer, learning_rate, weight_average
 from sat.runtime import Runtime
 from sat.training_data import TrainingData
-from sat.word_vectors import load_word_vectors
 
 MODEL, OPTIMIZER, AVERAGE, ENGINE = "model.safetensors", "optimizer.pt", "average.safetensors", "deepspeed"
 
@@ -83,32 +82,34 @@ def build_learner(config: settings.Config, data: TrainingData, runtime: Runtime)
 
 def build_model(config: settings.Config, data: TrainingData) -> nn.Module:
     """The captioner with the statistics of its features; with `encoder.train`, behind the ResNet-50."""
-    features = data.main.fingerprint
     encoder = None
     if config.encoder.train:
-        encoder = load_encoder(Path(config.encoder.weights))
+        encoder = load_encoder(config.encoder.weights)
+        statistics = feature_statistics(encoder, _some_pictures(config, data))
         encoder.open_for_training(config.encoder.open_stages, config.encoder.freeze_batchnorm, config.encoder.checkpointing)
-        some = next(
-            iter(evaluation_batches(data.main, split=config.data.train_splits[0], rank=0, world_size=1, batch_size=256, num_workers=0))
-        )
-        grid_size, feature_dim = (some.grid.shape[-1] // 32) ** 2, encoder.feature_dim
-        statistics = feature_statistics(encoder, some.grid)
     else:
-        grid_size, feature_dim = features["grid"][0] * features["grid"][1], features["dim"]
         statistics = load_statistics(data.main)
     captioner = build_captioner(
         config.model,
         vocab_size=data.tokenizer.vocab_size,
-        feature_dim=feature_dim,
-        grid_size=grid_size,
+        feature_dim=data.features["dim"],
+        grid_size=data.features["grid"][0] * data.features["grid"][1],
         compile=config.train.compile,
     )
     with torch.no_grad():
         for name, buffer in (("mean", captioner.feature_mean), ("std", captioner.feature_std), ("scale", captioner.feature_scale)):
             buffer.copy_(torch.as_tensor(statistics[name]))
     if config.model.word_vectors:
+        from sat.word_vectors import load_word_vectors
+
         load_word_vectors(config.model.word_vectors, data.tokenizer, captioner.embedding, config.model.tune_word_vectors)
     return EndToEnd(encoder, captioner) if encoder is not None else captioner
+
+
+def _some_pictures(config: settings.Config, data: TrainingData) -> Tensor:
+    """The first 256 training pictures in shard order, uint8 [n, 3, S, S]; the same on every rank."""
+    split = config.data.train_splits[0]
+    return next(evaluation_batches(data.main, split=split, batch_size=256, **data.reading)).grid
 
 
 def save_tensors(learner: Learner, runtime: Runtime, folder: Path) -> None:
@@ -129,7 +130,7 @@ def load_tensors(learner: Learner, runtime: Runtime, folder: Path) -> None:
         learner.model.load_checkpoint(str(folder / ENGINE), tag="engine")
     else:
         learner.module.load_state_dict(load_file(folder / MODEL))
-        learner.optimizer.load_state_dict(torch.load(folder / OPTIMIZER, map_location=runtime.device, weights_only=True))
+        learner.optimizer.load_state_dict(torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True))
     if learner.average is not None:
         learner.average.load_state_dict(load_file(folder / AVERAGE))
 

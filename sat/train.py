@@ -23,7 +23,7 @@ from sat.data.loader import training_batches
 from sat.data.order import derive_key
 from sat.data.plan import Cursor
 from sat.evaluate import Evaluation, evaluate
-from sat.export import module_state, save_model
+from sat.export import save_model
 from sat.learner import Learner, build_learner, check_resumable, load_tensors, save_tensors
 from sat.meter import Meter
 from sat.model.loss import total_loss
@@ -96,10 +96,8 @@ def steps_from(
             num_workers=config.data.num_workers,
             on_bad_sample=config.data.on_bad_sample,
             max_bad_samples=config.data.max_bad_samples,
-            decode=data.decode,
-            cache_dir=config.data.cache_dir,
-            cache_gb=config.data.cache_gb,
             pin_memory=runtime.device.type == "cuda",
+            **data.reading,
         )
         while step_batches := meter.wait_for(lambda: list(itertools.islice(batches, config.train.accumulation_steps))):
             yield step_batches
@@ -196,9 +194,9 @@ def log_step(step: int, learner: Learner, meter: Meter, run: Run, bar: tqdm) -> 
 def score_and_keep_best(config: settings.Config, data: TrainingData, learner: Learner, progress: Progress, run: Run) -> Progress:
     """Score the evaluation split by free-running decoding; export the model when its CIDEr is the best yet. All ranks enter."""
     model = learner.evaluated.eval()
-    result = evaluate(model, data.main, config.data.eval_split, data.tokenizer, config.eval, run.runtime, config.data.num_workers)
-    learner.module.train()
     split = config.data.eval_split
+    result = evaluate(model, data.main, split, data.tokenizer, config, run.runtime, data.reading)
+    learner.module.train()
     scores = {f"{split}/{name}": value for name, value in result.scores.values.items() if value is not None}
     run.log(progress.step, scores | {f"{split}/unfinished": result.unfinished})
     cider = result.scores.values["CIDEr"]
@@ -213,8 +211,7 @@ def score_and_keep_best(config: settings.Config, data: TrainingData, learner: Le
         write_captions(captions, result)
         run.keep_artifact(captions, "captions")
         if better:
-            features = data.main.fingerprint
-            save_model(run.best, module_state(model), data.tokenizer, config, features, progress.step)
+            save_model(run.best, model.state_dict(), data.tokenizer, config, data.features, progress.step)
 
     run.runtime.run_on_main(keep)
     if better:

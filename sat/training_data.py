@@ -1,14 +1,17 @@
 """What a run learns from, opened and checked before anything expensive starts."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
+import torch
 from torch import Tensor
 
 from sat import config as settings
 from sat.data.loader import steps_per_epoch
 from sat.data.manifest import Manifest, load_manifest
-from sat.export import refuse_other_features
+from preprocessing.images import decode, fit
+from sat.export import end_to_end_features, refuse_other_features
+from sat.model.encoder import weights_digest
 from sat.text import CaptionTokenizer
 
 
@@ -23,8 +26,10 @@ class TrainingData:
     """Steps between evaluations."""
     save_every: int
     """Steps between checkpoints."""
-    decode: Callable[[bytes], Tensor] | None
-    """Picture file -> what the encoder sees, uint8 [3, S, S]; None for precomputed features."""
+    features: dict
+    """Fingerprint of what the captioner sees."""
+    reading: dict
+    """How samples are read: keyword arguments of `evaluation_batches` and `training_batches`."""
 
     @property
     def main(self) -> Manifest:
@@ -57,5 +62,24 @@ def open_data(config: settings.Config) -> TrainingData:
         total_steps=total_steps,
         eval_every=eval_every,
         save_every=config.train.save_every or eval_every,
-        decode=None,
+        features=_features(config, main),
+        reading=reading_options(config),
     )
+
+
+def reading_options(config: settings.Config) -> dict:
+    """Cache of remote shards and, with `encoder.train`, how a picture file becomes what the encoder sees."""
+    options = {"cache_dir": config.data.cache_dir, "cache_gb": config.data.cache_gb}
+    if config.encoder.train:
+        size = config.encoder.image_size
+        options |= {"decode": partial(decode_picture, size=size), "image_size": size}
+    return options
+
+
+def decode_picture(data: bytes, size: int) -> Tensor:
+    """Picture file -> uint8 [3, size, size]. Raises BadPicture."""
+    return torch.from_numpy(fit(decode(data), size)).permute(2, 0, 1)
+
+
+def _features(config: settings.Config, main: Manifest) -> dict:
+    return end_to_end_features(config, weights_digest(config.encoder.weights)) if config.encoder.train else main.fingerprint
