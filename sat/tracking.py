@@ -1,0 +1,239 @@
+"""Record a run: `metrics.jsonl` in its folder always, MLflow beside it.
+
+The journal is the truth and also the queue: `log` appends one line and returns, and a separate process
+(`sat.mlflow_upload`) follows the file. So MLflow costs the training neither memory, nor a lock, nor time, its import
+included; whatever a dead server missed is still in the journal when it returns.
+"""
+
+import json
+import logging
+import math
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from uuid import uuid4
+
+JOURNAL = "metrics.jsonl"
+ARTIFACTS = "artifacts.jsonl"
+SETTINGS = "tracking.json"
+"""What the uploader has to know; written here, read there."""
+UPLOADED = "mlflow_run.json"
+"""Where the uploader stands: {uri, run_id, artifacts}; written there, read here."""
+
+CLOSE_TIMEOUT_S = 60.0
+"""For a server that answers; one that does not ends the wait within seconds."""
+MAX_PENDING_BYTES = 1 << 20
+"""Lines kept in memory while the disk takes none."""
+
+_NAME = re.compile(r"\w[\w\-. :]*(/\w[\w\-. :]*)*")
+_log = logging.getLogger(__name__)
+
+
+class Tracker:
+    """The journal of one run. Rank 0 only; construct it again with the same folder to continue the run."""
+
+    def __init__(
+        self,
+        run_dir: str | os.PathLike,
+        *,
+        mlflow_uri: str = "",
+        experiment: str = "show-attend-and-tell",
+        run_name: str = "",
+        params: Mapping[str, object] | None = None,
+        resume_step: int = 0,
+    ):
+        """Open or continue `run_dir`. Lines of steps after `resume_step` are dropped: the steps will be taken again.
+
+        A start at step 0 is a new MLflow run; after any other step the folder's run goes on.
+        `mlflow_uri`: http(s)://SERVER, sqlite:////absolute/path.db or another database; empty: `mlflow.db` beside the
+        run folder; `none`: journal only. Raises ValueError for a URI MLflow cannot use, OSError for a folder that cannot
+        be written. An MLflow that cannot be reached raises nothing, here or later.
+        """
+        self._folder = Path(run_dir).resolve()
+        uri = "" if mlflow_uri == "none" else _absolute_uri(mlflow_uri, self._folder)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        drop_after(self._folder / JOURNAL, resume_step)
+        if not resume_step:
+            (self._folder / ARTIFACTS).unlink(missing_ok=True)
+        self._file = os.open(self._folder / JOURNAL, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        self._size = os.fstat(self._file).st_size
+        self._pending = b""
+        self._uploader = None
+        if uri:
+            before = read_json(self._folder / SETTINGS) if resume_step else {}
+            self._settings = {
+                "key": before.get("key", uuid4().hex),
+                "started": before.get("started", time.time()),
+                "uri": uri,
+                "experiment": experiment,
+                "run_name": run_name or self._folder.name,
+                "params": {_checked(name): str(value) for name, value in (params or {}).items()},
+                "status": None,
+            }
+            self._start_uploader()
+
+    @property
+    def run_id(self) -> str | None:
+        """MLflow's id of this run; None until the server has been reached for the first time."""
+        return read_json(self._folder / UPLOADED).get("run_id")
+
+    def log(self, step: int, values: Mapping[str, float | None]) -> None:
+        """Append one line {step, time, values}; None is null. Never waits for MLflow.
+
+        A full disk is a warning: lines are kept (up to `MAX_PENDING_BYTES`, then the oldest are lost) for the next call.
+        Raises ValueError for a name that MLflow would refuse.
+        """
+        numbers = {_checked(name): _number(value) for name, value in values.items()}
+        entry = {"step": int(step), "time": round(time.time(), 3), **numbers}
+        self._pending += json.dumps(entry).encode() + b"\n"
+        try:
+            self._append()
+        except OSError as error:
+            _log.warning("%s: %s; %d bytes are kept in memory", self._folder / JOURNAL, error, len(self._pending))
+            while len(self._pending) > MAX_PENDING_BYTES:
+                self._pending = self._pending.partition(b"\n")[2]
+
+    def artifact(self, path: str | os.PathLike, folder: str = "") -> None:
+        """Have a file or a folder copied into `folder` of the MLflow run; it is read later, so replace it atomically."""
+        line = json.dumps({"path": os.path.relpath(Path(path).resolve(), self._folder), "folder": folder})
+        try:
+            with open(self._folder / ARTIFACTS, "a") as file:
+                file.write(line + "\n")
+        except OSError as error:
+            _log.warning("%s is not recorded as an artifact: %s", path, error)
+
+    def flush(self) -> None:
+        """Put the journal on the disk, so that it survives the machine; call it before a checkpoint is committed."""
+        try:
+            self._append()
+            os.fsync(self._file)
+        except OSError as error:
+            _log.warning("%s: %s", self._folder / JOURNAL, error)
+
+    def close(self, status: str = "FINISHED") -> None:
+        """End this life of the run as FINISHED, FAILED or KILLED; waits at most `CLOSE_TIMEOUT_S` for MLflow."""
+        self.flush()
+        os.close(self._file)
+        if self._uploader is None:
+            return
+        try:
+            write_json(self._folder / SETTINGS, self._settings | {"status": status, "ended": time.time()})
+            self._uploader.wait(CLOSE_TIMEOUT_S)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            self._uploader.kill()
+            self._uploader.wait()
+            _log.warning("MLflow is behind (%s); catch up: python -m sat.mlflow_upload %s", error, self._folder)
+
+    def _append(self) -> None:
+        """Write what is pending, whole lines or nothing."""
+        view = memoryview(self._pending)
+        try:
+            while view:
+                view = view[os.write(self._file, view) :]
+        except OSError:
+            os.ftruncate(self._file, self._size)
+            raise
+        self._size += len(self._pending)
+        self._pending = b""
+
+    def _start_uploader(self) -> None:
+        command = [sys.executable, "-P", "-m", "sat.mlflow_upload", str(self._folder), "--parent", str(os.getpid())]
+        root = str(Path(__file__).resolve().parents[1])
+        path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+        try:
+            write_json(self._folder / SETTINGS, self._settings)
+            # its own session: signals to the training's process group are not for it; it ends when its parent does
+            self._uploader = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, env=os.environ | {"PYTHONPATH": path}, start_new_session=True
+            )
+        except OSError as error:
+            _log.warning("no MLflow for this run: %s", error)
+
+
+def read_journal(run_dir: str | os.PathLike) -> list[dict]:
+    """The entries of a run's journal: step (int), time (s since 1970), values (float or None), in order of writing."""
+    path = Path(run_dir) / JOURNAL
+    with open(path, "rb") as file:
+        return [entry for entry, _ in entries(file)]
+
+
+def entries(file) -> Iterator[tuple[dict, int]]:
+    """(entry, offset of its end) from a journal open for binary reading, from where it stands to its last whole line.
+
+    Lines that are no entries are skipped: a damaged line must not cost the others.
+    """
+    end = file.tell()
+    for line in file:
+        if not line.endswith(b"\n"):
+            return
+        end += len(line)
+        entry = _parse(line)
+        if entry is not None:
+            yield entry, end
+
+
+def drop_after(path: Path, step: int) -> None:
+    """Cut the journal behind its last whole line whose step is at most `step`. A missing journal is an empty one.
+
+    One truncation, so it can neither be interrupted nor need room on the disk: within a journal steps only grow.
+    """
+    if not path.exists():
+        return
+    keep = 0
+    with open(path, "rb+") as file:
+        for entry, end in entries(file):
+            if entry["step"] > step:
+                break
+            keep = end
+        file.truncate(keep)
+
+
+def write_json(path: Path, value: dict) -> None:
+    """Write a small JSON file, whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp-{uuid4().hex}")
+    try:
+        temporary.write_text(json.dumps(value, indent=1) + "\n")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_json(path: Path) -> dict:
+    """The object in a file; {} where there is none, or none that can be read."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def _parse(line: bytes) -> dict | None:
+    try:
+        entry = json.loads(line)
+        return {name: value if name == "step" or value is None else float(value) for name, value in entry.items()}
+    except (ValueError, TypeError, AttributeError):
+        return None
+
+
+def _checked(name: str) -> str:
+    """MLflow refuses other names (`Recall@5`, say), with all that is sent together with them."""
+    if not _NAME.fullmatch(name) or name in ("step", "time"):
+        raise ValueError(f"{name!r} cannot name a metric or param: use words of letters, digits and `_-. :`, separated by /")
+    return name
+
+
+def _number(value: float | None) -> float | str | None:
+    """JSON has no NaN and no infinities: they become the strings that `float` understands."""
+    value = None if value is None else float(value)
+    return value if value is None or math.isfinite(value) else str(value)
+
+
+def _absolute_uri(uri: str, folder: Path) -> str:
+    uri = uri or f"sqlite:///{folder.parent / 'mlflow.db'}"
+    if "://" not in uri or uri.startswith("file:"):
+        raise ValueError(f"tracking.mlflow_uri={uri!r}: give http(s)://SERVER, sqlite:////absolute/path.db or `none`")
+    scheme, _, path = uri.partition(":///")
+    return f"sqlite:///{Path(path).resolve()}" if scheme == "sqlite" else uri
