@@ -13,8 +13,8 @@ MAX_PIXELS = 80_000_000
 """Larger pictures are refused before they are decoded (240 MB as RGB); below Pillow's own limit, at which it warns."""
 MAX_BYTES = 256 << 20
 """Larger files are refused before they are read."""
-FORMATS = ("JPEG", "MPO", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
-"""Formats tried; not those that start other programs (EPS)."""
+FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
+"""Formats tried (JPEG includes MPO, of cameras with two lenses); not those that start other programs (EPS)."""
 GEOMETRIES = ("squash", "center_crop")
 EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "TIFF": "tif"}
 """File name extension by format, where it is not the format's name in lower case."""
@@ -47,6 +47,7 @@ def decode(data: bytes) -> Image.Image:
     if not data:
         raise BadPicture("empty file")
     try:
+        Image.init()  # registers all formats, once; opening by `formats` needs that
         image = Image.open(io.BytesIO(data), formats=FORMATS)
         if image.width * image.height > MAX_PIXELS:
             raise BadPicture("too many pixels", f"{image.width} x {image.height}")

@@ -92,7 +92,8 @@ def _check_left_out(records: Records, image_root: Path, max_bad_fraction: float)
         first = records.left_out[0]
         raise ValueError(
             f"{len(records.left_out)} of {total} pictures have to be left out ({counts}), "
-            f"e.g. {first.file_name} ({first.reason}); looked below {image_root}; --max-bad-fraction {max_bad_fraction} allows less"
+            f"e.g. {first.file_name} ({first.reason}); looked below {image_root}; "
+            f"--max-bad-fraction {max_bad_fraction} allows less"
         )
     if not records.images:
         raise ValueError("the annotations list no picture")

@@ -209,7 +209,7 @@ def _publish(root: Path, shard: PlannedShard, temporary: Path, sidecar: dict) ->
 
 
 def _link_tar(root: Path, shard: PlannedShard, temporary: Path, sha256: str) -> bool:
-    """Give the tar its name; False when one was there, which without a sidecar is kept if it has our bytes, else replaced."""
+    """Give the tar its name; False when one was there (without a sidecar it is replaced, if it has other bytes)."""
     final = root / shard.name
     try:
         os.link(temporary, final)

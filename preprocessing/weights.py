@@ -15,7 +15,7 @@ CONTENT_KEY = "content_sha256"
 
 
 def find_weights(weights: str, weights_dir: Path = WEIGHTS_DIR) -> Path:
-    """`imagenet` or a path -> the file. Raises ValueError, with the command that makes it, for a missing or damaged one."""
+    """`imagenet` or a path -> the file. Raises ValueError, with the command to run, for a missing or damaged one."""
     imagenet = weights == "imagenet"
     path = weights_dir / IMAGENET_FILE if imagenet else Path(weights)
     if not path.is_file():

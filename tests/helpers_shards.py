@@ -2,10 +2,14 @@
 
 import io
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from preprocessing.finalize import finalize
@@ -14,6 +18,7 @@ from preprocessing.plan import Plan, publish_plan
 from preprocessing.shards import PlannedShard, Sample, write_shard
 from sat.data.manifest import Manifest
 
+REPOSITORY = Path(__file__).parents[1]
 WORDS = "red blue green big small circle square star left right above below".split()
 
 
@@ -101,3 +106,32 @@ def make_coco(
         files[split].parent.mkdir(exist_ok=True)
         files[split].write_text(json.dumps({"images": images, "annotations": annotations}))
     return files
+
+
+def run_program(name: str, *arguments: object, code: int | None = 0, **environment: str) -> subprocess.CompletedProcess:
+    """Run `python -m preprocessing.NAME` as a user would; `code` is the exit status expected, None for any."""
+    command = [sys.executable, "-m", f"preprocessing.{name}", *map(str, arguments)]
+    variables = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "2"} | environment
+    done = subprocess.run(command, cwd=REPOSITORY, env=variables, capture_output=True, text=True, timeout=120)
+    assert code is None or done.returncode == code, f"{' '.join(command)}: {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+def snapshot(root: Path) -> dict[str, bytes]:
+    """Every file below a folder by its relative name."""
+    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
+
+
+def flip_bit(path: Path, place: int) -> None:
+    """Invert bit `place` of a file."""
+    blob = bytearray(path.read_bytes())
+    blob[place // 8] ^= 1 << place % 8
+    path.write_bytes(blob)
+
+
+def real_data() -> Path:
+    """The folder of real data; skips the test, saying so, where there is none."""
+    folder = Path(os.environ.get("SAT_REAL_DATA", REPOSITORY.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"no real data at {folder}; name its folder with SAT_REAL_DATA")
+    return folder

@@ -8,7 +8,7 @@ import fsspec
 import numpy as np
 import pyarrow as pa
 import pytest
-from helpers_shards import grid_of, make_feature_dataset, self_describing_captions
+from tests.helpers_shards import grid_of, make_feature_dataset, self_describing_captions
 
 from sat.data.manifest import (
     MANIFEST,

@@ -1,0 +1,203 @@
+"""Pictures as they come: the right RGB values, or a named reason."""
+
+import io
+import struct
+import tracemalloc
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from preprocessing.images import BadPicture, decode, extension_of, fit
+from tests.helpers_shards import encoded, picture, real_data
+
+RGB = picture(3)
+PIXELS = np.asarray(RGB).astype(int)
+GREY = np.asarray(RGB.convert("L")).astype(int)
+
+
+def pixels(data: bytes) -> np.ndarray:
+    return np.asarray(decode(data)).astype(int)
+
+
+def png_with_depth_16(values: np.ndarray) -> bytes:
+    """An RGB PNG of 16 bits per channel, which Pillow cannot write."""
+    height, width, _ = values.shape
+    lines = b"".join(b"\0" + values[y].astype(">u2").tobytes() for y in range(height))
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)), (b"IDAT", zlib.compress(lines)), (b"IEND", b"")]
+    parts = [struct.pack(">I", len(d)) + n + d + struct.pack(">I", zlib.crc32(n + d)) for n, d in chunks]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+@pytest.mark.parametrize("format", ["PNG", "BMP", "TIFF", "PPM"])
+def test_lossless_pictures_keep_every_pixel(format):
+    assert np.array_equal(pixels(encoded(RGB, format)), PIXELS)
+
+
+def test_jpeg_and_webp_are_close():
+    for data in (encoded(RGB), encoded(RGB, "WEBP", quality=95)):
+        assert np.abs(pixels(data) - PIXELS).mean() < 3
+
+
+@pytest.mark.faults
+def test_grey_pictures_have_three_equal_channels():
+    for mode in ("L", "LA"):
+        found = pixels(encoded(RGB.convert(mode), "PNG"))
+        assert all(np.array_equal(found[..., channel], GREY) for channel in range(3))
+
+
+@pytest.mark.faults
+def test_palettes_are_looked_up_and_black_and_white_is_0_and_255():
+    palette = RGB.quantize(32)
+    assert np.array_equal(pixels(encoded(palette, "PNG")), np.asarray(palette.convert("RGB")))
+    assert np.array_equal(pixels(encoded(palette, "GIF")), np.asarray(palette.convert("RGB")))
+    assert set(np.unique(pixels(encoded(RGB.convert("1"), "PNG")))) == {0, 255}
+
+
+@pytest.mark.faults
+def test_cmyk_jpegs_are_converted_not_inverted():
+    inks = np.array([255 - PIXELS[..., 0], 255 - PIXELS[..., 1], 255 - PIXELS[..., 2], 0 * GREY]).transpose(1, 2, 0)
+    data = encoded(Image.fromarray(inks.astype(np.uint8), "CMYK"), "JPEG", quality=98)
+    assert np.abs(pixels(data) - PIXELS).mean() < 3
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("format", ["PNG", "TIFF"])
+def test_16_bit_greys_are_scaled_to_within_1_of_the_8_bit_picture(format):
+    wide = (GREY * 257 + np.random.default_rng(0).integers(-60, 60, GREY.shape)).clip(0, 65535).astype(np.uint16)
+    found = pixels(encoded(Image.fromarray(wide), format))
+    assert np.abs(found - GREY[..., None]).max() <= 1
+
+
+@pytest.mark.faults
+def test_16_bit_rgb_is_scaled_to_within_1_of_the_8_bit_picture():
+    assert np.abs(pixels(png_with_depth_16(PIXELS * 257)) - PIXELS).max() <= 1
+
+
+@pytest.mark.faults
+def test_transparent_pixels_are_white_and_opaque_ones_keep_their_colour():
+    rgba = np.dstack([PIXELS, np.where(np.arange(64) < 32, 255, 0)[None].repeat(48, 0)]).astype(np.uint8)
+    found = pixels(encoded(Image.fromarray(rgba), "PNG"))
+    assert np.array_equal(found[:, :32], PIXELS[:, :32]) and (found[:, 32:] == 255).all()
+    palette = RGB.quantize(8)
+    hidden = palette.getpixel((0, 0))
+    found = pixels(encoded(palette, "PNG", transparency=hidden))
+    assert (found[np.asarray(palette) == hidden] == 255).all()
+    shown = np.asarray(palette) != hidden
+    assert np.array_equal(found[shown], np.asarray(palette.convert("RGB"))[shown])
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_exif_orientation_gives_the_upright_picture(orientation):
+    undo = {  # how the camera stored an upright picture with this tag
+        1: lambda a: a,
+        2: lambda a: a[:, ::-1],
+        3: lambda a: a[::-1, ::-1],
+        4: lambda a: a[::-1],
+        5: lambda a: a.transpose(1, 0, 2),
+        6: lambda a: np.rot90(a, 1),
+        7: lambda a: a[::-1, ::-1].transpose(1, 0, 2),
+        8: lambda a: np.rot90(a, -1),
+    }[orientation]
+    stored = Image.fromarray(np.ascontiguousarray(undo(PIXELS)).astype(np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    for format in ("PNG", "TIFF"):
+        assert np.array_equal(pixels(encoded(stored, format, exif=exif)), PIXELS)
+    assert np.abs(pixels(encoded(stored, "JPEG", exif=exif)) - PIXELS).mean() < 3
+
+
+@pytest.mark.faults
+def test_damaged_exif_of_a_sound_picture_is_ignored():
+    data = encoded(RGB, "JPEG", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff" + b"\x01\x12" * 30)
+    assert np.abs(pixels(data) - PIXELS).mean() < 3
+
+
+@pytest.mark.faults
+def test_of_an_animation_the_first_frame_is_taken():
+    frames = [picture(index).quantize(64) for index in range(3)]
+    data = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    assert np.array_equal(pixels(data), np.asarray(frames[0].convert("RGB")))
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("geometry", ["squash", "center_crop"])
+@pytest.mark.parametrize("size", [(1, 1), (20_000, 1), (1, 20_000)])
+def test_extreme_shapes_fit_without_extreme_memory(size, geometry):
+    image = decode(encoded(Image.new("RGB", size, (9, 99, 199)), "PNG"))
+    assert image.size == size
+    tracemalloc.start()
+    fitted = fit(image, 224, geometry)
+    assert tracemalloc.get_traced_memory()[1] < 50e6
+    tracemalloc.stop()
+    assert fitted.shape == (224, 224, 3) and (fitted == [9, 99, 199]).all()
+
+
+def png_claiming(width: int, height: int) -> bytes:
+    data = encoded(Image.new("L", (8, 8)), "PNG")
+    header = struct.pack(">II", width, height) + data[24:29]
+    return data[:16] + header + struct.pack(">I", zlib.crc32(b"IHDR" + header)) + data[33:]
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(
+    ("data", "reason", "detail"),
+    [
+        (b"", "empty file", ""),
+        (b"just some text\n" * 9, "not a picture", "begins with"),
+        (b"  <!DOCTYPE html><html><body>404</body></html>", "not a picture", "HTML"),
+        (encoded(RGB)[: len(encoded(RGB)) // 2], "truncated", ""),
+        (encoded(RGB)[:200], "truncated|damaged|not a picture", ""),
+        (encoded(RGB, "PNG")[:-200], "truncated|damaged", ""),
+        (png_claiming(50_000, 50_000), "too many pixels", ""),
+        (png_claiming(9_500, 9_500), "too many pixels", "9500 x 9500"),
+        (encoded(Image.fromarray(np.float32(GREY)), "TIFF"), "no defined brightness range", "mode F"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not a picture", ""),
+    ],
+    ids=["empty", "text", "html", "half", "head", "png", "bomb", "large", "float", "program"],
+)
+def test_what_is_no_sound_picture_has_a_named_reason(data, reason, detail):
+    import re
+
+    tracemalloc.start()
+    with pytest.raises(BadPicture) as caught:
+        decode(data)
+    assert tracemalloc.get_traced_memory()[1] < 50e6
+    tracemalloc.stop()
+    assert re.fullmatch(reason, caught.value.reason) and detail in caught.value.detail
+
+
+@pytest.mark.faults
+def test_random_damage_gives_pixels_or_a_reason_never_another_error():
+    generator = np.random.default_rng(5)
+    for data in (encoded(RGB), encoded(RGB, "PNG"), encoded(RGB.quantize(16), "GIF"), encoded(RGB, "TIFF"), encoded(RGB, "WEBP")):
+        for _ in range(40):
+            damaged = np.frombuffer(data, np.uint8).copy()
+            damaged[generator.integers(len(data), size=4)] = generator.integers(256, size=4)
+            try:
+                assert decode(damaged[: generator.integers(1, len(data) + 1)].tobytes()).mode == "RGB"
+            except BadPicture as bad:
+                assert bad.reason
+
+
+def test_squash_keeps_the_whole_picture_and_center_crop_its_middle_square():
+    wide = Image.fromarray(np.repeat(np.repeat([[[255, 0, 0], [0, 255, 0], [0, 0, 255]]], 32, 0), 32, 1).astype(np.uint8))
+    squashed, cropped = fit(wide, 32, "squash"), fit(wide, 32, "center_crop")
+    assert squashed[16, 2].argmax() == 0 and squashed[16, 16].argmax() == 1 and squashed[16, 29].argmax() == 2
+    assert (cropped[..., 1] > 200)[:, 2:-2].all()
+    assert np.array_equal(fit(RGB, 40), np.asarray(RGB.resize((40, 40), Image.Resampling.BICUBIC)))
+    with pytest.raises(ValueError, match="choose one of squash, center_crop"):
+        fit(RGB, 32, "stretch")
+
+
+def test_the_extension_is_that_of_the_format_not_of_the_name():
+    formats = {"JPEG": "jpg", "PNG": "png", "GIF": "gif", "WEBP": "webp", "BMP": "bmp", "TIFF": "tif"}
+    assert {format: extension_of(decode(encoded(RGB, format))) for format in formats} == formats
+
+
+def test_real_photographs_decode_to_what_pillow_shows():
+    for path in sorted((real_data() / "coco_mini" / "train2017").glob("*.jpg"))[:20]:
+        data = path.read_bytes()
+        assert np.array_equal(np.asarray(decode(data)), np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))

@@ -1,0 +1,188 @@
+"""Annotated pictures -> image shards: complete, streamable, equal for equal inputs, resumable."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+import webdataset
+
+from preprocessing.annotations import read_annotations
+from preprocessing.finalize import finalize
+from preprocessing.images import decode
+from preprocessing.shard_images import plan_images, shard_stripe
+from sat.data.manifest import load_manifest
+from tests.helpers_shards import (
+    REPOSITORY,
+    encoded,
+    make_coco,
+    picture,
+    real_data,
+    run_program,
+    self_describing_captions,
+    snapshot,
+)
+
+DATA = ("--shard-size", "5", "--num-workers", "1")
+
+
+@pytest.fixture(scope="module")
+def coco(tmp_path_factory):
+    """Pictures 1-12 of train, 13-17 of val; one val picture is a PNG."""
+    root = tmp_path_factory.mktemp("coco")
+    files = make_coco(root)
+    document = json.loads(files["val"].read_text())
+    document["images"][0]["file_name"] = "000013.png"
+    files["val"].write_text(json.dumps(document))
+    (root / "images" / "val" / "000013.jpg").unlink()
+    (root / "images" / "val" / "000013.png").write_bytes(encoded(picture(13), "PNG"))
+    return root
+
+
+def arguments(coco, out, *more):
+    annotations = [x for split in ("train", "val") for x in ("--annotations", f"{split}={coco}/annotations/captions_{split}.json")]
+    return [*annotations, "--images", coco / "images", "--out", out, *DATA, *more]
+
+
+@pytest.fixture(scope="module")
+def shards(coco, tmp_path_factory):
+    out = tmp_path_factory.mktemp("shards") / "images"
+    run_program("shard_images", *arguments(coco, out))
+    return out
+
+
+def test_plain_webdataset_streams_every_picture_with_its_captions(coco, shards):
+    seen = {}
+    for split, count in (("train", 12), ("val", 5)):
+        manifest = load_manifest(shards)
+        for index in manifest.shards.of_split(split):
+            for sample in webdataset.WebDataset(str(shards / manifest.shards[index].name), shardshuffle=False):
+                about = json.loads(sample["json"])
+                data = sample["png" if sample["__key__"] == "13" else "jpg"]
+                assert data == (coco / "images" / about["file_name"]).read_bytes()
+                assert (about["width"], about["height"]) == (64, 48)
+                seen[sample["__key__"]] = (split, about["captions"])
+        assert manifest.splits[split] == count
+    offset = {"train": 1, "val": 13}
+    assert set(seen) == {str(i) for i in range(1, 18)}
+    for key, (split, captions) in seen.items():
+        assert captions == self_describing_captions(split, int(key) - offset[split])
+
+
+def test_rows_point_at_the_bytes_of_their_sample(shards):
+    manifest = load_manifest(shards)
+    for index, shard in enumerate(manifest.shards):
+        blob = (shards / shard.name).read_bytes()
+        for row in manifest.rows(index).to_pylist():
+            piece = blob[row["offset"] : row["offset"] + row["nbytes"]]
+            name = piece[:100].rstrip(b"\0").decode()
+            assert name.partition(".")[0] == row["key"] and row["nbytes"] % 512 == 0
+
+
+def test_the_order_inside_shards_is_mixed_and_fixed_by_the_seed(coco, shards, tmp_path):
+    manifest = load_manifest(shards)
+    order = [int(row["key"]) for i in manifest.shards.of_split("train") for row in manifest.rows(i).to_pylist()]
+    assert order != sorted(order) and sorted(order) == list(range(1, 13))
+    run_program("shard_images", *arguments(coco, tmp_path / "other", "--seed", "2"))
+    other = load_manifest(tmp_path / "other")
+    assert [int(r["key"]) for i in other.shards.of_split("train") for r in other.rows(i).to_pylist()] != order
+    assert other.digest != manifest.digest
+
+
+@pytest.mark.faults
+def test_hash_seed_locale_zone_folder_umask_and_workers_change_no_byte(coco, shards, tmp_path):
+    before = os.umask(0o077)
+    try:
+        odd = {"PYTHONHASHSEED": "99", "LC_ALL": "de_DE.UTF-8", "LANG": "tr_TR", "TZ": "Asia/Tokyo"}
+        folder = os.path.relpath(tmp_path / "odd", REPOSITORY)
+        run_program("shard_images", *arguments(coco, folder, "--num-workers", "2"), **odd)
+    finally:
+        os.umask(before)
+    assert snapshot(tmp_path / "odd") == snapshot(shards)
+
+
+def test_a_second_run_writes_nothing_and_tells_so(coco, shards):
+    before = {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in shards.glob("*.*")}
+    done = run_program("shard_images", *arguments(coco, shards))
+    assert "0 shards written, 4 reused" in done.stdout
+    assert before == {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in shards.glob("*.*")}
+
+
+def test_stripes_and_steps_give_the_same_data_set_as_one_run(coco, shards, tmp_path):
+    out = tmp_path / "striped"
+    run_program("shard_images", *arguments(coco, out, "--step", "plan"))
+    run_program("shard_images", "--out", out, "--step", "shards", "--stripe", "1/2", "--num-workers", "1")
+    failed = run_program("shard_images", "--out", out, "--step", "finalize", code=1)
+    assert "train-000000.tar is missing" in failed.stderr and not (out / "manifest.json").exists()
+    run_program("shard_images", "--out", out, "--step", "shards", "--stripe", "0/2", "--num-workers", "1")
+    run_program("shard_images", "--out", out, "--step", "finalize")
+    assert snapshot(out) == snapshot(shards)
+
+
+def test_another_plan_is_refused_with_what_differs_unless_overwritten(coco, tmp_path):
+    out = tmp_path / "images"
+    run_program("shard_images", *arguments(coco, out))
+    first = snapshot(out)
+    failed = run_program("shard_images", *arguments(coco, out, "--seed", "3"), code=1)
+    assert "planned with other inputs or settings (records, seed)" in failed.stderr and "--overwrite" in failed.stderr
+    assert snapshot(out) == first
+    (out / "mine.txt").write_text("not written by us")
+    run_program("shard_images", *arguments(coco, out, "--seed", "3", "--overwrite"))
+    run_program("shard_images", *arguments(coco, tmp_path / "fresh", "--seed", "3"))
+    assert snapshot(out) == snapshot(tmp_path / "fresh") | {"mine.txt": b"not written by us"}
+
+
+@pytest.mark.faults
+def test_bad_pictures_are_left_out_recorded_and_counted_up_to_the_limit(tmp_path):
+    files = make_coco(tmp_path, {"train": 10})
+    folder = tmp_path / "images" / "train"
+    bad = {"000001": b"", "000002": (folder / "000002.jpg").read_bytes()[:300], "000003": b"<html>404</html>"}
+    for name, data in bad.items():
+        (folder / f"{name}.jpg").write_bytes(data)
+    options = ["--annotations", f"train={files['train']}", "--images", tmp_path / "images", "--out", tmp_path / "out", *DATA]
+    failed = run_program("shard_images", *options, "--max-bad-fraction", "0.2", code=1)
+    assert "more than --max-bad-fraction 0.2 allows" in failed.stderr and "empty file" in failed.stderr
+    assert not (tmp_path / "out" / "manifest.json").exists()
+    done = run_program("shard_images", *options, "--max-bad-fraction", "0.3")
+    assert "left out 1 empty file, 1 not a picture, 1 truncated" in done.stdout
+    manifest = load_manifest(tmp_path / "out")
+    assert manifest.left_out == {"empty file": 1, "not a picture": 1, "truncated": 1} and manifest.splits == {"train": 7}
+    report = [json.loads(line) for line in (tmp_path / "out" / "left_out.jsonl").read_text().splitlines()]
+    assert {item["image_id"]: item["reason"] for item in report} == {
+        "1": "empty file",
+        "2": "truncated",
+        "3": "not a picture",
+    }
+
+
+@pytest.mark.faults
+def test_a_shard_of_bad_pictures_only_is_no_shard(tmp_path):
+    files = make_coco(tmp_path, {"train": 2, "val": 2})
+    for path in (tmp_path / "images" / "val").iterdir():
+        path.write_bytes(b"")
+    records = read_annotations([f"{s}={f}" for s, f in files.items()], image_root=tmp_path / "images")
+    plan = plan_images(records, tmp_path / "images", tmp_path / "out", shard_size=5, seed=1, max_bad_fraction=1.0)
+    assert shard_stripe(plan).bad == 2
+    assert finalize(plan).splits == {"train": 2}
+    assert [path.name for path in sorted((tmp_path / "out").glob("*.tar"))] == ["train-000000.tar"]
+
+
+def test_a_wrong_image_folder_is_told_at_once(coco, tmp_path):
+    annotations = f"train={coco}/annotations/captions_train.json"
+    (tmp_path / "empty").mkdir()
+    failed = run_program("shard_images", "--annotations", annotations, "--images", tmp_path / "empty", "--out", tmp_path, code=1)
+    assert "12 no such file" in failed.stderr and str(tmp_path / "empty") in failed.stderr
+    failed = run_program("shard_images", "--out", tmp_path / "new", "--step", "shards", code=1)
+    assert "has no plan" in failed.stderr and "Traceback" not in failed.stderr
+
+
+def test_real_photographs_are_sharded_whole(tmp_path):
+    mini = real_data() / "coco_mini"
+    annotations = f"train={mini}/annotations/captions_train2017.json"
+    options = ["--images", mini, "--val-fraction", "0.2", "--out", tmp_path, "--shard-size", "32", "--num-workers", "1"]
+    run_program("shard_images", "--annotations", annotations, *options)
+    manifest = load_manifest(tmp_path)
+    assert manifest.splits == {"train": 64, "val": 16} and manifest.left_out == {}
+    row = manifest.rows(0).to_pylist()[0]
+    image = decode((mini / row["file_name"]).read_bytes())
+    assert (row["width"], row["height"]) == image.size and np.asarray(image).std() > 0
