@@ -129,8 +129,8 @@ def main(
     """
     trained = [load_model(best_folder(folder)) for folder in [run, *(also or [])]]
     config = trained[0].config
-    if beam_size:
-        config.eval.beam_size = beam_size
+    config.eval.metrics = ["BLEU", "METEOR", "ROUGE-L", "CIDEr"]
+    config.eval.beam_size = beam_size or config.eval.beam_size
     manifest = load_manifest(features or config.data.features)
     for model in trained:
         refuse_unfit(model, manifest)
