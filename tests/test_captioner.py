@@ -151,7 +151,7 @@ def assert_same(model, settings, *, tolerance, dropout=lambda x: x, sampling=0.0
         assert difference <= tolerance * max(gradient.norm(), 1e-3), name
 
 
-@pytest.mark.parametrize("compile", ["off", "auto"])
+@pytest.mark.parametrize("compile", ["never", "auto"])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-6), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("attention", ["soft", "none"])
 @pytest.mark.parametrize("preset", [PAPER, TUTORIAL], ids=["paper", "tutorial"])

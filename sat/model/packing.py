@@ -5,7 +5,9 @@ running at step t are then a prefix, and all valid words form one packed time-ma
 images are re-ordered too, so that the images (and the caption slots of an image) still running are prefixes as well.
 """
 
+import itertools
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -36,14 +38,52 @@ class Packing:
     word_row: Tensor
     """[M] row of each packed position."""
 
-    @property
-    def starts(self) -> list[int]:
-        """First packed position of each step, and M at the end."""
-        total, result = 0, [0]
-        for count in self.rows:
-            total += count
-            result.append(total)
-        return result
+    @cached_property
+    def rows_by_image(self) -> tuple[Tensor, Tensor]:
+        """[B' + 1] begin and end of each image in the list of rows [N] that follows; rows of an image ascend."""
+        return _group(self.row_image, len(self.images))
+
+    @cached_property
+    def words_by_image(self) -> tuple[Tensor, Tensor]:
+        """The same for packed words [M]."""
+        return _group(self.row_image[self.word_row], len(self.images))
+
+    def slots(self, t: int) -> "Slots":
+        """How the rows running at step t lie in the rectangle [B_t, K_t] of images and caption slots."""
+        n, B, K = self.rows[t], self.images_running[t], self.slots_running[t]
+        return Slots(self.row_image[:n] * K + self.row_slot[:n], (B, K))
+
+    @cached_property
+    def steps(self) -> list[slice]:
+        """Packed positions of each step."""
+        ends = list(itertools.accumulate(self.rows))
+        return [slice(end - n, end) for n, end in zip(self.rows, ends, strict=True)]
+
+    @cached_property
+    def previous(self) -> Tensor:
+        """[M] where each word's row stood one step before: 0 .. N - 1 before the first step, else N + packed position."""
+        return self.word_row + self.word_row.new_tensor(
+            [0, *(self.rows[0] + step.start for step in self.steps[:-1])]
+        ).repeat_interleave(self.word_row.new_tensor(self.rows))
+
+
+@dataclass(frozen=True)
+class Slots:
+    """Rows of one image side by side, so that one batched product serves all of them."""
+
+    position: Tensor
+    """[n] of each row in the flattened rectangle."""
+    shape: tuple[int, int]
+    """(B_t, K_t)"""
+
+    def spread(self, rows: Tensor) -> Tensor:
+        """[n, ...] -> [B_t, K_t, ...], zeros where there is no row."""
+        B, K = self.shape
+        return rows.new_zeros(B * K, *rows.shape[1:]).index_copy(0, self.position, rows).unflatten(0, (B, K))
+
+    def collect(self, rectangle: Tensor) -> Tensor:
+        """[B_t, K_t, ...] -> [n, ...]"""
+        return rectangle.flatten(0, 1)[self.position]
 
 
 def pack(captions: Tensor, lengths: Tensor) -> Packing:
@@ -84,3 +124,8 @@ def pack(captions: Tensor, lengths: Tensor) -> Packing:
         targets=tokens[flat + 1],
         word_row=word_row.to(device),
     )
+
+
+def _group(image: Tensor, images: int) -> tuple[Tensor, Tensor]:
+    ends = image.bincount(minlength=images).cumsum(0)
+    return torch.cat([ends.new_zeros(1), ends]), image.argsort(stable=True)

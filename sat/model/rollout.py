@@ -1,16 +1,19 @@
-"""The time loop of training, over packed rows: readable steps, one after another, differentiated by autograd.
+"""The time loop of training, over packed rows.
 
-It serves every setting. Soft attention fed with the true words takes the fast loop of `sat.model.recurrence` instead, which
-computes the same.
+Surprising: there are two. `step_by_step` is readable, differentiated by autograd and serves every setting; soft attention fed
+with the true words takes `fast`, which computes the same.
 """
 
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding
 
 from sat.model.attention import Attended, attend_for_inference, attend_hard
+from sat.model.kernels import choose_kernels
 from sat.model.packing import Packing
+from sat.model.recurrence import Weights, recur
 
 if TYPE_CHECKING:
     from sat.model.captioner import Captioner, Memory
@@ -35,6 +38,37 @@ class Rollout(NamedTuple):
 
 def roll_out(model: "Captioner", memory: "Memory", packing: Packing, sampling_probability: float) -> Rollout:
     """Run `model` over the captions of `packing`; `memory` holds the images in the order of `packing.images`."""
+    if model.kind == "soft" and not sampling_probability:
+        return fast(model, memory, packing)
+    return step_by_step(model, memory, packing, sampling_probability)
+
+
+def fast(model: "Captioner", memory: "Memory", packing: Packing) -> Rollout:
+    """Soft attention, the true words fed, through the hand-derived loop; each distinct word meets the gates once."""
+    dtype = memory.grid.dtype
+    distinct, place = packing.inputs.unique(return_inverse=True)
+    vectors = model.embed(distinct)
+    state = [model.state_gates.weight, model.attention.query.weight]
+    gate_bias = vectors.new_empty(0)
+    if model.gate:
+        state.append(model.gate.weight)
+        gate_bias = model.gate.bias.to(dtype)
+    weights = Weights(
+        state=torch.cat(state).to(dtype),
+        gate_bias=gate_bias,
+        context=model.context_gates.weight.to(dtype),
+        score=model.attention.score.weight[0].to(dtype),
+    )
+    h, c = (state[:, 0][packing.row_image] for state in model.init_state(memory))
+    hidden, context, alpha_sum = recur(
+        choose_kernels(model.compile, memory.grid), packing, model.attention.activation == "tanh",
+        *memory, embedding(place, model.word_gates(vectors)), h.to(dtype), c, weights,
+    )  # fmt: skip
+    return Rollout(vectors[place], hidden, context, alpha_sum, None, None)
+
+
+def step_by_step(model: "Captioner", memory: "Memory", packing: Packing, sampling_probability: float) -> Rollout:
+    """Any attention, any words fed: one word after another."""
     h, c = (state[:, 0][packing.row_image] for state in model.init_state(memory))
     exact = torch.rand(len(h), device=h.device) < 0.5  # hard attention: half the captions see alpha itself (section 4.1)
     steps = []
@@ -60,17 +94,14 @@ def _attend_rows(
     model: "Captioner", memory: "Memory", packing: Packing, t: int, query: Tensor, exact: Tensor
 ) -> Attended:
     """Attend for the rows running at step t: `query` [n, A]. Rows of one image share its grid as slots [B_t, K_t]."""
-    B, K, n = packing.images_running[t], packing.slots_running[t], len(query)
-    slot = packing.row_image[:n] * K + packing.row_slot[:n]
-    slots = query.new_zeros(B * K, query.shape[1]).index_copy(0, slot, query).view(B, K, -1)
-    grid, projection = memory.grid[:B], memory.projection[:B]
+    slots, B = packing.slots(t), packing.images_running[t]
+    grid, projection, queries = memory.grid[:B], memory.projection[:B], slots.spread(query)
     if model.kind == "hard" and model.training:
-        exact = exact.new_zeros(B * K).index_copy(0, slot, exact[:n]).view(B, K)
-        attended = attend_hard(model.attention, grid, projection, slots, exact)
+        attended = attend_hard(model.attention, grid, projection, queries, slots.spread(exact[: len(query)]))
     else:
         how = "expectation" if model.kind == "soft" else model.hard_inference
-        attended = attend_for_inference(model.attention, grid, projection, slots, how)
-    return Attended(*(x if x is None else x.flatten(0, 1)[slot] for x in attended))
+        attended = attend_for_inference(model.attention, grid, projection, queries, how)
+    return Attended(*(x if x is None else slots.collect(x) for x in attended))
 
 
 def _mix_own_words(model: "Captioner", words: Tensor, before: tuple, probability: float) -> Tensor:

@@ -1,0 +1,353 @@
+// The parts of the training step that are no matrix product: attention with its gradients, and the LSTM cell.
+//
+// Compiled on first use by native.py with -march=native and called through ctypes: plain pointers, no PyTorch headers, so
+// building takes seconds. Inner loops are written for the compiler's vectoriser. Every image (or row) belongs to one thread
+// and sums run in a fixed order, so results do not depend on the number of threads.
+//
+// B images, L locations, D features, A attention width, H LSTM width. T is the type of the matrix products (float, double or
+// bf16), W the type of sums (float, or double for double). Rows of an image: rows[ptr[b]] .. rows[ptr[b + 1] - 1], ascending;
+// those below n take part. The tanh score uses tanh(p + q) = 1 - 2 / (1 + exp(2p) exp(2q)): `projection` then holds exp(2p),
+// so that no exponential is left in the inner loop.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+namespace {
+
+struct bf16 {
+  uint16_t bits;
+};
+
+inline float wide(float x) { return x; }
+inline double wide(double x) { return x; }
+inline float wide(bf16 x) {
+  uint32_t bits = uint32_t(x.bits) << 16;
+  float result;
+  std::memcpy(&result, &bits, 4);
+  return result;
+}
+
+inline void narrow(float x, float& out) { out = x; }
+inline void narrow(double x, double& out) { out = x; }
+inline void narrow(float x, bf16& out) {  // round to nearest even; NaN stays NaN
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  out.bits = x != x ? 0x7fc0 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+}
+
+template <class T>
+using Wide = decltype(wide(T()));
+
+// exp to about one unit in the last place, without a library call that would keep loops from being vectorised:
+// x = n ln 2 + r, exp(x) = 2^n times a polynomial in r (Cephes). Saturates at exp(+-87); NaN stays NaN.
+inline float exponential(float x) {
+  x = std::min(std::max(x, -87.0f), 87.0f);
+  const float n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;  // adding 1.5 * 2^23 rounds to a whole number
+  const float r = x - n * 0.693359375f + n * 2.12194440e-4f;
+  float y = 1.9875691500e-4f;
+  y = y * r + 1.3981999507e-3f;
+  y = y * r + 8.3334519073e-3f;
+  y = y * r + 4.1665795894e-2f;
+  y = y * r + 1.6666665459e-1f;
+  y = y * r + 5.0000001201e-1f;
+  y = y * r * r + r + 1;
+  const int32_t bits = (int32_t(n) + 127) << 23;
+  float power;
+  std::memcpy(&power, &bits, 4);
+  return y * power;
+}
+inline double exponential(double x) { return std::exp(x); }
+
+template <class W>
+inline W sigmoid(W x) {
+  return 1 / (1 + exponential(-x));
+}
+
+template <class W>
+inline W tanh_by_exp(W x) {  // absolute error of one rounding
+  return 1 - 2 / (1 + exponential(2 * x));
+}
+
+template <class W>
+inline W bounded_exp2x(W x) {  // finite and non-zero, so that products of two never give inf * 0
+  return exponential(2 * std::min(std::max(x, W(-40)), W(40)));
+}
+
+// The query of one row in the form that the inner loops want.
+template <bool TANH, class T>
+void prepare_query(int64_t A, const T* query, Wide<T>* out) {
+#pragma omp simd
+  for (int64_t a = 0; a < A; ++a) out[a] = TANH ? bounded_exp2x(wide(query[a])) : wide(query[a]);
+}
+
+template <bool TANH, class W>
+inline W activation(W p, W q) {
+  return TANH ? 1 - 2 / (1 + p * q) : std::max(p + q, W(0));
+}
+
+template <bool TANH, class W>
+inline W slope(W p, W q) {
+  if (!TANH) return p + q > 0 ? W(1) : W(0);
+  W y = 1 - 2 / (1 + p * q);
+  return 1 - y * y;
+}
+
+int64_t count_below(const int64_t* begin, const int64_t* end, int64_t n) { return std::lower_bound(begin, end, n) - begin; }
+
+constexpr int64_t BLOCK = 64;  // features per register block
+
+// out[r][0..BLOCK) = sum_l weight[r][l] grid[l][0..BLOCK) for R rows at once: the grid is read once for all of them.
+template <int R, class T>
+void weighted_sum(int64_t L, int64_t D, int64_t width, const T* grid, const Wide<T>* const* weight, T* const* out) {
+  Wide<T> sum[R][BLOCK] = {};
+  for (int64_t l = 0; l < L; ++l) {
+    const T* g = grid + l * D;
+    if (width == BLOCK) {
+      for (int r = 0; r < R; ++r)
+#pragma omp simd
+        for (int64_t d = 0; d < BLOCK; ++d) sum[r][d] += weight[r][l] * wide(g[d]);
+    } else {
+      for (int r = 0; r < R; ++r)
+        for (int64_t d = 0; d < width; ++d) sum[r][d] += weight[r][l] * wide(g[d]);
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int64_t d = 0; d < width; ++d) narrow(sum[r][d], out[r][d]);
+}
+
+// out[r][l] += grid[l] . x[r] for R rows at once.
+template <int R, class T>
+void dot_products(int64_t L, int64_t D, const T* grid, const Wide<T>* const* x, Wide<T>* const* out) {
+  for (int64_t l = 0; l < L; ++l) {
+    const T* g = grid + l * D;
+    Wide<T> sum[R];
+    for (int r = 0; r < R; ++r) {
+      Wide<T> s = 0;
+#pragma omp simd reduction(+ : s)
+      for (int64_t d = 0; d < D; ++d) s += wide(g[d]) * x[r][d];
+      sum[r] = s;
+    }
+    for (int r = 0; r < R; ++r) out[r][l] += sum[r];
+  }
+}
+
+template <bool TANH, class T>
+void attend(int64_t n, int64_t B, int64_t L, int64_t A, int64_t D, const int64_t* ptr, const int64_t* rows, const T* grid,
+            const T* projection, const T* query, int64_t query_stride, const T* score, Wide<T>* alpha, T* context,
+            int threads) {
+  using W = Wide<T>;
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+  for (int64_t b = 0; b < B; ++b) {
+    const int64_t* row = rows + ptr[b];
+    const int64_t k = count_below(row, rows + ptr[b + 1], n);
+    if (!k) continue;
+    std::vector<W> q(k * A), u(A);
+    for (int64_t a = 0; a < A; ++a) u[a] = wide(score[a]);
+    for (int64_t j = 0; j < k; ++j) prepare_query<TANH>(A, query + row[j] * query_stride, &q[j * A]);
+
+    for (int64_t l = 0; l < L; ++l) {
+      const T* p = projection + (b * L + l) * A;
+      for (int64_t j = 0; j < k; ++j) {
+        const W* qj = &q[j * A];
+        W e = 0;
+#pragma omp simd reduction(+ : e)
+        for (int64_t a = 0; a < A; ++a) e += u[a] * activation<TANH>(wide(p[a]), qj[a]);
+        alpha[row[j] * L + l] = e;
+      }
+    }
+    for (int64_t j = 0; j < k; ++j) {
+      W* e = alpha + row[j] * L;
+      const W top = *std::max_element(e, e + L);
+      W sum = 0;
+#pragma omp simd reduction(+ : sum)
+      for (int64_t l = 0; l < L; ++l) sum += e[l] = exponential(e[l] - top);
+      for (int64_t l = 0; l < L; ++l) e[l] /= sum;
+    }
+    for (int64_t d = 0; d < D; d += BLOCK) {
+      const int64_t width = std::min(BLOCK, D - d);
+      const T* g = grid + b * L * D + d;
+      for (int64_t j = 0; j < k; j += 4) {
+        const W* weight[4];
+        T* out[4];
+        const int64_t r = std::min<int64_t>(4, k - j);
+        for (int64_t i = 0; i < r; ++i) weight[i] = alpha + row[j + i] * L, out[i] = context + row[j + i] * D + d;
+        if (r == 4) weighted_sum<4>(L, D, width, g, weight, out);
+        if (r == 3) weighted_sum<3>(L, D, width, g, weight, out);
+        if (r == 2) weighted_sum<2>(L, D, width, g, weight, out);
+        if (r == 1) weighted_sum<1>(L, D, width, g, weight, out);
+      }
+    }
+  }
+}
+
+// From d context and d alpha (of the regulariser) to d score and d query of the rows of one step.
+template <bool TANH, class T>
+void attend_backward(int64_t n, int64_t B, int64_t L, int64_t A, int64_t D, const int64_t* ptr, const int64_t* rows,
+                     const T* grid, const T* projection, const T* query, int64_t query_stride, const T* score,
+                     const Wide<T>* alpha, const T* grad_context, const Wide<T>* grad_alpha, Wide<T>* grad_scores,
+                     T* grad_query, int64_t grad_query_stride, int threads) {
+  using W = Wide<T>;
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+  for (int64_t b = 0; b < B; ++b) {
+    const int64_t* row = rows + ptr[b];
+    const int64_t k = count_below(row, rows + ptr[b + 1], n);
+    if (!k) continue;
+    std::vector<W> x(k * D), q(k * A), u(A), sum(k * A, W(0));
+    for (int64_t a = 0; a < A; ++a) u[a] = wide(score[a]);
+    for (int64_t j = 0; j < k; ++j) {
+      prepare_query<TANH>(A, query + row[j] * query_stride, &q[j * A]);
+      for (int64_t d = 0; d < D; ++d) x[j * D + d] = wide(grad_context[row[j] * D + d]);
+      std::copy_n(grad_alpha + row[j] * L, L, grad_scores + row[j] * L);
+    }
+    for (int64_t j = 0; j < k; j += 4) {
+      const W* in[4];
+      W* out[4];
+      const int64_t r = std::min<int64_t>(4, k - j);
+      for (int64_t i = 0; i < r; ++i) in[i] = &x[(j + i) * D], out[i] = grad_scores + row[j + i] * L;
+      if (r == 4) dot_products<4>(L, D, grid + b * L * D, in, out);
+      if (r == 3) dot_products<3>(L, D, grid + b * L * D, in, out);
+      if (r == 2) dot_products<2>(L, D, grid + b * L * D, in, out);
+      if (r == 1) dot_products<1>(L, D, grid + b * L * D, in, out);
+    }
+    for (int64_t j = 0; j < k; ++j) {  // softmax: d e = alpha (d alpha - sum alpha d alpha)
+      const W* al = alpha + row[j] * L;
+      W* g = grad_scores + row[j] * L;
+      W mean = 0;
+      for (int64_t l = 0; l < L; ++l) mean += al[l] * g[l];
+      for (int64_t l = 0; l < L; ++l) g[l] = al[l] * (g[l] - mean);
+    }
+    for (int64_t l = 0; l < L; ++l) {
+      const T* p = projection + (b * L + l) * A;
+      for (int64_t j = 0; j < k; ++j) {
+        const W g = grad_scores[row[j] * L + l];
+        const W* qj = &q[j * A];
+        W* s = &sum[j * A];
+#pragma omp simd
+        for (int64_t a = 0; a < A; ++a) s[a] += g * slope<TANH>(wide(p[a]), qj[a]);
+      }
+    }
+    for (int64_t j = 0; j < k; ++j)
+      for (int64_t a = 0; a < A; ++a) narrow(sum[j * A + a] * u[a], grad_query[row[j] * grad_query_stride + a]);
+  }
+}
+
+// After the time loop, all words at once (rows are packed words here): d projection [B, L, A] and, per image, d score [B, A].
+template <bool TANH, class T>
+void attend_backward_shared(int64_t B, int64_t L, int64_t A, const int64_t* ptr, const int64_t* rows, const T* projection,
+                            const T* query, int64_t query_stride, const T* score, const Wide<T>* grad_scores,
+                            T* grad_projection, Wide<T>* grad_score, int threads) {
+  using W = Wide<T>;
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+  for (int64_t b = 0; b < B; ++b) {
+    const int64_t* row = rows + ptr[b];
+    const int64_t k = ptr[b + 1] - ptr[b];
+    std::vector<W> q(k * A), p(A), sum(A), grad_u(A, W(0));
+    for (int64_t j = 0; j < k; ++j) prepare_query<TANH>(A, query + row[j] * query_stride, &q[j * A]);
+    for (int64_t l = 0; l < L; ++l) {
+      for (int64_t a = 0; a < A; ++a) p[a] = wide(projection[(b * L + l) * A + a]), sum[a] = 0;
+      for (int64_t j = 0; j < k; ++j) {
+        const W g = grad_scores[row[j] * L + l];
+        const W* qj = &q[j * A];
+#pragma omp simd
+        for (int64_t a = 0; a < A; ++a) {
+          sum[a] += g * slope<TANH>(p[a], qj[a]);
+          grad_u[a] += g * activation<TANH>(p[a], qj[a]);
+        }
+      }
+      for (int64_t a = 0; a < A; ++a) narrow(sum[a] * wide(score[a]), grad_projection[(b * L + l) * A + a]);
+    }
+    std::copy(grad_u.begin(), grad_u.end(), grad_score + b * A);
+  }
+}
+
+// gates [n, 4H] (input, forget, cell, output) = state + word + context parts; leaves their activations in `state`.
+template <class T>
+void cell(int64_t n, int64_t H, T* state, int64_t state_stride, const T* word, const T* context, const Wide<T>* c_before,
+          Wide<T>* c, T* h, int threads) {
+  using W = Wide<T>;
+#pragma omp parallel for num_threads(threads)
+  for (int64_t r = 0; r < n; ++r) {
+    T* s = state + r * state_stride;
+    const T *w = word + r * 4 * H, *x = context + r * 4 * H;
+#pragma omp simd
+    for (int64_t j = 0; j < H; ++j) {
+      const W i = sigmoid(wide(s[j]) + wide(w[j]) + wide(x[j]));
+      const W f = sigmoid(wide(s[H + j]) + wide(w[H + j]) + wide(x[H + j]));
+      const W g = tanh_by_exp(wide(s[2 * H + j]) + wide(w[2 * H + j]) + wide(x[2 * H + j]));
+      const W o = sigmoid(wide(s[3 * H + j]) + wide(w[3 * H + j]) + wide(x[3 * H + j]));
+      const W now = f * c_before[r * H + j] + i * g;
+      c[r * H + j] = now;
+      narrow(o * tanh_by_exp(now), h[r * H + j]);
+      narrow(i, s[j]);
+      narrow(f, s[H + j]);
+      narrow(g, s[2 * H + j]);
+      narrow(o, s[3 * H + j]);
+    }
+  }
+}
+
+// From d h and d c of this step (grad_c: in place to that of the step before) to d gates before their non-linearities.
+template <class T>
+void cell_backward(int64_t n, int64_t H, const T* activations, int64_t stride, const Wide<T>* c_before, const Wide<T>* c,
+                   const Wide<T>* grad_h, Wide<T>* grad_c, T* grad_gates, int64_t grad_stride, int threads) {
+  using W = Wide<T>;
+#pragma omp parallel for num_threads(threads)
+  for (int64_t r = 0; r < n; ++r) {
+    const T* s = activations + r * stride;
+    T* out = grad_gates + r * grad_stride;
+#pragma omp simd
+    for (int64_t j = 0; j < H; ++j) {
+      const W i = wide(s[j]), f = wide(s[H + j]), g = wide(s[2 * H + j]), o = wide(s[3 * H + j]);
+      const W y = tanh_by_exp(c[r * H + j]), dh = grad_h[r * H + j];
+      const W dc = grad_c[r * H + j] + dh * o * (1 - y * y);
+      narrow(dc * g * i * (1 - i), out[j]);
+      narrow(dc * c_before[r * H + j] * f * (1 - f), out[H + j]);
+      narrow(dc * i * (1 - g * g), out[2 * H + j]);
+      narrow(dh * y * o * (1 - o), out[3 * H + j]);
+      grad_c[r * H + j] = dc * f;
+    }
+  }
+}
+
+}  // namespace
+
+#define EXPORT(NAME, T)                                                                                                 \
+  extern "C" void attend_##NAME(int64_t tanh, int64_t n, int64_t B, int64_t L, int64_t A, int64_t D,                    \
+                                const int64_t* ptr, const int64_t* rows, const T* grid, const T* projection,            \
+                                const T* query, int64_t query_stride, const T* score, Wide<T>* alpha, T* context,       \
+                                int64_t threads) {                                                                      \
+    (tanh ? attend<true, T> : attend<false, T>)(n, B, L, A, D, ptr, rows, grid, projection, query, query_stride, score, \
+                                                alpha, context, threads);                                               \
+  }                                                                                                                     \
+  extern "C" void attend_backward_##NAME(                                                                               \
+      int64_t tanh, int64_t n, int64_t B, int64_t L, int64_t A, int64_t D, const int64_t* ptr, const int64_t* rows,     \
+      const T* grid, const T* projection, const T* query, int64_t query_stride, const T* score, const Wide<T>* alpha,   \
+      const T* grad_context, const Wide<T>* grad_alpha, Wide<T>* grad_scores, T* grad_query,                            \
+      int64_t grad_query_stride, int64_t threads) {                                                                     \
+    (tanh ? attend_backward<true, T> : attend_backward<false, T>)(                                                      \
+        n, B, L, A, D, ptr, rows, grid, projection, query, query_stride, score, alpha, grad_context, grad_alpha,        \
+        grad_scores, grad_query, grad_query_stride, threads);                                                           \
+  }                                                                                                                     \
+  extern "C" void attend_backward_shared_##NAME(                                                                        \
+      int64_t tanh, int64_t B, int64_t L, int64_t A, const int64_t* ptr, const int64_t* rows, const T* projection,      \
+      const T* query, int64_t query_stride, const T* score, const Wide<T>* grad_scores, T* grad_projection,             \
+      Wide<T>* grad_score, int64_t threads) {                                                                           \
+    (tanh ? attend_backward_shared<true, T> : attend_backward_shared<false, T>)(                                        \
+        B, L, A, ptr, rows, projection, query, query_stride, score, grad_scores, grad_projection, grad_score, threads); \
+  }                                                                                                                     \
+  extern "C" void cell_##NAME(int64_t n, int64_t H, T* state, int64_t state_stride, const T* word, const T* context,    \
+                              const Wide<T>* c_before, Wide<T>* c, T* h, int64_t threads) {                             \
+    cell<T>(n, H, state, state_stride, word, context, c_before, c, h, threads);                                         \
+  }                                                                                                                     \
+  extern "C" void cell_backward_##NAME(int64_t n, int64_t H, const T* activations, int64_t stride,                      \
+                                       const Wide<T>* c_before, const Wide<T>* c, const Wide<T>* grad_h,                \
+                                       Wide<T>* grad_c, T* grad_gates, int64_t grad_stride, int64_t threads) {          \
+    cell_backward<T>(n, H, activations, stride, c_before, c, grad_h, grad_c, grad_gates, grad_stride, threads);         \
+  }
+
+EXPORT(float32, float)
+EXPORT(float64, double)
+EXPORT(bfloat16, bf16)

@@ -1,0 +1,132 @@
+"""The fast step's own kernels on CPUs: `native.cpp`, compiled on first use and called through ctypes.
+
+Surprising: not a PyTorch extension. Without PyTorch's headers the build takes seconds instead of most of a minute and needs
+a C++ compiler only; the finished library is kept in the user's cache. Where there is no compiler, `library` says why and
+`sat.model.torch_kernels` does the same work. The kernels mirror those of that module; shapes as in `native.cpp`.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sat.model.torch_kernels import Seen
+
+FLAGS = "-std=c++17 -O3 -march=native -fopenmp -fno-math-errno -fno-trapping-math -shared -fPIC".split()
+
+
+@functools.cache
+def library() -> tuple[ctypes.CDLL | None, str]:
+    """The loaded library and where it is, or None and why there is none. Built once per source, compiler and kind of CPU.
+
+    Processes that build at the same time do not disturb one another: each compiles its own file and renames it into place.
+    """
+    compiler = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        return None, "there is no C++ compiler"
+    source = Path(__file__).with_name("native.cpp")
+    try:
+        version = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=60).stdout
+        identity = "\n".join([source.read_text(), compiler, version, *FLAGS, _cpu()])
+        path = _cache_folder() / f"kernels-{hashlib.sha256(identity.encode()).hexdigest()[:24]}.so"
+        if not path.exists():
+            partial = path.with_suffix(f".{platform.node()}-{os.getpid()}.tmp")
+            command = [compiler, *FLAGS, str(source), "-o", str(partial)]
+            result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+            if result.returncode:
+                return None, f"{' '.join(command)} failed: {result.stderr.strip()[-500:]}"
+            os.replace(partial, path)
+        return ctypes.CDLL(str(path)), str(path)
+    except (OSError, subprocess.SubprocessError) as error:
+        return None, f"building them with {compiler} failed: {error}"
+
+
+def prepare(projection: Tensor, tanh: bool) -> Tensor:
+    """`projection` [B, L, A] as the kernels want it: exp(2p) for the tanh score."""
+    return projection.clamp(-40, 40).mul_(2).exp_() if tanh else projection.contiguous()
+
+
+def attend(seen: Seen, t: int, query: Tensor, alpha: Tensor, context: Tensor) -> None:
+    """Fill `alpha` [n, L] and `context` [n, D] for the `query` [n, A] of the rows running at step t."""
+    _, L, D = seen.grid.shape
+    _call(
+        "attend", seen.grid.dtype, seen.tanh, len(query), seen.packing.images_running[t], L, query.shape[1], D,
+        *seen.packing.rows_by_image, seen.grid, seen.projection, query, query.stride(0), seen.score, alpha, context,
+    )  # fmt: skip
+
+
+def attend_backward(
+    seen: Seen, t: int, query: Tensor, alpha: Tensor, grad_context: Tensor, grad_alpha: Tensor,
+    grad_scores: Tensor, grad_query: Tensor,
+) -> None:  # fmt: skip
+    """Fill `grad_scores` [n, L] and `grad_query` [n, A] from `grad_context` [n, D] and the regulariser's `grad_alpha` [n, L]."""
+    _, L, D = seen.grid.shape
+    _call(
+        "attend_backward", seen.grid.dtype, seen.tanh, len(query), seen.packing.images_running[t], L, query.shape[1], D,
+        *seen.packing.rows_by_image, seen.grid, seen.projection, query, query.stride(0), seen.score, alpha,
+        grad_context, grad_alpha, grad_scores, grad_query, grad_query.stride(0),
+    )  # fmt: skip
+
+
+def attend_backward_shared(seen: Seen, query: Tensor, grad_scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of the projection [B, L, A] and of the score vector [A] from all words' `query` [M, A], `grad_scores` [M, L]."""
+    B, L, A = seen.projection.shape
+    grad_projection = torch.empty_like(seen.projection)
+    grad_score = grad_scores.new_empty(B, A)
+    _call(
+        "attend_backward_shared", seen.grid.dtype, seen.tanh, B, L, A, *seen.packing.words_by_image, seen.projection,
+        query, query.stride(0), seen.score, grad_scores, grad_projection, grad_score,
+    )  # fmt: skip
+    return grad_projection, grad_score.sum(0)
+
+
+def cell(state: Tensor, word: Tensor, context: Tensor, c_before: Tensor, c: Tensor, h: Tensor) -> None:
+    """LSTM cell from the three shares [n, 4H] of its gates: fill `c` and `h` [n, H], leave the activations in `state`."""
+    n, H = c.shape
+    _call("cell", h.dtype, n, H, state, state.stride(0), word, context, c_before, c, h)
+
+
+def cell_backward(
+    activations: Tensor, c_before: Tensor, c: Tensor, grad_h: Tensor, grad_c: Tensor, grad_gates: Tensor
+) -> None:
+    """Fill `grad_gates` [n, 4H] and turn `grad_c` [n, H] into that of the step before."""
+    n, H = c.shape
+    _call(
+        "cell_backward", activations.dtype, n, H, activations, activations.stride(0), c_before, c, grad_h, grad_c,
+        grad_gates, grad_gates.stride(0),
+    )  # fmt: skip
+
+
+def _call(name: str, dtype: torch.dtype, *arguments: Tensor | int) -> None:
+    """Call a kernel: tensors as pointers (rows may be strided, columns are not), numbers as int64, the threads last."""
+    assert all(a.stride(-1) == 1 for a in arguments if isinstance(a, Tensor))
+    function = getattr(library()[0], f"{name}_{str(dtype).removeprefix('torch.')}")
+    numbers = (a.data_ptr() if isinstance(a, Tensor) else int(a) for a in arguments)
+    function(*map(ctypes.c_int64, numbers), ctypes.c_int64(torch.get_num_threads()))
+
+
+def _cpu() -> str:
+    """What -march=native depends on; homes are shared by machines of several kinds."""
+    try:
+        text = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
+        return "\n".join(line for line in text.splitlines() if line.startswith(("model name", "flags", "Features")))
+    except OSError:
+        return platform.processor() or platform.machine()
+
+
+def _cache_folder() -> Path:
+    """The user's cache, or a new private folder where that cannot be written."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "show-attend-and-tell"
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        return folder if os.access(folder, os.W_OK) else Path(tempfile.mkdtemp(prefix="kernels-"))
+    except OSError:
+        return Path(tempfile.mkdtemp(prefix="kernels-"))

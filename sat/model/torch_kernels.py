@@ -1,0 +1,112 @@
+"""The fast step's kernels in plain PyTorch: for GPUs, and for CPUs where `sat.model.native` cannot be built.
+
+Surprising: they write into tensors they are given, so that each step's results land in its slice of the packed buffers.
+B images, N rows, n of them running at step t, M packed words, L locations, D features, A attention width, H LSTM width.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sat.model.packing import Packing
+
+CHUNK_BYTES = 4 << 20
+"""Memory of one block of hidden units [images, slots, L, A] on a CPU: what stays in its cache."""
+
+
+class Seen(NamedTuple):
+    """What attention looks at, the same at every step."""
+
+    packing: Packing
+    grid: Tensor
+    """[B, L, D]"""
+    projection: Tensor
+    """[B, L, A] as `prepare` left it."""
+    score: Tensor
+    """[A]"""
+    tanh: bool
+    """The score's non-linearity: tanh or ReLU."""
+
+
+def prepare(projection: Tensor, tanh: bool) -> Tensor:
+    """`projection` [B, L, A] as the kernels want it."""
+    return projection
+
+
+def attend(seen: Seen, t: int, query: Tensor, alpha: Tensor, context: Tensor) -> None:
+    """Fill `alpha` [n, L] and `context` [n, D] for the `query` [n, A] of the rows running at step t."""
+    slots, B = seen.packing.slots(t), seen.packing.images_running[t]
+    queries = slots.spread(query)
+    scores = [hidden @ seen.score for _, hidden in _hidden(seen, queries)]
+    alphas = torch.cat(scores).to(alpha.dtype).softmax(-1)  # [B_t, K_t, L]
+    alpha.copy_(slots.collect(alphas))
+    context.copy_(slots.collect(alphas.to(seen.grid.dtype) @ seen.grid[:B]))
+
+
+def attend_backward(
+    seen: Seen, t: int, query: Tensor, alpha: Tensor, grad_context: Tensor, grad_alpha: Tensor,
+    grad_scores: Tensor, grad_query: Tensor,
+) -> None:  # fmt: skip
+    """Fill `grad_scores` [n, L] and `grad_query` [n, A] from `grad_context` [n, D] and the regulariser's `grad_alpha` [n, L]."""
+    slots, B = seen.packing.slots(t), seen.packing.images_running[t]
+    total = slots.collect(slots.spread(grad_context) @ seen.grid[:B].mT).to(alpha.dtype) + grad_alpha
+    torch.mul(alpha, total - (alpha * total).sum(1, keepdim=True), out=grad_scores)
+    spread = slots.spread(grad_scores).to(query.dtype)
+    queries = [
+        (spread[part, :, None] @ _slope(seen, hidden)).squeeze(2) for part, hidden in _hidden(seen, slots.spread(query))
+    ]
+    grad_query.copy_(slots.collect(torch.cat(queries)) * seen.score)
+
+
+def attend_backward_shared(seen: Seen, query: Tensor, grad_scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of the projection [B, L, A] and of the score vector [A] from all words' `query` [M, A], `grad_scores` [M, L]."""
+    grad_projection = torch.zeros_like(seen.projection, dtype=grad_scores.dtype)
+    grad_score = grad_scores.new_zeros(len(seen.score))
+    for t, step in enumerate(seen.packing.steps):
+        slots = seen.packing.slots(t)
+        spread = slots.spread(grad_scores[step])
+        for part, hidden in _hidden(seen, slots.spread(query[step])):
+            grad = spread[part, ..., None]
+            grad_score += (grad * hidden).sum((0, 1, 2))
+            grad_projection[part] += (grad * _slope(seen, hidden)).sum(1)
+    return (grad_projection * seen.score).to(seen.projection.dtype), grad_score
+
+
+def _hidden(seen: Seen, queries: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Hidden units [images, K_t, L, A] of the score for `queries` [B_t, K_t, A], in blocks of images."""
+    B, K, A = queries.shape
+    block = B
+    if queries.device.type == "cpu":
+        block = max(1, CHUNK_BYTES // (K * A * seen.projection.shape[1] * queries.element_size()))
+    for begin in range(0, B, block):
+        part = slice(begin, min(begin + block, B))
+        hidden = seen.projection[part, None] + queries[part, :, None]
+        yield part, hidden.tanh_() if seen.tanh else hidden.relu_()
+
+
+def _slope(seen: Seen, hidden: Tensor) -> Tensor:
+    """Derivative of the non-linearity, from its value."""
+    return 1 - hidden.square() if seen.tanh else (hidden > 0).to(hidden.dtype)
+
+
+def cell(state: Tensor, word: Tensor, context: Tensor, c_before: Tensor, c: Tensor, h: Tensor) -> None:
+    """LSTM cell from the three shares [n, 4H] of its gates: fill `c` and `h` [n, H], leave the activations in `state`."""
+    gates = (state.to(c.dtype) + word + context).view(len(c), 4, -1)
+    i, f, g, o = gates[:, 0].sigmoid(), gates[:, 1].sigmoid(), gates[:, 2].tanh(), gates[:, 3].sigmoid()
+    torch.addcmul(i * g, f, c_before, out=c)
+    h.copy_(o * c.tanh())
+    state.copy_(torch.cat([i, f, g, o], 1))
+
+
+def cell_backward(
+    activations: Tensor, c_before: Tensor, c: Tensor, grad_h: Tensor, grad_c: Tensor, grad_gates: Tensor
+) -> None:
+    """Fill `grad_gates` [n, 4H] and turn `grad_c` [n, H] into that of the step before."""
+    i, f, g, o = activations.to(c.dtype).chunk(4, 1)
+    y = c.tanh()
+    grad_c += grad_h * o * (1 - y * y)
+    before = (i * (1 - i) * g * grad_c, f * (1 - f) * c_before * grad_c, i * (1 - g * g) * grad_c, o * (1 - o) * y * grad_h)
+    grad_gates.copy_(torch.cat(before, 1))
+    grad_c *= f
