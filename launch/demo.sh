@@ -1,0 +1,66 @@
+#!/usr/bin/env bash
+# The whole pipeline on rendered scenes, from an empty machine to a table of scores.
+#
+#   bash launch/demo.sh                        with an encoder pre-trained here on the generator of the scenes
+#   WEIGHTS=imagenet bash launch/demo.sh       with ImageNet weights (python -m preprocessing.fetch_weights), or WEIGHTS=FILE
+#
+# Each command is printed before it runs; they are the programs that COCO would run through. What is whole is reused, so an
+# interrupted demonstration goes on where it was. Its minutes count from the first start to the first table, pauses left out.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+name=demo${WEIGHTS:+-$(basename "${WEIGHTS%.*}")}
+weights=${WEIGHTS:-weights/scenes.safetensors}
+data=data/demo
+features=data/$name/features
+run=runs/$name
+
+mkdir -p "$run"
+spent=$(cat "$run/seconds" 2>/dev/null || echo 0)
+keep_time() { if [[ ! -f $run/summary.json ]]; then echo $((spent + SECONDS)) >"$run/seconds"; fi; }
+trap keep_time EXIT
+
+run() {
+  printf '\n$ %s\n' "$*"
+  "$@"
+  keep_time
+}
+run_unless_newer() { # FILE COMMAND...: skip the command when FILE is newer than the trained model
+  local result=$1
+  shift
+  if [[ $result -nt $run/best/model.safetensors ]]; then printf '\n# %s is up to date\n' "$result"; else run "$@"; fi
+}
+
+run bash launch/setup.sh
+export PATH="${SAT_VENV:-$PWD/.venv}/bin:$PATH"
+export PYTHONDONTWRITEBYTECODE= # the first import of a module compiles it for all later ones
+
+gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
+case $gpus in
+  0) processes=(--config_file launch/cpu.yaml) ;;
+  1) processes=(--config_file launch/gpu.yaml) ;;
+  *) processes=(--config_file launch/multi_gpu.yaml --num_processes "$gpus") ;;
+esac
+
+run python -m preprocessing.synthetic --out $data/scenes
+annotations=()
+for split in train val test; do annotations+=(--annotations "$split=$data/scenes/annotations/captions_$split.json"); done
+run python -m preprocessing.shard_images "${annotations[@]}" --images $data/scenes/images --out $data/images
+if [[ -z ${WEIGHTS:-} ]]; then run python -m preprocessing.pretrain_encoder --out "$weights"; fi
+run python -m preprocessing.extract_features --images $data/images --weights "$weights" --out "$features"
+run python -m preprocessing.build_vocab --features "$features" --out "data/$name/tokenizer.json"
+
+run accelerate launch "${processes[@]}" -m sat.train configs/demo.yaml \
+  "data.features=$features" "data.tokenizer=data/$name/tokenizer.json" "train.run_dir=$run"
+run_unless_newer "$run/evaluation-test.json" accelerate launch "${processes[@]}" -m sat.evaluate "$run" --split test --baselines
+run_unless_newer "$run/pictures/captions.json" \
+  python -m sat.caption $data/scenes/images/test --limit 8 --model "$run" --weights "$weights" --out "$run/pictures"
+
+keep_time
+minutes=$(awk '{ printf "%.2f", $1 / 60 }' "$run/seconds")
+run python -m sat.summary "$run" --split test --minutes "$minutes"
+echo
+echo "captions and attention pictures  $PWD/$run/pictures"
+echo "run folder                       $PWD/$run"
+echo "checkpoints                      $PWD/$run/checkpoints (the best model: $PWD/$run/best)"
+echo "compare runs                     $(command -v mlflow) ui --backend-store-uri sqlite:///$PWD/runs/mlflow.db"
