@@ -23,9 +23,16 @@ python -m "preprocessing.$program" "$@" --step plan # wrong options and missing 
 
 command=$(printf '%q ' python -m "preprocessing.$program" "$@")
 submit() { sbatch --parsable --job-name="$program" --requeue --open-mode=append "$@"; }
-tasks=$(submit --array="0-$((stripes - 1))" --output="$program-%A-%a.out" --wrap "
-  $command --step shards --stripe \$SLURM_ARRAY_TASK_ID/$stripes && exit
-  if ((\${SLURM_RESTART_COUNT:-0} < 2)); then scontrol requeue \${SLURM_ARRAY_JOB_ID}_\$SLURM_ARRAY_TASK_ID; fi
-  exit 1")
-finalize=$(submit --dependency="afterany:$tasks" --output="$program-%j.out" --wrap "$command --step finalize")
+tasks=$(submit --array="0-$((stripes - 1))" --output="$program-%A-%a.out" <<JOB
+#!/usr/bin/env bash
+$command --step shards --stripe \$SLURM_ARRAY_TASK_ID/$stripes && exit
+if ((\${SLURM_RESTART_COUNT:-0} < 2)); then scontrol requeue \${SLURM_ARRAY_JOB_ID}_\$SLURM_ARRAY_TASK_ID; fi
+exit 1
+JOB
+)
+finalize=$(submit --dependency="afterany:$tasks" --output="$program-%j.out" <<JOB
+#!/usr/bin/env bash
+$command --step finalize
+JOB
+)
 echo "array job $tasks of $stripes tasks, finalize job $finalize; logs: $PWD/$program-*.out"

@@ -9,6 +9,7 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -56,7 +57,7 @@ def missing() -> str:
 
 @dataclass(frozen=True)
 class Cluster:
-    """A running cluster; commands see it through the environment `env`."""
+    """A running cluster. Commands and their jobs see it, and the project, through the environment `env`."""
 
     folder: Path
     env: dict[str, str]
@@ -122,7 +123,8 @@ def start_cluster(folder: Path) -> Iterator[Cluster]:
     key = folder / "munge.key"
     key.write_bytes(os.urandom(128))
     key.chmod(0o400)
-    env = os.environ | {"SLURM_CONF": str(config), "PATH": SEARCH_PATH}
+    project = {"SAT_VENV": sys.prefix, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    env = os.environ | project | {"SLURM_CONF": str(config), "PATH": SEARCH_PATH}
     cluster = Cluster(folder, env)
     with contextlib.ExitStack() as daemons:
         munge_files = {"key-file": key, "socket": folder / "munge.socket", "pid-file": folder / "munged.pid",
