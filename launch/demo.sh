@@ -11,6 +11,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 name=demo${WEIGHTS:+-$(basename "${WEIGHTS%.*}")}
 weights=${WEIGHTS:-weights/scenes.safetensors}
+if [[ $weights == imagenet ]]; then encoder=weights; else encoder=$weights; fi # the captioner finds it there by its digest
 data=data/demo
 features=data/$name/features
 run=runs/$name
@@ -54,7 +55,7 @@ run accelerate launch "${processes[@]}" -m sat.train configs/demo.yaml \
   "data.features=$features" "data.tokenizer=data/$name/tokenizer.json" "train.run_dir=$run"
 run_unless_newer "$run/evaluation-test.json" accelerate launch "${processes[@]}" -m sat.evaluate "$run" --split test --baselines
 run_unless_newer "$run/pictures/captions.json" \
-  python -m sat.caption $data/scenes/images/test --limit 8 --model "$run" --weights "$weights" --out "$run/pictures"
+  python -m sat.caption $data/scenes/images/test --limit 8 --model "$run" --weights "$encoder" --out "$run/pictures"
 
 keep_time
 minutes=$(awk '{ printf "%.2f", $1 / 60 }' "$run/seconds")
