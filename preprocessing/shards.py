@@ -269,10 +269,10 @@ def read_members(blob: bytes | memoryview, where: str) -> dict[str, bytes]:
         except (tarfile.HeaderError, UnicodeDecodeError) as error:
             raise ValueError(f"{where}: damaged tar header ({error})") from None
         start = position + TAR_BLOCK
-        if not member.isreg() or start + member.size > end:
+        position = start + member.size + -member.size % TAR_BLOCK
+        if not member.isreg() or position > end:
             raise ValueError(f"{where}: member {member.name!r} is no plain file inside the sample")
         members[member.name.partition(".")[2]] = bytes(blob[start : start + member.size])
-        position = start + member.size + -member.size % TAR_BLOCK
     return members
 
 

@@ -113,7 +113,9 @@ def run_program(name: str, *arguments: object, code: int | None = 0, **environme
     command = [sys.executable, "-m", f"preprocessing.{name}", *map(str, arguments)]
     variables = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "2"} | environment
     done = subprocess.run(command, cwd=REPOSITORY, env=variables, capture_output=True, text=True, timeout=120)
-    assert code is None or done.returncode == code, f"{' '.join(command)}: {done.returncode}\n{done.stdout}\n{done.stderr}"
+    assert code is None or done.returncode == code, (
+        f"{' '.join(command)}: {done.returncode}\n{done.stdout}\n{done.stderr}"
+    )
     return done
 
 

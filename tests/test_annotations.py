@@ -30,14 +30,18 @@ def karpathy(**changes):
     images = []
     for image_id, texts in CAPTIONS.items():
         sentences = [{"raw": text, "tokens": text.split(), "sentid": k} for k, text in enumerate(texts)]
-        images.append({"cocoid": int(image_id), "filename": f"{image_id}.jpg", "split": SPLITS[image_id], "sentences": sentences})
+        images.append(
+            {"cocoid": int(image_id), "filename": f"{image_id}.jpg", "split": SPLITS[image_id], "sentences": sentences}
+        )
         images[-1] |= changes
     return {"dataset": "coco", "images": images}
 
 
 @pytest.fixture
 def coco(tmp_path):
-    return [write_coco(tmp_path, s, {i: c for i, c in CAPTIONS.items() if SPLITS[i] == s}) for s in ("train", "val", "test")]
+    return [
+        write_coco(tmp_path, s, {i: c for i, c in CAPTIONS.items() if SPLITS[i] == s}) for s in ("train", "val", "test")
+    ]
 
 
 def test_all_formats_give_the_same_records(tmp_path, coco):
@@ -147,7 +151,12 @@ def test_wrong_arguments_are_named(argument, message):
 
 
 def test_unreadable_files_are_named(tmp_path):
-    for content, message in ((b"{", "JSON"), (b"\xff\xfe", "UTF-8"), (b"name without number\n", "line 1"), (b"[1]", "neither")):
+    for content, message in (
+        (b"{", "JSON"),
+        (b"\xff\xfe", "UTF-8"),
+        (b"name without number\n", "line 1"),
+        (b"[1]", "neither"),
+    ):
         (tmp_path / "file").write_bytes(content)
         with pytest.raises(ValueError, match=f"file.*{message}"):
             read_annotations([str(tmp_path / "file")])
@@ -160,7 +169,9 @@ def test_a_split_list_must_name_pictures_that_have_captions(tmp_path):
         read_annotations([str(tmp_path / "token.txt")], split_lists=[f"train={tmp_path}/list.txt"])
     (tmp_path / "list.txt").write_text("1.jpg\n")
     with pytest.raises(ValueError, match="1.jpg is in the splits train and val"):
-        read_annotations([str(tmp_path / "token.txt")], split_lists=[f"{s}={tmp_path}/list.txt" for s in ("train", "val")])
+        read_annotations(
+            [str(tmp_path / "token.txt")], split_lists=[f"{s}={tmp_path}/list.txt" for s in ("train", "val")]
+        )
 
 
 def test_the_validation_share_is_exact_and_depends_on_the_ids_alone(tmp_path):
@@ -207,7 +218,9 @@ def test_odd_ids_become_keys_that_webdataset_cannot_split_and_never_collide(tmp_
     keys = {r.image_id: r.key for r in records}
     assert sorted(keys) == sorted(ids) and len(set(keys.values())) == len(ids)
     assert keys["plain-1_A"] == "plain-1_A"
-    assert all(set(key) <= set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-") for key in keys.values())
+    assert all(
+        set(key) <= set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-") for key in keys.values()
+    )
     assert max(map(len, keys.values())) <= 64
 
     document["images"].append({"id": keys["with.dot"], "file_name": "z.jpg"})

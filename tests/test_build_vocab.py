@@ -23,7 +23,9 @@ def test_only_the_named_splits_are_read_and_rare_words_dropped(tmp_path):
 def test_equal_captions_give_an_equal_file_in_any_environment(tmp_path):
     make_feature_dataset(tmp_path / "set", {"train": 9}, captions=captions)
     for name, environment in (("a", {}), ("b", {"PYTHONHASHSEED": "5", "LC_ALL": "tr_TR.UTF-8"})):
-        run_program("build_vocab", "--features", tmp_path / "set", "--out", tmp_path / name, "--min-count", "1", **environment)
+        run_program(
+            "build_vocab", "--features", tmp_path / "set", "--out", tmp_path / name, "--min-count", "1", **environment
+        )
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
@@ -38,7 +40,10 @@ def test_statistics_of_the_real_captions_of_coco_val2017(tmp_path):
     annotations = f"val={real_data()}/coco_val2017/captions_val2017.json"
     run_program("build_vocab", "--annotations", annotations, "--splits", "val", "--statistics", tmp_path / "s.json")
     found = json.loads((tmp_path / "s.json").read_text())
-    raw = [a["caption"] for a in json.loads((real_data() / "coco_val2017/captions_val2017.json").read_text())["annotations"]]
+    raw = [
+        a["caption"]
+        for a in json.loads((real_data() / "coco_val2017/captions_val2017.json").read_text())["annotations"]
+    ]
     lengths = sorted(len("".join(c if c.isalnum() else " " for c in text).split()) for text in raw)
     assert found["captions"] == len(raw) == 25014
     assert found["words"] == sum(lengths) and found["length_max"] == lengths[-1]

@@ -25,7 +25,11 @@ def png_with_depth_16(values: np.ndarray) -> bytes:
     """An RGB PNG of 16 bits per channel, which Pillow cannot write."""
     height, width, _ = values.shape
     lines = b"".join(b"\0" + values[y].astype(">u2").tobytes() for y in range(height))
-    chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)), (b"IDAT", zlib.compress(lines)), (b"IEND", b"")]
+    chunks = [
+        (b"IHDR", struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)),
+        (b"IDAT", zlib.compress(lines)),
+        (b"IEND", b""),
+    ]
     parts = [struct.pack(">I", len(d)) + n + d + struct.pack(">I", zlib.crc32(n + d)) for n, d in chunks]
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
@@ -172,7 +176,13 @@ def test_what_is_no_sound_picture_has_a_named_reason(data, reason, detail):
 @pytest.mark.faults
 def test_random_damage_gives_pixels_or_a_reason_never_another_error():
     generator = np.random.default_rng(5)
-    for data in (encoded(RGB), encoded(RGB, "PNG"), encoded(RGB.quantize(16), "GIF"), encoded(RGB, "TIFF"), encoded(RGB, "WEBP")):
+    for data in (
+        encoded(RGB),
+        encoded(RGB, "PNG"),
+        encoded(RGB.quantize(16), "GIF"),
+        encoded(RGB, "TIFF"),
+        encoded(RGB, "WEBP"),
+    ):
         for _ in range(40):
             damaged = np.frombuffer(data, np.uint8).copy()
             damaged[generator.integers(len(data), size=4)] = generator.integers(256, size=4)
@@ -183,7 +193,9 @@ def test_random_damage_gives_pixels_or_a_reason_never_another_error():
 
 
 def test_squash_keeps_the_whole_picture_and_center_crop_its_middle_square():
-    wide = Image.fromarray(np.repeat(np.repeat([[[255, 0, 0], [0, 255, 0], [0, 0, 255]]], 32, 0), 32, 1).astype(np.uint8))
+    wide = Image.fromarray(
+        np.repeat(np.repeat([[[255, 0, 0], [0, 255, 0], [0, 0, 255]]], 32, 0), 32, 1).astype(np.uint8)
+    )
     squashed, cropped = fit(wide, 32, "squash"), fit(wide, 32, "center_crop")
     assert squashed[16, 2].argmax() == 0 and squashed[16, 16].argmax() == 1 and squashed[16, 29].argmax() == 2
     assert (cropped[..., 1] > 200)[:, 2:-2].all()

@@ -8,7 +8,6 @@ import fsspec
 import numpy as np
 import pyarrow as pa
 import pytest
-from tests.helpers_shards import grid_of, make_feature_dataset, self_describing_captions
 
 from sat.data.manifest import (
     MANIFEST,
@@ -25,6 +24,7 @@ from sat.data.manifest import (
     seal,
     unseal,
 )
+from tests.helpers_shards import grid_of, make_feature_dataset, self_describing_captions
 
 
 @pytest.fixture

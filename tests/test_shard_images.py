@@ -40,7 +40,9 @@ def coco(tmp_path_factory):
 
 
 def arguments(coco, out, *more):
-    annotations = [x for split in ("train", "val") for x in ("--annotations", f"{split}={coco}/annotations/captions_{split}.json")]
+    annotations = [
+        x for split in ("train", "val") for x in ("--annotations", f"{split}={coco}/annotations/captions_{split}.json")
+    ]
     return [*annotations, "--images", coco / "images", "--out", out, *DATA, *more]
 
 
@@ -139,14 +141,24 @@ def test_bad_pictures_are_left_out_recorded_and_counted_up_to_the_limit(tmp_path
     bad = {"000001": b"", "000002": (folder / "000002.jpg").read_bytes()[:300], "000003": b"<html>404</html>"}
     for name, data in bad.items():
         (folder / f"{name}.jpg").write_bytes(data)
-    options = ["--annotations", f"train={files['train']}", "--images", tmp_path / "images", "--out", tmp_path / "out", *DATA]
+    options = [
+        "--annotations",
+        f"train={files['train']}",
+        "--images",
+        tmp_path / "images",
+        "--out",
+        tmp_path / "out",
+        *DATA,
+    ]
     failed = run_program("shard_images", *options, "--max-bad-fraction", "0.2", code=1)
     assert "more than --max-bad-fraction 0.2 allows" in failed.stderr and "empty file" in failed.stderr
     assert not (tmp_path / "out" / "manifest.json").exists()
     done = run_program("shard_images", *options, "--max-bad-fraction", "0.3")
     assert "left out 1 empty file, 1 not a picture, 1 truncated" in done.stdout
     manifest = load_manifest(tmp_path / "out")
-    assert manifest.left_out == {"empty file": 1, "not a picture": 1, "truncated": 1} and manifest.splits == {"train": 7}
+    assert manifest.left_out == {"empty file": 1, "not a picture": 1, "truncated": 1} and manifest.splits == {
+        "train": 7
+    }
     report = [json.loads(line) for line in (tmp_path / "out" / "left_out.jsonl").read_text().splitlines()]
     assert {item["image_id"]: item["reason"] for item in report} == {
         "1": "empty file",
@@ -170,7 +182,9 @@ def test_a_shard_of_bad_pictures_only_is_no_shard(tmp_path):
 def test_a_wrong_image_folder_is_told_at_once(coco, tmp_path):
     annotations = f"train={coco}/annotations/captions_train.json"
     (tmp_path / "empty").mkdir()
-    failed = run_program("shard_images", "--annotations", annotations, "--images", tmp_path / "empty", "--out", tmp_path, code=1)
+    failed = run_program(
+        "shard_images", "--annotations", annotations, "--images", tmp_path / "empty", "--out", tmp_path, code=1
+    )
     assert "12 no such file" in failed.stderr and str(tmp_path / "empty") in failed.stderr
     failed = run_program("shard_images", "--out", tmp_path / "new", "--step", "shards", code=1)
     assert "has no plan" in failed.stderr and "Traceback" not in failed.stderr

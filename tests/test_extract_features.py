@@ -1,0 +1,276 @@
+"""Image shards -> feature shards: the right grids, statistics and formats, resumable, fast where it can be."""
+
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from preprocessing.annotations import read_annotations
+from preprocessing.extract_features import extract_stripe, finalize_features
+from preprocessing.finalize import finalize
+from preprocessing.grids import restore
+from preprocessing.images import decode, fit
+from preprocessing.network import COMPUTE, best_compute, fast_forward, load_network
+from preprocessing.plan_features import plan_features
+from preprocessing.shard_images import plan_images, shard_stripe
+from sat.data.manifest import NPY_HEADER, TAR_BLOCK, load_manifest, load_statistics
+from sat.model.encoder import Encoder, load_encoder, normalise
+from tests.helpers_shards import REPOSITORY, encoded, make_coco, picture, run_program, snapshot
+
+SIZE, STAGE, DIM, CELLS = 32, 1, 256, 8
+SMALL = {"size": SIZE, "stage": STAGE, "batch_size": 4, "compute": "fp32"}
+OPTIONS = ("--size", SIZE, "--stage", STAGE, "--batch-size", 4, "--compute", "fp32")
+TYPES = {"bf16": np.uint16, "fp16": np.float16, "fp32": np.float32, "int8": np.int8}
+
+
+def random_weights(path, stage=STAGE):
+    """A ResNet-50 of the first stages whose BatchNorms are not trivial."""
+    torch.manual_seed(0)
+    encoder = Encoder(stage)
+    for module in encoder.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.2)
+            module.running_var.uniform_(0.5, 2)
+            torch.nn.init.uniform_(module.weight, 0.5, 1.5)
+            torch.nn.init.normal_(module.bias, 0, 0.2)
+    save_file({name: tensor.contiguous() for name, tensor in encoder.state_dict().items()}, path)
+    return path
+
+
+def make_images(root, out, **options):
+    """Image shards of the pictures of `make_coco`, or of what lies there."""
+    files = {path.stem.removeprefix("captions_"): path for path in sorted((root / "annotations").iterdir())}
+    records = read_annotations([f"{s}={f}" for s, f in files.items()], image_root=root / "images")
+    plan = plan_images(records, root / "images", out, **{"shard_size": 5, "seed": 1, "max_bad_fraction": 0} | options)
+    shard_stripe(plan)
+    return finalize(plan)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    root = tmp_path_factory.mktemp("made")
+    make_coco(root / "coco")
+    make_images(root / "coco", root / "images")
+    random_weights(root / "weights.safetensors")
+    return root
+
+
+def extract(made, out, **options):
+    plan = plan_features(made / "images", out, made / "weights.safetensors", **SMALL | options)
+    extract_stripe(plan)
+    return finalize_features(plan)
+
+
+def grids_of(manifest) -> dict[str, np.ndarray]:
+    """Restored float32 grid [L, D] of every key, read as the contract says."""
+    dtype = manifest.fingerprint["dtype"]
+    scale = load_statistics(manifest)["scale"]
+    shape = (manifest.fingerprint["grid"][0] * manifest.fingerprint["grid"][1], manifest.fingerprint["dim"])
+    grids = {}
+    for index, shard in enumerate(manifest.shards):
+        blob = open(f"{manifest.root}/{shard.name}", "rb").read()
+        for row in manifest.rows(index).to_pylist():
+            start = row["offset"] + TAR_BLOCK + NPY_HEADER
+            count = shape[0] * shape[1]
+            stored = np.frombuffer(blob, TYPES[dtype], count, start).reshape(shape)
+            grids[row["key"]] = restore(stored, dtype, scale)
+    return grids
+
+
+def expected_grids(made, keys) -> dict[str, np.ndarray]:
+    """Independent: Pillow, then the plain encoder in fp32, one picture at a time."""
+    encoder = load_encoder(made / "weights.safetensors", STAGE)
+    grids = {}
+    for key in keys:
+        (path,) = (made / "coco" / "images").glob(f"*/{int(key):06d}.jpg")
+        pixels = np.asarray(Image.open(path).resize((SIZE, SIZE), Image.Resampling.BICUBIC))
+        with torch.inference_mode():
+            grids[key] = encoder(normalise(torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None]))[0].numpy()
+    return grids
+
+
+@pytest.mark.parametrize(("dtype", "error"), [("fp32", 1e-5), ("fp16", 1e-3), ("bf16", 5e-3), ("int8", 0.03)])
+def test_every_grid_is_that_of_the_plain_encoder_in_every_format(made, tmp_path, dtype, error):
+    manifest = extract(made, tmp_path / dtype, dtype=dtype)
+    grids = grids_of(manifest)
+    expected = expected_grids(made, grids)
+    assert len(grids) == 17 and manifest.fingerprint["grid"] == [CELLS, CELLS] and manifest.fingerprint["dim"] == DIM
+    for key, grid in grids.items():
+        assert np.linalg.norm(grid - expected[key]) <= error * np.linalg.norm(expected[key]), key
+    source = load_manifest(made / "images")
+    columns = ["key", "image_id", "file_name", "split", "shard", "captions", "width", "height"]
+    assert all(
+        manifest.rows(i).select(columns).equals(source.rows(i).select(columns)) for i in range(len(source.shards))
+    )
+
+
+def test_statistics_are_those_of_the_stored_values_of_the_training_split(made, tmp_path):
+    for dtype in ("bf16", "int8"):
+        manifest = extract(made, tmp_path / dtype, dtype=dtype)
+        train = {r["key"] for i in manifest.shards.of_split("train") for r in manifest.rows(i).to_pylist()}
+        values = np.stack([grid for key, grid in grids_of(manifest).items() if key in train]).astype(np.float64)
+        statistics = load_statistics(manifest)
+        assert np.allclose(statistics["mean"], values.mean((0, 1)), rtol=1e-5, atol=1e-6)
+        assert np.allclose(statistics["std"], np.maximum(values.std((0, 1)), 1e-6), rtol=1e-4, atol=1e-6)
+    assert (statistics["scale"] > 0).all() and "scale_sha256" in manifest.fingerprint
+
+
+def test_the_network_in_bf16_is_within_two_percent(made, tmp_path):
+    grids = grids_of(extract(made, tmp_path / "bf16", compute="bf16"))
+    for key, grid in expected_grids(made, grids).items():
+        assert np.linalg.norm(grids[key] - grid) <= 0.02 * np.linalg.norm(grid)
+
+
+@pytest.mark.parametrize("stage", [1, 4])
+def test_fused_convolutions_give_what_the_encoder_gives_at_every_stage(tmp_path, stage):
+    encoder = load_encoder(random_weights(tmp_path / "w.safetensors", stage), stage)
+    images = torch.randn(3, 3, 64, 64)
+    with torch.inference_mode():
+        found = fast_forward(encoder, 64, "fp32", "cpu", 0)(images.to(memory_format=torch.channels_last))
+        expected = encoder(images)
+    assert found.shape == expected.shape and (found - expected).norm() <= 1e-4 * expected.norm()
+
+
+@pytest.mark.parametrize(("size", "grid"), [(224, [7, 7]), (448, [14, 14])])
+def test_the_grid_follows_from_the_size(made, tmp_path, size, grid):
+    plan = plan_features(made / "images", tmp_path, made / "weights.safetensors", size=size, compute="fp32")
+    assert plan.fingerprint["grid"] == grid and plan.fingerprint["dim"] == 2048
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"size": 225}, "size 225 is not a multiple of 4"),
+        ({"stage": 5}, "stage 5 is unknown; choose one of 1, 2, 3, 4"),
+        ({"dtype": "fp8"}, "dtype 'fp8' is unknown; choose one of bf16, fp16, fp32, int8"),
+        ({"geometry": "stretch"}, "choose one of squash, center_crop"),
+        ({"compute": "fp16"}, "choose one of auto, bf16, fp32"),
+    ],
+)
+def test_settings_that_do_not_exist_are_refused_with_the_choices(made, tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        plan_features(made / "images", tmp_path, made / "weights.safetensors", **SMALL | options)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("geometry", ["squash", "center_crop"])
+def test_exif_orientations_give_the_features_of_the_upright_picture(tmp_path, geometry):
+    random_weights(tmp_path / "weights.safetensors")
+    network = load_network(tmp_path / "weights.safetensors", STAGE, SIZE, "fp32")
+    upright = picture(2, (96, 64))
+    undo = [None, None, 0, 3, 1, 5, 2, 6, 4]  # Transpose methods that store it under tag 2..8
+    batch = []
+    for tag in range(1, 9):
+        stored = upright if tag == 1 else upright.transpose(Image.Transpose(undo[tag]))
+        exif = Image.Exif()
+        exif[0x0112] = tag
+        batch.append(fit(decode(encoded(stored, "PNG", exif=exif)), SIZE, geometry))
+    grids = network(np.stack(batch))
+    assert all(np.array_equal(grid, grids[0]) for grid in grids) and grids[0].std() > 0
+
+
+def test_stripes_and_interruptions_change_no_byte_and_a_second_run_does_not_import_torch(made, tmp_path):
+    extract(made, tmp_path / "once", compute="fp32")
+    plan = plan_features(made / "images", tmp_path / "twice", made / "weights.safetensors", **SMALL)
+    extract_stripe(plan, stripe="1/2")
+    with pytest.raises(ValueError, match="train-000000.tar is missing"):
+        finalize_features(plan)
+    extract_stripe(plan)
+    finalize_features(plan)
+    assert snapshot(tmp_path / "twice") == snapshot(tmp_path / "once")
+    program = (
+        "import sys; from pathlib import Path; from preprocessing.extract_features import main; "
+        "out, images, weights = sys.argv[1:]; main(Path(out), Path(images), weights, size=32, stage=1, batch_size=4); "
+        "assert 'torch' not in sys.modules"
+    )
+    command = [sys.executable, "-c", program, tmp_path / "twice", made / "images", made / "weights.safetensors"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0 and "0 shards written, 4 reused" in done.stdout, done.stderr
+
+
+def test_several_processes_share_the_shards(made, tmp_path):
+    done = run_program(
+        "extract_features",
+        *("--images", made / "images", "--out", tmp_path, "--weights", made / "weights.safetensors"),
+        *(*OPTIONS, "--processes", 2),
+    )
+    assert "4 shards written, 0 reused: 17 images" in done.stdout
+    grids = grids_of(load_manifest(tmp_path))
+    expected = expected_grids(made, grids)
+    assert all(np.allclose(grids[key], expected[key], rtol=0.01, atol=0.01) for key in expected)
+
+
+@pytest.mark.faults
+def test_missing_weights_are_told_in_seconds_with_the_command(made, tmp_path):
+    begin = time.monotonic()
+    failed = run_program(
+        "extract_features", "--images", made / "images", "--out", tmp_path, "--weights-dir", tmp_path, code=1
+    )
+    assert time.monotonic() - begin < 5
+    assert f"python -m preprocessing.fetch_weights --out {tmp_path}/resnet50-imagenet.safetensors" in failed.stderr
+    assert "Traceback" not in failed.stderr
+
+
+@pytest.mark.faults
+def test_damaged_or_unverifiable_imagenet_weights_are_refused(made, tmp_path):
+    from preprocessing.weights import CONTENT_KEY, content_digest, find_weights
+
+    path = tmp_path / "resnet50-imagenet.safetensors"
+    tensors = {"a": torch.arange(9.0), "b": torch.zeros(3, dtype=torch.int64)}
+    save_file(tensors, path)
+    with pytest.raises(ValueError, match="no digest.*fetch_weights"):
+        find_weights("imagenet", tmp_path)
+    save_file(tensors, path, metadata={CONTENT_KEY: content_digest(path)})
+    assert find_weights("imagenet", tmp_path) == path
+    sound = path.read_bytes()
+    for place in (-1, -20, sound.index(b"data_offsets") + 16):
+        damaged = bytearray(sound)
+        damaged[place] ^= 1
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match="damaged|no whole safetensors"):
+            find_weights("imagenet", tmp_path)
+
+
+@pytest.mark.faults
+def test_fetched_weights_are_used_only_with_the_digest_their_name_promises(tmp_path):
+    from preprocessing.fetch_weights import convert
+    from preprocessing.shards import hash_file
+    from preprocessing.weights import find_weights
+
+    torch.save(load_encoder(random_weights(tmp_path / "w.safetensors"), STAGE).state_dict(), tmp_path / "w.pth")
+    name = f"resnet50-{hash_file(tmp_path / 'w.pth')[:8]}.pth"
+    (tmp_path / "w.pth").rename(tmp_path / name)
+    run_program("fetch_weights", "--file", tmp_path / name, "--out", tmp_path / "out.safetensors")
+    assert find_weights(str(tmp_path / "out.safetensors"))
+    assert "there already" in run_program("fetch_weights", "--out", tmp_path / "out.safetensors").stdout
+    with pytest.raises(ValueError, match="damaged or another file; not used"):
+        convert(tmp_path / name, "resnet50-00000000.pth", tmp_path / "never.safetensors")
+    assert not (tmp_path / "never.safetensors").exists()
+
+
+@pytest.mark.faults
+def test_image_shards_that_changed_since_the_plan_are_refused(made, tmp_path):
+    make_coco(tmp_path / "coco", {"train": 6})
+    make_images(tmp_path / "coco", tmp_path / "images")
+    plan = plan_features(tmp_path / "images", tmp_path / "features", made / "weights.safetensors", **SMALL)
+    make_images(tmp_path / "coco", tmp_path / "images", seed=2, overwrite=True)
+    with pytest.raises(ValueError, match="run the plan step again"):
+        extract_stripe(plan)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_a_gpu_gives_the_same_grids_within_two_percent(made):
+    pixels = np.stack([np.asarray(picture(i, (SIZE, SIZE))) for i in range(4)])
+    gpu = load_network(made / "weights.safetensors", STAGE, SIZE, "fp32", "cuda")(pixels)
+    cpu = load_network(made / "weights.safetensors", STAGE, SIZE, "fp32", "cpu")(pixels)
+    assert np.linalg.norm(gpu - cpu) <= 0.02 * np.linalg.norm(cpu)
+
+
+def test_the_best_precision_of_this_machine_is_one_the_network_has():
+    assert best_compute() in COMPUTE

@@ -1,0 +1,298 @@
+"""Kills, races and full disks while shards are written: the data set at the end is that of an undisturbed run."""
+
+import hashlib
+import json
+import os
+import pickle
+import random
+import re
+import resource
+import signal
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from preprocessing import jobs, shards
+from preprocessing.finalize import finalize
+from preprocessing.jobs import run_shards
+from preprocessing.plan import Plan, load_plan, publish_plan
+from preprocessing.shard_images import build_image_shard
+from preprocessing.shards import PlannedShard, Sample, hash_file, read_members, read_sidecar, write_shard
+from preprocessing.verify import verify
+from sat.data.manifest import load_manifest
+from tests.helpers_shards import REPOSITORY, make_coco, run_program, snapshot
+
+pytestmark = pytest.mark.faults
+
+CRASH_POINTS = sorted(
+    name
+    for path in (REPOSITORY / "preprocessing").glob("*.py")
+    for name in re.findall(r'crash_point\("([a-z-]+)"\)', path.read_text())
+)
+
+
+@pytest.fixture(scope="module")
+def coco(tmp_path_factory):
+    root = tmp_path_factory.mktemp("coco")
+    make_coco(root)
+    return root
+
+
+def arguments(coco, out):
+    annotations = [
+        x for split in ("train", "val") for x in ("--annotations", f"{split}={coco}/annotations/captions_{split}.json")
+    ]
+    return [*annotations, "--images", coco / "images", "--out", out, "--shard-size", 4, "--num-workers", 1]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(coco, tmp_path_factory):
+    out = tmp_path_factory.mktemp("undisturbed") / "images"
+    run_program("shard_images", *arguments(coco, out))
+    return out
+
+
+@pytest.fixture
+def planned(coco, tmp_path) -> Plan:
+    """A plan of five image shards, none of them written."""
+    run_program("shard_images", *arguments(coco, tmp_path / "images"), "--step", "plan")
+    return load_plan(tmp_path / "images")
+
+
+def test_there_are_kill_places_in_every_step():
+    assert len(CRASH_POINTS) >= 8 and {"tar-linked", "sidecar-linked", "tables-written"} < set(CRASH_POINTS)
+
+
+@pytest.mark.parametrize("place", CRASH_POINTS)
+def test_killed_at_any_named_place_and_run_again_the_bytes_are_those_of_an_undisturbed_run(
+    coco, undisturbed, tmp_path, place
+):
+    out = tmp_path / "images"
+    run_program("shard_images", *arguments(coco, out), code=-signal.SIGKILL, SAT_CRASH_POINT=place)
+    if place != "manifest-written":
+        with pytest.raises(ValueError, match="not a finished data set"):
+            load_manifest(out)
+    run_program("shard_images", *arguments(coco, out))
+    assert snapshot(out) == snapshot(undisturbed)
+
+
+def test_killed_at_random_moments_again_and_again_the_bytes_are_those_of_an_undisturbed_run(
+    coco, undisturbed, tmp_path
+):
+    out = tmp_path / "images"
+    program = (
+        "import sys, preprocessing.shard_images as s, preprocessing.annotations as a, PIL.Image as i; i.init(); "
+        "from preprocessing.finalize import finalize; from pathlib import Path; "
+        "print('ready', flush=True); sys.stdin.readline(); "
+        "coco, out = map(Path, sys.argv[1:]); "
+        "files = [f'{t}={coco}/annotations/captions_{t}.json' for t in ('train', 'val')]; "
+        "records = a.read_annotations(files, image_root=coco / 'images'); "
+        "plan = s.plan_images(records, coco / 'images', out, shard_size=4, seed=1, max_bad_fraction=0.01); "
+        "s.shard_stripe(plan); finalize(plan)"
+    )
+    generator, killed = random.Random(4), 0
+    for _ in range(12):
+        child = subprocess.Popen(
+            [sys.executable, "-c", program, str(coco), str(out)],
+            **{"cwd": REPOSITORY, "stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL},
+        )
+        child.stdout.readline()
+        child.stdin.write(b"\n")
+        child.stdin.flush()
+        time.sleep(generator.uniform(0, 0.15))
+        child.kill()
+        killed += child.wait() == -signal.SIGKILL
+    assert killed > 0
+    run_program("shard_images", *arguments(coco, out))
+    assert snapshot(out) == snapshot(undisturbed)
+
+
+def test_an_orphan_tar_is_reported_and_never_part_of_a_data_set(coco, tmp_path):
+    out = tmp_path / "images"
+    run_program("shard_images", *arguments(coco, out), code=-signal.SIGKILL, SAT_CRASH_POINT="tar-linked")
+    assert [path.name for path in out.glob("*.tar")] == ["train-000000.tar"]
+    report = verify(out)
+    assert "train-000000.tar" in report.foreign
+    assert "work/train-000000.json: missing: this shard was not finished" in map(str, report.faults)
+
+
+def test_two_runs_at_once_share_the_work_and_both_end_well(coco, undisturbed, tmp_path):
+    out = tmp_path / "images"
+    command = [sys.executable, "-m", "preprocessing.shard_images", *map(str, arguments(coco, out))]
+    runs = [subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    outputs = [run.communicate(timeout=60)[0] for run in runs]
+    assert [run.returncode for run in runs] == [0, 0, 0], outputs
+    assert snapshot(out) == snapshot(undisturbed)
+
+
+def sample(key: str, data: bytes) -> Sample:
+    return Sample(key, key, f"{key}.jpg", ("a dog",), 1, 1, "jpg", data)
+
+
+@pytest.mark.parametrize("place", ["tar-created", "tar-written", "tar-linked", "sidecar-linked"])
+def test_of_two_workers_with_different_bytes_one_wins_and_no_pair_is_mixed(tmp_path, monkeypatch, place):
+    shard = PlannedShard("train-000000.tar", "train", 1, "")
+    overtaken, standing = [], []
+
+    def overtake(name: str) -> None:
+        if name == place and not overtaken:
+            overtaken.append(name)
+            standing.append(write_shard(tmp_path, shard, "f", [sample("k", b"the other machine's bytes")]))
+
+    monkeypatch.setattr(shards, "crash_point", overtake)
+    standing.append(write_shard(tmp_path, shard, "f", [sample("k", b"our bytes")]))
+    sidecar = read_sidecar(tmp_path, shard)
+    assert overtaken and sidecar["sha256"] == hash_file(tmp_path / shard.name)
+    assert standing[-1] == sidecar, "the late worker was told of a shard that does not stand"
+    assert [path.name for path in (tmp_path / "work").iterdir()] == ["train-000000.json"]
+
+
+def test_a_late_result_is_thrown_away(tmp_path):
+    shard = PlannedShard("train-000000.tar", "train", 1, "")
+    first = write_shard(tmp_path, shard, "f", [sample("k", b"first")])
+    before = snapshot(tmp_path)
+    assert write_shard(tmp_path, shard, "f", [sample("k", b"late")]) == first
+    assert snapshot(tmp_path) == before
+
+
+def claim(plan: Plan, number: int, **holder: object) -> Path:
+    path = plan.root / "work" / f"{plan.shards[number].stem}.claim"
+    path.write_text(
+        json.dumps({"machine": jobs._machine(), "pid": os.getpid(), "start": jobs._start(os.getpid())} | holder)
+    )
+    return path
+
+
+def build_all(plan: Plan, **options) -> jobs.Summary:
+    with ThreadPoolExecutor(1) as pool:
+        return run_shards(plan, build_image_shard, pool, **options)
+
+
+@pytest.mark.parametrize("skew", [-(10**8), 10**8])
+def test_a_dead_workers_claim_is_taken_over_at_once_whatever_the_file_times_say(planned, undisturbed, skew):
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    child.wait()
+    path = claim(planned, 0, pid=child.pid, start="1")
+    os.utime(path, (time.time() + skew,) * 2)
+    begin = time.monotonic()
+    assert build_all(planned).built == len(planned.shards)
+    assert time.monotonic() - begin < 30 and not path.exists()
+    finalize(planned)
+    assert snapshot(planned.root) == snapshot(undisturbed)
+
+
+def test_another_machines_claim_is_taken_over_only_after_we_have_watched_it(planned):
+    path = claim(planned, 0, machine="elsewhere")
+    os.utime(path, (0, 0))
+    begin = time.monotonic()
+    assert build_all(planned, claim_timeout=1.5).built == len(planned.shards)
+    assert time.monotonic() - begin > 1.5
+
+
+def test_a_live_workers_shard_is_left_to_it(planned):
+    path = claim(planned, 0)
+    reference = planned.shards[0]
+
+    def finish() -> None:
+        time.sleep(1)
+        build_image_shard(planned, reference)
+        path.unlink()
+
+    owner = threading.Thread(target=finish)
+    owner.start()
+    summary = build_all(planned)
+    owner.join()
+    assert (summary.built, summary.reused) == (len(planned.shards) - 1, 1)
+
+
+def test_finalize_names_missing_shards_and_mixed_fingerprints_and_publishes_nothing(planned):
+    for shard in planned.shards[1:]:
+        build_image_shard(planned, shard)
+    with pytest.raises(ValueError, match=f"{planned.shards[0].name} is missing"):
+        finalize(planned)
+    write_shard(planned.root, planned.shards[0], "0" * 64, [sample("k", b"x")])
+    with pytest.raises(ValueError, match=f"{planned.shards[0].name} has fingerprint 000000000000, the plan has"):
+        finalize(planned)
+    assert not (planned.root / "manifest.json").exists()
+    failed = run_program("shard_images", "--out", planned.root, "--step", "finalize", code=1)
+    assert planned.shards[0].name in failed.stderr
+    build_all(planned)
+    assert finalize(planned).splits == {"train": 12, "val": 5}
+
+
+def test_a_full_disk_ends_the_job_cleanly_and_a_later_run_goes_on(coco, undisturbed, tmp_path):
+    out = tmp_path / "images"
+    command = [sys.executable, "-m", "preprocessing.shard_images", *map(str, arguments(coco, out))]
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (9_000, 9_000))  # noqa: E731
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, preexec_fn=limit, timeout=60)
+    assert done.returncode == 1 and "error: " in done.stderr and "Traceback" not in done.stderr
+    assert not list(out.glob("*.tar")) and not [
+        p for p in (out / "work").iterdir() if "tmp" in p.name or "claim" in p.name
+    ]
+    run_program("shard_images", *arguments(coco, out))
+    assert snapshot(out) == snapshot(undisturbed)
+
+
+def test_a_disk_that_returns_other_bytes_is_an_error(tmp_path, monkeypatch):
+    shard = PlannedShard("train-000000.tar", "train", 1, "")
+    monkeypatch.setattr(shards, "sync_file", lambda file: (file.seek(700), file.write(b"!"), file.flush()))
+    with pytest.raises(OSError, match="train-000000.tar: reading it back gives other bytes"):
+        write_shard(tmp_path, shard, "f", [sample("k", b"data")])
+    assert not list(tmp_path.glob("*.tar")) and not list((tmp_path / "work").iterdir())
+
+
+def test_a_killed_worker_process_is_told_with_the_way_on(coco, tmp_path):
+    options = [*arguments(coco, tmp_path / "images")[:-1], 2]
+    failed = run_program("shard_images", *options, code=1, SAT_CRASH_POINT="sample-written")
+    assert "a worker process died" in failed.stderr and "run the same command again" in failed.stderr
+
+
+class Malicious:
+    def __reduce__(self):
+        return os.system, ("touch /tmp/executed-by-a-pickle",)
+
+
+def member(
+    name: str, data: bytes = b"x", kind: bytes = tarfile.REGTYPE, size: int | None = None, link: str = ""
+) -> bytes:
+    info = tarfile.TarInfo(name)
+    info.size, info.type, info.linkname = len(data) if size is None else size, kind, link
+    return info.tobuf(tarfile.GNU_FORMAT) + data + bytes(-len(data) % 512)
+
+
+@pytest.mark.parametrize(
+    "blob",
+    [
+        member("k.jpg", kind=tarfile.SYMTYPE, link="/etc/passwd", data=b""),
+        member("k.jpg", kind=tarfile.LNKTYPE, link="../other", data=b""),
+        member("k.jpg", size=10 << 30),
+        member("k.jpg", kind=tarfile.CHRTYPE, data=b""),
+        b"\xff" * 512,
+        member("k.jpg")[:600],
+    ],
+    ids=["symlink", "hardlink", "10 GB", "device", "noise", "cut"],
+)
+def test_hostile_members_are_refused_by_name(blob):
+    with pytest.raises(ValueError, match="shard.tar: key k"):
+        read_members(blob, "shard.tar: key k")
+
+
+def test_nothing_in_a_sample_is_executed_or_written():
+    blob = member("../../escape.pickle", pickle.dumps(Malicious()))
+    assert list(read_members(blob, "shard.tar")) == ["./../escape.pickle"]
+    assert not Path("/tmp/executed-by-a-pickle").exists() and not (REPOSITORY.parent / "escape.pickle").exists()
+
+
+def test_plans_published_at_once_agree(tmp_path):
+    plans = [Plan(tmp_path, "features", {"a": 1}, {}, ()) for _ in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        assert set(plan.digest for plan in pool.map(publish_plan, plans)) == {plans[0].digest}
+    with pytest.raises(ValueError, match=r"other inputs or settings \(a\)"):
+        publish_plan(Plan(tmp_path, "features", {"a": 2}, {}, ()))
+    assert hashlib.sha256((tmp_path / "work" / "plan.json").read_bytes()).digest()
