@@ -124,7 +124,8 @@ def _check(references: Mapping, hypotheses: Mapping, metrics: Sequence[str]) -> 
     if without or foreign:
         raise ValueError(
             "references and hypotheses must cover the same images: "
-            f"{len(without)} have no hypothesis ({_some(without)}), {len(foreign)} have no references ({_some(foreign)})"
+            f"{len(without)} have no hypothesis ({_some(without)}), "
+            f"{len(foreign)} have no references ({_some(foreign)})"
         )
 
 

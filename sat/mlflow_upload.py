@@ -1,7 +1,8 @@
 """Bring a run folder's journal and artifacts to MLflow: `python -m sat.mlflow_upload RUN_DIR`, at any time, repeatedly.
 
 MLflow is asked what it has and gets what is missing, so nothing is lost or sent twice, whatever broke when. The
-surprise: of a step that was taken again after a crash MLflow keeps the first point; the journal has the one that counts.
+surprise: of a step that was taken again after a crash MLflow keeps the first point; the journal has the one that
+counts.
 """
 
 import argparse
@@ -80,13 +81,13 @@ def follow(folder: Path, parent: int) -> None:
             failures = 0
         except Exception as error:  # whatever it is, the journal has everything
             if not failures:
-                _say(f"no MLflow at {settings.get('uri')}: {_first_line(error)}; {JOURNAL} keeps everything")
+                _say(f"no MLflow at {settings.get('uri')}: {_reason(error)}; {JOURNAL} keeps everything")
             uploader, failures = None, failures + 1
         if last:
             if failures:
                 _say(f"MLflow lacks a part of this run; catch up: python -m sat.mlflow_upload {folder}")
             return
-        _pause(folder, parent, min(SEND_EVERY_S * 2**failures, LONGEST_RETRY_S))
+        _pause(folder, parent, min(SEND_EVERY_S * 2 ** min(failures, 10), LONGEST_RETRY_S))
 
 
 class Uploader:
@@ -163,7 +164,7 @@ class Uploader:
         return sent
 
     def _batches(self) -> Iterator[tuple[list, int]]:
-        """(points MLflow has not, where they end in the journal), at most `POINTS_PER_REQUEST` unless one line has more."""
+        """(points that MLflow lacks, where they end in the journal), about `POINTS_PER_REQUEST` at a time."""
         from mlflow.entities import Metric
 
         points, end = [], self._offset
@@ -285,8 +286,11 @@ def _pause(folder: Path, parent: int, seconds: float) -> None:
         time.sleep(min(0.25, seconds))
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0][:300]
+def _reason(error: BaseException) -> str:
+    """The first line of what lies at the bottom of MLflow's wrappings, e.g. `Connection refused`."""
+    while inner := error.__cause__ or error.__context__:
+        error = inner
+    return f"{type(error).__name__}: {error}".partition("\n")[0][:200]
 
 
 def _say(words: str) -> None:
@@ -303,7 +307,7 @@ def main() -> None:
         try:
             print(f"{sync(folder)} points and artifacts sent")
         except Exception as error:
-            raise SystemExit(f"error: {_first_line(error)}") from None
+            raise SystemExit(f"error: {_reason(error)}") from None
         return
     while os.getppid() == arguments.parent:  # the uploader of the run's previous life may be at its last words
         with _run_lock(folder) as mine:

@@ -50,8 +50,8 @@ class Tracker:
 
         A start at step 0 is a new MLflow run; after any other step the folder's run goes on.
         `mlflow_uri`: http(s)://SERVER, sqlite:////absolute/path.db or another database; empty: `mlflow.db` beside the
-        run folder; `none`: journal only. Raises ValueError for a URI MLflow cannot use, OSError for a folder that cannot
-        be written. An MLflow that cannot be reached raises nothing, here or later.
+        run folder; `none`: journal only. Raises ValueError for a URI MLflow cannot use and OSError for a folder that
+        cannot be written. An MLflow that cannot be reached raises nothing, here or later.
         """
         self._folder = Path(run_dir).resolve()
         uri = "" if mlflow_uri == "none" else _absolute_uri(mlflow_uri, self._folder)
@@ -84,7 +84,7 @@ class Tracker:
     def log(self, step: int, values: Mapping[str, float | None]) -> None:
         """Append one line {step, time, values}; None is null. Never waits for MLflow.
 
-        A full disk is a warning: lines are kept (up to `MAX_PENDING_BYTES`, then the oldest are lost) for the next call.
+        A full disk is a warning: lines wait in memory for the next call, at most `MAX_PENDING_BYTES` of them.
         Raises ValueError for a name that MLflow would refuse.
         """
         numbers = {_checked(name): _number(value) for name, value in values.items()}
@@ -98,7 +98,7 @@ class Tracker:
                 self._pending = self._pending.partition(b"\n")[2]
 
     def artifact(self, path: str | os.PathLike, folder: str = "") -> None:
-        """Have a file or a folder copied into `folder` of the MLflow run; it is read later, so replace it atomically."""
+        """Have a file or folder copied into `folder` of the MLflow run. It is read later: replace it atomically."""
         line = json.dumps({"path": os.path.relpath(Path(path).resolve(), self._folder), "folder": folder})
         try:
             with open(self._folder / ARTIFACTS, "a") as file:
@@ -221,7 +221,7 @@ def _parse(line: bytes) -> dict | None:
 def _checked(name: str) -> str:
     """MLflow refuses other names (`Recall@5`, say), with all that is sent together with them."""
     if not _NAME.fullmatch(name) or name in ("step", "time"):
-        raise ValueError(f"{name!r} cannot name a metric or param: use words of letters, digits and `_-. :`, separated by /")
+        raise ValueError(f"{name!r} cannot name a metric or param: use letters, digits, `_-. :`, and / between words")
     return name
 
 

@@ -1,4 +1,4 @@
-"""The journal is complete whatever happens, and MLflow ends up with the same points, each once, without costing a step."""
+"""The journal is complete whatever happens; MLflow ends up with the same points, each once, without costing a step."""
 
 import json
 import math
@@ -133,7 +133,8 @@ def test_a_journal_cut_at_any_byte_is_continued_without_gaps_or_doubles(tmp_path
 
 
 def test_a_damaged_line_costs_no_other_line(tmp_path):
-    lines = [b'{"step": 1, "time": 0, "loss": 1}', b"\0\0\0", b'["no entry"]', b'{"step": 2, "time": 0, "loss": 2}', b'{"st']
+    whole = [b'{"step": 1, "time": 0, "loss": 1}', b'{"step": 2, "time": 0, "loss": 2}']
+    lines = [whole[0], b"\0\0\0", b'["no entry"]', whole[1], b'{"st']
     (tmp_path / "metrics.jsonl").write_bytes(b"\n".join(lines))
     Tracker(tmp_path, mlflow_uri="none", resume_step=2).close()
     assert [entry["step"] for entry in read_journal(tmp_path)] == [1, 2]
@@ -212,7 +213,8 @@ from sat.tracking import Tracker
 folder, first, last, rate, end = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], sys.argv[5]
 tracker = Tracker(folder, params={"train.learning_rate": rate, "model.width": 8}, resume_step=first - 1)
 for step in range(first, last + 1):
-    tracker.log(step, {"loss": 1 / step, "captions_per_s": time.time()} | ({"val/BLEU-4": 0.1} if step % 10 == 0 else {}))
+    scores = {"val/BLEU-4": 0.1} if step % 10 == 0 else {}
+    tracker.log(step, {"loss": 1 / step, "captions_per_s": time.time(), **scores})
 if end == "close":
     (folder / "captions.json").write_text("[]")
     tracker.artifact(folder / "captions.json", "captions")
@@ -226,7 +228,8 @@ else:
 @pytest.mark.faults
 def test_a_killed_run_is_marked_failed_and_its_second_life_continues_the_same_mlflow_run(tmp_path):
     folder, uri = tmp_path / "run", f"sqlite:///{tmp_path}/mlflow.db"
-    first = subprocess.Popen([sys.executable, "-c", LIFE, folder, "1", "50", "0.1", "hang"], cwd=ROOT, stdout=subprocess.PIPE)
+    command = [sys.executable, "-c", LIFE, folder, "1", "50", "0.1", "hang"]
+    first = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE)
     assert first.stdout.readline() == b"ready\n"
     wait_for(lambda: (folder / "mlflow_run.json").exists())
     server, run_id = client(uri), json.loads((folder / "mlflow_run.json").read_text())["run_id"]
@@ -272,7 +275,9 @@ def test_runs_that_meet_a_fresh_store_at_once_stand_side_by_side_with_params_and
         subprocess.Popen([sys.executable, "-m", "sat.mlflow_upload", folder], cwd=ROOT, stdout=subprocess.PIPE)
         for folder in runs
     ]
-    assert [(child.communicate()[0], child.returncode) for child in children] == [(b"6 points and artifacts sent\n", 0)] * 3
+    said = [child.communicate()[0] for child in children]
+    assert [child.returncode for child in children] == [0, 0, 0]
+    assert said == [b"6 points and artifacts sent\n"] * 3
     server = client(uri)
     experiment = server.get_experiment_by_name("show-attend-and-tell")
     found = server.search_runs([experiment.experiment_id], order_by=["metrics.`val/CIDEr` DESC"])
@@ -378,6 +383,7 @@ def test_a_server_that_is_refused_broken_silent_dies_and_returns_misses_no_point
     assert sorted(seconds)[len(seconds) // 2] < 0.001, "log() must not wait for MLflow"
     said = capfd.readouterr().err.splitlines()
     assert [line.split()[0:2] for line in said] == [["no", "MLflow"], ["MLflow", "answers"]] * 2, said
+    assert "Connection refused" in said[0]
 
 
 @pytest.mark.faults
@@ -410,14 +416,17 @@ def test_a_start_from_step_0_in_a_used_folder_is_a_new_mlflow_run(tmp_path, gate
 @pytest.mark.faults
 def test_a_read_only_store_costs_no_line_and_is_caught_up(tmp_path):
     folder, store = tmp_path / "run", tmp_path
-    mount = f"mount --bind '{store}' '{store}' && mount --bind '{folder}' '{folder}' && mount -o remount,ro,bind '{store}'"
+    binds = " && ".join(f"mount --bind '{path}' '{path}'" for path in (store, folder))
+    mount = f"{binds} && mount -o remount,ro,bind '{store}'"
     folder.mkdir()
     client(f"sqlite:///{store}/mlflow.db")
     if subprocess.run(["unshare", "-Urm", "sh", "-c", mount], capture_output=True).returncode:
         pytest.skip("this machine lets nobody mount a folder read-only (unshare -Urm)")
-    command = ["unshare", "-Urm", "sh", "-c", f'{mount}; exec "$0" "$@"', sys.executable, "-c", LIFE, folder, "1", "20", "0.1", "close"]
+    life = [sys.executable, "-c", LIFE, folder, "1", "20", "0.1", "close"]
+    command = ["unshare", "-Urm", "sh", "-c", f'{mount}; exec "$0" "$@"', *life]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0 and "Read-only" in done.stderr and "catch up: python -m sat.mlflow_upload" in done.stderr
+    assert done.returncode == 0, done.stderr
+    assert "Read-only" in done.stderr and "catch up: python -m sat.mlflow_upload" in done.stderr
     assert [entry["step"] for entry in read_journal(folder)] == list(range(1, 21))
     assert sync(folder) == 43  # 20 losses, 20 rates, 2 scores, 1 artifact
     run_id = json.loads((folder / "mlflow_run.json").read_text())["run_id"]
