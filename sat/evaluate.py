@@ -21,6 +21,7 @@ from sat.data.manifest import Manifest, load_manifest
 from sat.decoding import DecodeOptions, decode
 from sat.export import TrainedModel, load_model, refuse_other_features
 from sat.metrics import Scores, most_frequent_caption, score
+from sat.model.kernels import speed_up
 from sat.run import attach
 from sat.runtime import Runtime, start
 from sat.text import CaptionTokenizer, normalise
@@ -137,6 +138,7 @@ def main(
         if model.tokenizer.digest != trained[0].tokenizer.digest:
             raise ValueError(f"the ensemble's models have different vocabularies ({run} and {also}); they cannot vote on words")
     runtime = start(config.train.precision if torch.cuda.is_available() or config.train.precision != "fp16" else "bf16")
+    speed_up(config.train.compile, runtime.device)
     models = [each.model.to(runtime.device) for each in trained]
     result = evaluate(models, manifest, split, trained[0].tokenizer, config, runtime, reading_options(config))
 

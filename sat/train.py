@@ -26,6 +26,7 @@ from sat.evaluate import Evaluation, evaluate
 from sat.export import save_model
 from sat.learner import Learner, build_learner, check_resumable, load_tensors, save_tensors
 from sat.meter import Meter
+from sat.model.kernels import speed_up
 from sat.model.loss import total_loss
 from sat.run import Run, open_run, read_status
 from sat.runtime import Runtime, start
@@ -238,6 +239,9 @@ def main(arguments: list[str]) -> None:
         print(f"{config.train.run_dir} is finished: best CIDEr {status['best_cider']:.4f} at step {status['best_step']}")
         return
     runtime = start(config.train.precision)
+    kernels = speed_up(config.train.compile, runtime.device)
+    if runtime.is_main:
+        print(kernels, flush=True)
     train(config, runtime)
     runtime.close()
 
