@@ -305,3 +305,28 @@ def test_a_picture_that_cannot_be_decoded_names_shard_and_key(tmp_path, tokenize
 
     with pytest.raises(ValueError, match="train-000000.tar: key k[01]: its picture cannot be decoded: no picture"):
         _batches([(manifest, 1.0)], tokenizer, decode=refuse, image_size=32)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_memory_is_used_again_only_when_nobody_holds_a_batch_or_a_view_of_it(manifest, tokenizer, num_workers):
+    sources = [(manifest, 1.0)]
+    settings = {"splits": ["train"], "cursor": Cursor.start(sources, 7), "global_batch": 2, "epochs": 3}
+    kept = list(training_batches(sources, tokenizer, num_workers=num_workers, **settings))
+    addresses, views = set(), []
+    for batch, expected in zip(
+        training_batches(sources, tokenizer, num_workers=num_workers, **settings), kept, strict=True
+    ):
+        addresses.add(batch.grid.data_ptr())
+        assert_equal([batch], [expected])
+        if batch.step % 5 == 0:
+            views.append((batch.grid[:1], expected.grid[:1]))
+    assert all(torch.equal(ours, theirs) for ours, theirs in views)
+    assert len(addresses) < len(kept) and len({b.grid.data_ptr() for b in kept}) == len(kept)
+
+
+def test_several_epochs_in_one_go_are_the_epochs_one_by_one(batches_of):
+    one_by_one = batches_of(epoch=1, done=8) + batches_of(epoch=2) + batches_of(epoch=3)
+    for workers in (0, 2):
+        in_one = batches_of(epoch=1, done=8, epochs=3, num_workers=workers)
+        assert_equal(in_one, one_by_one)
+        assert [b.epoch for b in in_one] == [b.epoch for b in one_by_one]

@@ -1,9 +1,10 @@
 """Rows of the plan -> one CaptionBatch: grids, and captions as token ids.
 
-The surprising decision: in a DataLoader worker the batch is born in shared memory, because handing a tensor of ordinary
-memory to the training process would copy every grid a second time.
+The surprising decision: a grid is copied once, from the page cache into the batch. The batch lies in memory that the
+processes share and use again (`buffers`), and what a worker hands over is the number of its slot.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 
@@ -12,6 +13,8 @@ import torch
 import xxhash
 from torch import Tensor
 
+from sat.data.buffers import Ring, attach
+from sat.data.manifest import Manifest
 from sat.data.order import choose_captions
 from sat.data.plan import Slots
 from sat.data.reader import BadSample, Rows, SampleReader
@@ -67,8 +70,30 @@ class CaptionBatch:
         return self._map(Tensor.pin_memory)
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> "CaptionBatch":
-        tensors = {f.name: function(getattr(self, f.name)) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
-        return replace(self, **tensors)
+        return replace(
+            self, grid=function(self.grid), captions=function(self.captions), lengths=function(self.lengths)
+        )
+
+
+@dataclass(frozen=True)
+class InTransit:
+    """What a worker returns: it pickles as the batch, without its grid's bytes."""
+
+    batch: CaptionBatch
+    ring: int
+    slot: int
+
+    def __reduce__(self):
+        rest = {field.name: getattr(self.batch, field.name) for field in fields(self.batch)}
+        grid = rest.pop("grid")
+        # Small tensors as plain arrays: torch would open a file in shared memory for each.
+        rest |= {"captions": rest["captions"].numpy(), "lengths": rest["lengths"].numpy()}
+        return _arrive, (rest, self.ring, self.slot, tuple(grid.shape), grid.dtype)
+
+
+def _arrive(rest: dict, ring: int, slot: int, shape: tuple[int, ...], dtype: torch.dtype) -> CaptionBatch:
+    rest |= {"captions": torch.from_numpy(rest["captions"]), "lengths": torch.from_numpy(rest["lengths"])}
+    return CaptionBatch(grid=attach(ring, slot, shape, dtype), **rest)
 
 
 @dataclass(frozen=True)
@@ -81,12 +106,19 @@ class CaptionOptions:
     seed: int
 
 
+def row_of(manifest: Manifest, image_size: int) -> tuple[tuple[int, ...], torch.dtype]:
+    """Shape and type of one row of a batch's grid."""
+    if manifest.kind == "images":
+        return (3, image_size, image_size), torch.uint8
+    height, width = manifest.fingerprint["grid"]
+    return (height * width, manifest.fingerprint["dim"]), TORCH_DTYPES[manifest.fingerprint["dtype"]]
+
+
 @dataclass(frozen=True)
 class BatchReader:
     """Reads the slots of a plan; one per process."""
 
     readers: Sequence[SampleReader]
-    epoch: int
     captions: CaptionOptions | None
     """None: captions are left out (evaluation)."""
     decode: Callable[[bytes], Tensor] | None
@@ -94,14 +126,17 @@ class BatchReader:
     image_size: int
     """S, for image shards."""
     quarantine: bool
+    ring: Ring
+    """Memory for the grids."""
 
-    def read(self, slots: Slots) -> CaptionBatch:
-        """The batch of these slots. Raises BadSample (unless they are quarantined) and OSError."""
+    def read(self, slots: Slots) -> CaptionBatch | InTransit:
+        """The batch of these slots; in a worker, ready to be sent. Raises BadSample (unless quarantined) and OSError."""
         retries = sum(reader.retries for reader in self.readers)
         problems: list[str] = []
         image_ids, keys = [""] * slots.rows, [""] * slots.rows
         tokens: list[np.ndarray | None] = [None] * slots.rows
-        grid, store = self._allocate(slots.rows)
+        grid, slot = self._allocate(slots.rows)
+        store = self._store_into(grid)
         empty = set(range(slots.rows))
         by_place = np.lexsort((slots.sample, slots.shard, slots.source))
         for at in by_place.tolist():
@@ -118,53 +153,60 @@ class BatchReader:
             image_ids[row], keys[row] = rows.image_ids[sample], rows.keys[sample]
             empty.discard(row)
             if self.captions:
-                tokens[row] = self._tokens(rows, sample)
+                tokens[row] = self._tokens(rows, sample, slots.epoch)
         if empty:
             grid[sorted(empty)] = 0
         captions, lengths = _pack(tokens, self.captions.per_image if self.captions else 0)
-        return CaptionBatch(
+        batch = CaptionBatch(
             grid=grid,
             captions=torch.from_numpy(captions),
             lengths=torch.from_numpy(lengths),
             image_ids=image_ids,
             keys=keys,
-            epoch=self.epoch,
+            epoch=slots.epoch,
             step=slots.step,
             samples_done=slots.samples_done,
             problems=problems,
             retries=sum(reader.retries for reader in self.readers) - retries,
         )
+        in_worker = torch.utils.data.get_worker_info() is not None
+        return InTransit(batch, self.ring.number, slot) if in_worker and slot is not None else batch
 
     def expect(self, slots: Slots) -> None:
         """Say that these slots are needed soon."""
         for source, shard, sample in zip(slots.source.tolist(), slots.shard.tolist(), slots.sample.tolist()):
             self.readers[source].expect(shard, sample)
 
-    def _allocate(self, rows: int) -> tuple[Tensor, Callable[[SampleReader, int, int, int], None]]:
-        """An uninitialised grid tensor and the function (reader, shard, sample, row) that reads one sample into a row."""
-        first = self.readers[0]
-        if first.manifest.kind == "images":
-            pictures = _empty((rows, 3, self.image_size, self.image_size), torch.uint8)
+    def _allocate(self, rows: int) -> tuple[Tensor, int | None]:
+        """An uninitialised grid, in a slot of the ring where one is free."""
+        shape, dtype = row_of(self.readers[0].manifest, self.image_size)
+        shape = (rows, *shape)
+        worker = torch.utils.data.get_worker_info()
+        slot = self.ring.take(worker.id if worker else 0, math.prod(shape) * dtype.itemsize)
+        if slot is None:
+            return torch.empty(shape, dtype=dtype), None
+        # A slot that is sent is released by the process that receives it.
+        return self.ring.tensor(slot, shape, dtype, release=worker is None), slot
 
-            def store_picture(reader: SampleReader, shard: int, sample: int, row: int) -> None:
-                blob = reader.read_picture(shard, sample)
-                try:
-                    pictures[row] = self.decode(blob)
-                except (ValueError, OSError) as error:
-                    raise reader.bad(reader.rows(shard), sample, f"its picture cannot be decoded: {error}") from error
+    def _store_into(self, grid: Tensor) -> Callable[[SampleReader, int, int, int], None]:
+        """The function (reader, shard, sample, row) that reads one sample into a row of the grid."""
 
-            return pictures, store_picture
+        def store_picture(reader: SampleReader, shard: int, sample: int, row: int) -> None:
+            blob = reader.read_picture(shard, sample)
+            try:
+                grid[row] = self.decode(blob)
+            except (ValueError, OSError) as error:
+                raise reader.bad(reader.rows(shard), sample, f"its picture cannot be decoded: {error}") from error
 
-        grid = _empty((rows, *first.grid_shape), TORCH_DTYPES[first.manifest.fingerprint["dtype"]])
         raw = memoryview(grid.view(torch.uint8).numpy().reshape(-1))
-        size = len(raw) // rows
+        size = len(raw) // max(len(grid), 1)
 
-        def store_grid(reader: SampleReader, shard: int, sample: int, row: int) -> None:
+        def store_features(reader: SampleReader, shard: int, sample: int, row: int) -> None:
             reader.read_grid(shard, sample, raw[row * size : (row + 1) * size])
 
-        return grid, store_grid
+        return store_picture if self.readers[0].manifest.kind == "images" else store_features
 
-    def _tokens(self, rows: Rows, sample: int) -> np.ndarray:
+    def _tokens(self, rows: Rows, sample: int, epoch: int) -> np.ndarray:
         """int32 [k, 1 + T]: for each caption shown, its length and its padded ids."""
         options = self.captions
         found = rows.encoded.get(sample)
@@ -172,7 +214,7 @@ class BatchReader:
             texts = rows.captions[sample].as_py()
             found = rows.encoded[sample] = _encode(texts, options.tokenizer, options.max_words)
         image = xxhash.xxh3_64_intdigest(rows.image_ids[sample].encode())
-        return found[choose_captions(len(found), options.per_image, image, options.seed, self.epoch)]
+        return found[choose_captions(len(found), options.per_image, image, options.seed, epoch)]
 
 
 def _encode(texts: Sequence[str], tokenizer: CaptionTokenizer, max_words: int) -> np.ndarray:
@@ -196,12 +238,3 @@ def _pack(tokens: Sequence[np.ndarray | None], per_image: int) -> tuple[np.ndarr
             captions[row, : len(each), :width] = each[:, 1 : width + 1]
             lengths[row, : len(each)] = each[:, 0]
     return captions, lengths
-
-
-def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    if torch.utils.data.get_worker_info() is None:
-        return torch.empty(shape, dtype=dtype)
-    # What torch's own default_collate does in a worker.
-    numel = int(np.prod(shape))
-    storage = torch.UntypedStorage._new_shared(numel * dtype.itemsize)
-    return torch.empty(0, dtype=dtype).set_(storage, 0, shape)

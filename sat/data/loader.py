@@ -6,6 +6,7 @@ these loaders to `accelerator.prepare`: they are already shared among the ranks.
 """
 
 import logging
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +14,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from sat.data.batch import BatchReader, CaptionBatch, CaptionOptions
+from sat.data.batch import BatchReader, CaptionBatch, CaptionOptions, InTransit, row_of
+from sat.data.buffers import Ring
 from sat.data.cache import make_store
 from sat.data.manifest import Manifest, check_files
 from sat.data.plan import (
@@ -30,6 +32,8 @@ from sat.text import CaptionTokenizer
 
 logger = logging.getLogger(__name__)
 
+SLOTS = 4
+"""Batches whose memory is kept per worker: two wait, one is filled, one is in use; more get memory of their own."""
 SAME_IN_A_MIXTURE = ("grid", "dim", "dtype", "encoder", "transform")
 
 
@@ -45,7 +49,7 @@ class PlannedBatches:
     def __len__(self) -> int:
         return len(self.plan)
 
-    def __getitem__(self, index: int) -> CaptionBatch:
+    def __getitem__(self, index: int) -> CaptionBatch | InTransit:
         info = torch.utils.data.get_worker_info()
         stride = info.num_workers if info else 1
         for later in range(index + stride, min(index + self.ahead * stride + 1, len(self)), stride):
@@ -61,6 +65,7 @@ def training_batches(
     *,
     splits: Sequence[str],
     cursor: Cursor,
+    epochs: int = 1,
     global_batch: int,
     rank: int = 0,
     world_size: int = 1,
@@ -77,9 +82,10 @@ def training_batches(
     cache_gb: float = 50.0,
     pin_memory: bool = False,
 ) -> Iterator[CaptionBatch]:
-    """The rest of the cursor's epoch: per optimizer step `accumulation_steps` micro-batches, on every rank alike.
+    """The rest of the cursor's epoch, then further ones up to `epochs` in all: per optimizer step `accumulation_steps`
+    micro-batches, on every rank alike.
 
-    The global batches depend on neither rank, world_size, accumulation_steps nor num_workers; the last may be short.
+    Workers live, and read ahead, through all epochs. The global batches depend on neither rank, world_size, accumulation_steps nor num_workers; the last may be short.
     decode: picture file -> uint8 [3, S, S] with S = image_size, needed for image shards.
 
     Raises ValueError at once for settings and data that do not fit, and for missing or cut shards; while iterating
@@ -88,16 +94,17 @@ def training_batches(
     """
     _check_training(sources, cursor, on_bad_sample, global_batch, accumulation_steps)
     _check_decode(sources[0][0], decode, image_size)
-    plan = plan_training(sources, splits, cursor, global_batch, rank, world_size, accumulation_steps, run_length)
+    plan = plan_training(sources, splits, cursor, epochs, global_batch, rank, world_size, accumulation_steps, run_length)
     readers = [_open_reader(manifest, cache_dir, cache_gb, check=rank == 0) for manifest, _ in sources]
     options = CaptionOptions(tokenizer, captions_per_image, max_caption_length, cursor.seed)
-    reader = BatchReader(readers, cursor.epoch, options, decode, image_size, on_bad_sample == "quarantine")
+    ring = _make_ring(plan, sources[0][0], image_size, num_workers)
+    reader = BatchReader(readers, options, decode, image_size, on_bad_sample == "quarantine", ring)
     return _iterate(plan, reader, num_workers, max_bad_samples, pin_memory)
 
 
 def steps_per_epoch(sources: Sources, splits: Sequence[str], global_batch: int) -> int:
     """Optimizer steps of one epoch; the last may be short. Raises ValueError for a split that is not there."""
-    plan = plan_training(sources, splits, Cursor.start(sources, 0), global_batch, 0, 1, 1, 1)
+    plan = plan_training(sources, splits, Cursor.start(sources, 0), 1, global_batch, 0, 1, 1, 1)
     return len(plan)
 
 
@@ -123,8 +130,10 @@ def evaluation_batches(
     chosen = choose_shards(manifest, [split], run_length=1, main=True)
     begin, end = (chosen.layout.samples * r // world_size for r in (rank, rank + 1))
     reader = _open_reader(manifest, cache_dir, cache_gb, check=rank == 0)
-    batches = BatchReader([reader], 0, None, decode, image_size, quarantine=False)
-    return _iterate(EvaluationPlan(chosen, begin, end, batch_size), batches, num_workers, 0, False)
+    plan = EvaluationPlan(chosen, begin, end, batch_size)
+    ring = _make_ring(plan, manifest, image_size, num_workers)
+    batches = BatchReader([reader], None, decode, image_size, quarantine=False, ring=ring)
+    return _iterate(plan, batches, num_workers, max_bad=0, pin_memory=False)
 
 
 def read_references(
@@ -139,6 +148,11 @@ def read_references(
     return references
 
 
+def _make_ring(plan: TrainingPlan | EvaluationPlan, manifest: Manifest, image_size: int, num_workers: int) -> Ring:
+    shape, dtype = row_of(manifest, image_size)
+    return Ring(max(num_workers, 1), SLOTS, plan.rows * math.prod(shape) * dtype.itemsize)
+
+
 def _iterate(
     plan: TrainingPlan | EvaluationPlan, reader: BatchReader, num_workers: int, max_bad: int, pin_memory: bool
 ) -> Iterator[CaptionBatch]:
@@ -146,7 +160,13 @@ def _iterate(
     batches = PlannedBatches(plan, reader, ahead=4 if remote else 1)
     # Item i goes to worker i % num_workers and comes back in order: DataLoader's own round robin.
     loader = torch.utils.data.DataLoader(
-        batches, batch_size=None, shuffle=False, num_workers=num_workers, pin_memory=pin_memory, worker_init_fn=_quiet_worker
+        batches,
+        batch_size=None,
+        shuffle=False,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        worker_init_fn=_quiet_worker,
+        multiprocessing_context="fork" if num_workers else None,  # workers inherit the ring
     )
     bad = retries = 0
     try:

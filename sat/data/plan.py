@@ -82,36 +82,55 @@ class Slots:
     source: np.ndarray  # int64 [n]
     shard: np.ndarray  # int64 [n], index into the source's manifest
     sample: np.ndarray  # int64 [n], within the shard
+    epoch: int
     step: int
     samples_done: int
 
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """Micro-batches of one rank, from the cursor to the end of the epoch; `slots` is a pure function of the index."""
+    """Micro-batches of one rank, from the cursor to the end of its epoch and through further epochs.
+
+    `slots` is a pure function of the index. An epoch never shares a batch with the next.
+    """
 
     order: EpochOrder
+    """Of the cursor's epoch."""
     chosen: Sequence[Chosen]
     start: int
+    """Samples of the cursor's epoch that are used already."""
+    epochs: int
     global_batch: int
     rank: int
     world_size: int
     accumulation_steps: int
 
     def __len__(self) -> int:
-        return -(-(self.order.samples - self.start) // self.global_batch) * self.accumulation_steps
+        return self._micro_batches(self.start) + (self.epochs - 1) * self._micro_batches(0)
+
+    @property
+    def rows(self) -> int:
+        """Rows of the largest micro-batch."""
+        return -(-min(self.global_batch, self.order.samples) // (self.world_size * self.accumulation_steps))
 
     def slots(self, index: int) -> Slots:
+        order, start, first = self.order, self.start, self._micro_batches(self.start)
+        if index >= first:
+            later, index = divmod(index - first, self._micro_batches(0))
+            order, start = replace(order, epoch=order.epoch + 1 + later), 0
         batch, micro = divmod(index, self.accumulation_steps)
-        begin = self.start + batch * self.global_batch
-        end = min(begin + self.global_batch, self.order.samples)
+        begin = start + batch * self.global_batch
+        end = min(begin + self.global_batch, order.samples)
         places = micro_batch_rows(end - begin, self.rank, self.world_size, self.accumulation_steps, micro)
         filled = np.flatnonzero(places >= 0)
-        source, shard, sample = self.order.locate(begin + places[filled])
+        source, shard, sample = order.locate(begin + places[filled])
         for i, chosen in enumerate(self.chosen):
             shard[source == i] = chosen.shards[shard[source == i]]
-        step = -(-self.start // self.global_batch) + batch
-        return Slots(places.size, filled, source, shard, sample, step, end)
+        step = -(-start // self.global_batch) + batch
+        return Slots(places.size, filled, source, shard, sample, order.epoch, step, end)
+
+    def _micro_batches(self, start: int) -> int:
+        return -(-(self.order.samples - start) // self.global_batch) * self.accumulation_steps
 
 
 @dataclass(frozen=True)
@@ -126,6 +145,11 @@ class EvaluationPlan:
     def __len__(self) -> int:
         return -(-(self.end - self.begin) // self.batch_size)
 
+    @property
+    def rows(self) -> int:
+        """Rows of the largest batch."""
+        return min(self.batch_size, self.end - self.begin)
+
     def slots(self, index: int) -> Slots:
         begin = self.begin + index * self.batch_size
         end = min(begin + self.batch_size, self.end)
@@ -133,26 +157,27 @@ class EvaluationPlan:
         shard = np.searchsorted(self.chosen.layout.ends, place, side="right")
         sample = place - np.where(shard > 0, self.chosen.layout.ends[shard - 1], 0)
         rows = np.arange(place.size)
-        return Slots(rows.size, rows, np.zeros_like(rows), self.chosen.shards[shard], sample, index, end - self.begin)
+        return Slots(rows.size, rows, np.zeros_like(rows), self.chosen.shards[shard], sample, 0, index, end - self.begin)
 
 
 def plan_training(
     sources: Sources,
     splits: Sequence[str],
     cursor: Cursor,
+    epochs: int,
     global_batch: int,
     rank: int,
     world_size: int,
     accumulation_steps: int,
     run_length: int,
 ) -> TrainingPlan:
-    """What each of the rank's remaining micro-batches of the epoch consists of; reads no shard."""
+    """What each of the rank's micro-batches from the cursor on consists of; reads no shard."""
     chosen = [choose_shards(manifest, splits, run_length, main=i == 0) for i, (manifest, _) in enumerate(sources)]
     digests, weights = zip(*((manifest.digest, weight) for manifest, weight in sources))
     order = epoch_order([each.layout for each in chosen], digests, weights, cursor.seed, cursor.epoch)
     if not 0 <= cursor.samples_done <= order.samples:
         raise ValueError(f"the cursor stands at sample {cursor.samples_done} of an epoch of {order.samples}")
-    return TrainingPlan(order, chosen, cursor.samples_done, global_batch, rank, world_size, accumulation_steps)
+    return TrainingPlan(order, chosen, cursor.samples_done, epochs, global_batch, rank, world_size, accumulation_steps)
 
 
 def choose_shards(manifest: "Manifest", splits: Sequence[str], run_length: int, main: bool) -> Chosen:
@@ -160,5 +185,5 @@ def choose_shards(manifest: "Manifest", splits: Sequence[str], run_length: int, 
     ranges = [manifest.shards.of_split(split) for split in sorted(set(splits))]
     if not any(ranges) or (main and not all(ranges)):
         raise ValueError(f"{manifest.root}: no samples of split {list(splits)}; it has {manifest.splits}")
-    shards = np.concatenate([np.asarray(each, dtype=np.int64) for each in ranges])
+    shards = np.concatenate([np.arange(each.start, each.stop, dtype=np.int64) for each in ranges])
     return Chosen(shards, make_layout(manifest.shards.samples[shards], run_length))
