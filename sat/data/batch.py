@@ -21,6 +21,8 @@ from sat.data.reader import BadSample, Rows, SampleReader
 from sat.text import END, PAD, START, CaptionTokenizer
 
 TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "int8": torch.int8}
+NO_CAPTIONS = np.zeros((0, 1), dtype=np.int32)
+"""Tokens of a row without an image."""
 
 
 @dataclass(frozen=True)
@@ -132,37 +134,15 @@ class BatchReader:
     def read(self, slots: Slots) -> CaptionBatch | InTransit:
         """The batch of these slots; in a worker, ready to be sent. Raises BadSample (unless quarantined) and OSError."""
         retries = sum(reader.retries for reader in self.readers)
-        problems: list[str] = []
-        image_ids, keys = [""] * slots.rows, [""] * slots.rows
-        tokens: list[np.ndarray | None] = [None] * slots.rows
         grid, slot = self._allocate(slots.rows)
-        store = self._store_into(grid)
-        empty = set(range(slots.rows))
-        by_place = np.lexsort((slots.sample, slots.shard, slots.source))
-        for at in by_place.tolist():
-            row, sample, shard = int(slots.filled[at]), int(slots.sample[at]), int(slots.shard[at])
-            reader = self.readers[int(slots.source[at])]
-            try:
-                store(reader, shard, sample, row)
-            except BadSample as error:
-                if not self.quarantine:
-                    raise
-                problems.append(str(error))
-                continue
-            rows = reader.rows(shard)
-            image_ids[row], keys[row] = rows.image_ids[sample], rows.keys[sample]
-            empty.discard(row)
-            if self.captions:
-                tokens[row] = self._tokens(rows, sample, slots.epoch)
-        if empty:
-            grid[sorted(empty)] = 0
-        captions, lengths = _pack(tokens, self.captions.per_image if self.captions else 0)
+        found, problems = self._fill(grid, slots)
+        captions, lengths = self._captions_of(found, slots.epoch)
         batch = CaptionBatch(
             grid=grid,
-            captions=torch.from_numpy(captions),
-            lengths=torch.from_numpy(lengths),
-            image_ids=image_ids,
-            keys=keys,
+            captions=captions,
+            lengths=lengths,
+            image_ids=[rows.image_ids[sample] if rows else "" for rows, sample in found],
+            keys=[rows.keys[sample] if rows else "" for rows, sample in found],
             epoch=slots.epoch,
             step=slots.step,
             samples_done=slots.samples_done,
@@ -188,23 +168,64 @@ class BatchReader:
         # A slot that is sent is released by the process that receives it.
         return self.ring.tensor(slot, shape, dtype, release=worker is None), slot
 
-    def _store_into(self, grid: Tensor) -> Callable[[SampleReader, int, int, int], None]:
-        """The function (reader, shard, sample, row) that reads one sample into a row of the grid."""
+    def _fill(self, grid: Tensor, slots: Slots) -> tuple[list[tuple[Rows | None, int]], list[str]]:
+        """Read every sample into its row of the grid, in the order of the shards; zeros where there is none.
 
-        def store_picture(reader: SampleReader, shard: int, sample: int, row: int) -> None:
+        Returns the manifest's rows and the sample's place in them for each row, and what was wrong with those left out.
+        """
+        store = self._store_pictures(grid) if self.decode else self._store_features(grid)
+        found: list[tuple[Rows | None, int]] = [(None, 0)] * slots.rows
+        problems = []
+        order = np.lexsort((slots.sample, slots.shard, slots.source))
+        columns = (slots.filled, slots.source, slots.shard, slots.sample)
+        for row, source, shard, sample in zip(*(column[order].tolist() for column in columns), strict=True):
+            try:
+                store(self.readers[source], shard, sample, row)
+                found[row] = self.readers[source].rows(shard), sample
+            except BadSample as error:
+                if not self.quarantine:
+                    raise
+                problems.append(str(error))
+        empty = [row for row, (rows, _) in enumerate(found) if rows is None]
+        if empty:
+            grid[empty] = 0
+        return found, problems
+
+    def _store_features(self, grid: Tensor) -> Callable[[SampleReader, int, int, int], None]:
+        """The function (reader, shard, sample, row) that reads one feature sample into a row of the grid."""
+        raw = memoryview(grid.view(torch.uint8).numpy().reshape(-1))
+        size = len(raw) // max(len(grid), 1)
+
+        def store(reader: SampleReader, shard: int, sample: int, row: int) -> None:
+            reader.read_grid(shard, sample, raw[row * size : (row + 1) * size])
+
+        return store
+
+    def _store_pictures(self, grid: Tensor) -> Callable[[SampleReader, int, int, int], None]:
+        """As `_store_features`, for image samples."""
+
+        def store(reader: SampleReader, shard: int, sample: int, row: int) -> None:
             blob = reader.read_picture(shard, sample)
             try:
                 grid[row] = self.decode(blob)
             except (ValueError, OSError) as error:
                 raise reader.bad(reader.rows(shard), sample, f"its picture cannot be decoded: {error}") from error
 
-        raw = memoryview(grid.view(torch.uint8).numpy().reshape(-1))
-        size = len(raw) // max(len(grid), 1)
+        return store
 
-        def store_features(reader: SampleReader, shard: int, sample: int, row: int) -> None:
-            reader.read_grid(shard, sample, raw[row * size : (row + 1) * size])
-
-        return store_picture if self.readers[0].manifest.kind == "images" else store_features
+    def _captions_of(self, found: Sequence[tuple[Rows | None, int]], epoch: int) -> tuple[Tensor, Tensor]:
+        """captions int64 [B, K, T] and lengths int64 [B, K]; K = 0 where captions are left out."""
+        if self.captions is None:
+            return torch.zeros((len(found), 0, 0), dtype=torch.int64), torch.zeros((len(found), 0), dtype=torch.int64)
+        tokens = [self._tokens(rows, sample, epoch) if rows else NO_CAPTIONS for rows, sample in found]
+        longest = max((int(each[:, 0].max()) for each in tokens if len(each)), default=0)
+        captions = np.full((len(tokens), self.captions.per_image, longest + 1), PAD, dtype=np.int64)
+        lengths = np.zeros(captions.shape[:2], dtype=np.int64)
+        for row, each in enumerate(tokens):
+            width = min(each.shape[1] - 1, longest + 1)
+            captions[row, : len(each), :width] = each[:, 1 : width + 1]
+            lengths[row, : len(each)] = each[:, 0]
+        return torch.from_numpy(captions), torch.from_numpy(lengths)
 
     def _tokens(self, rows: Rows, sample: int, epoch: int) -> np.ndarray:
         """int32 [k, 1 + T]: for each caption shown, its length and its padded ids."""
@@ -221,20 +242,7 @@ def _encode(texts: Sequence[str], tokenizer: CaptionTokenizer, max_words: int) -
     """Captions without a single word are dropped."""
     ids = [words for text in texts if (words := tokenizer.encode(text, max_words))]
     out = np.full((len(ids), max(map(len, ids), default=0) + 3), PAD, dtype=np.int32)
-    for row, words in zip(out, ids):
+    for row, words in zip(out, ids, strict=True):
         row[0] = len(words) + 1
         row[1 : len(words) + 3] = [START, *words, END]
     return out
-
-
-def _pack(tokens: Sequence[np.ndarray | None], per_image: int) -> tuple[np.ndarray, np.ndarray]:
-    """captions int64 [B, K, T] and lengths int64 [B, K] of the rows' tokens."""
-    longest = max((int(each[:, 0].max()) for each in tokens if each is not None and len(each)), default=0)
-    captions = np.full((len(tokens), per_image, longest + 1), PAD, dtype=np.int64)
-    lengths = np.zeros((len(tokens), per_image), dtype=np.int64)
-    for row, each in enumerate(tokens):
-        if each is not None:
-            width = min(each.shape[1] - 1, longest + 1)
-            captions[row, : len(each), :width] = each[:, 1 : width + 1]
-            lengths[row, : len(each)] = each[:, 0]
-    return captions, lengths
