@@ -3,8 +3,9 @@
 The surprise: sums stay on the device until a line is due, so that measuring never makes the host wait for a GPU.
 """
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -52,9 +53,12 @@ class Meter:
         """Summed NLL of this rank's last micro-batches; waits for the device."""
         return float(sum(part[0] for part in self.sums[-micro_batches:]))
 
-    def restart(self) -> None:
-        """Leave out the time until now (an evaluation, say) from the rates."""
-        self.began, self.waited = time.perf_counter(), 0.0
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave the time spent inside (an evaluation, say) out of the rates."""
+        began = time.perf_counter()
+        yield
+        self.began += time.perf_counter() - began
 
     def line(self, runtime: Runtime) -> dict[str, float]:
         """Averages since the last line over all ranks; the meter starts again. All ranks enter."""

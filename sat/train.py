@@ -42,7 +42,6 @@ class Progress:
     best_cider: float = -1.0
     best_step: int = 0
     evaluations_without_gain: int = 0
-    last_evaluation: int = 0
 
 
 def train(config: settings.Config, runtime: Runtime) -> Progress:
@@ -51,10 +50,10 @@ def train(config: settings.Config, runtime: Runtime) -> Progress:
     learner = build_learner(config, data, runtime)
     progress = resume(config, data, learner, runtime)
     run = open_run(config, runtime, progress.step)
-    finished = False
+    finished = progress.step == data.total_steps or out_of_patience(config, progress)
     with tqdm(total=data.total_steps, initial=progress.step, desc="train", unit="step", disable=not runtime.is_main) as bar:
         meter = Meter()
-        for step_batches in steps_from(config, data, progress.cursor, runtime, meter):
+        for step_batches in () if finished else steps_from(config, data, progress.cursor, runtime, meter):
             stop = take_step(config, learner, step_batches, progress.step, run, meter)
             progress = replace(progress, step=progress.step + 1, cursor=cursor_after(progress.cursor, step_batches[0]))
             bar.update()
@@ -62,8 +61,8 @@ def train(config: settings.Config, runtime: Runtime) -> Progress:
             if progress.step % config.train.log_every == 0 or last:
                 log_step(progress.step, learner, meter, run, bar)
             if progress.step % data.eval_every == 0 or last:
-                progress = score_and_keep_best(config, data, learner, progress, run)
-                meter.restart()
+                with meter.paused():
+                    progress = score_and_keep_best(config, data, learner, progress, run)
             finished = last or out_of_patience(config, progress)
             if finished or stop or progress.step % data.save_every == 0:
                 save(config, data, learner, progress, run)
@@ -203,7 +202,6 @@ def score_and_keep_best(config: settings.Config, data: TrainingData, learner: Le
     cider = result.scores.values["CIDEr"]
     if cider is None:
         raise RuntimeError(f"CIDEr could not be computed: {result.scores.reasons.get('CIDEr')}")
-    progress = replace(progress, last_evaluation=progress.step)
     better = cider > progress.best_cider
 
     def keep() -> None:
