@@ -20,6 +20,7 @@ from sat.model.end_to_end import EndToEnd, feature_statistics
 from sat.optim import build_optimizer, learning_rate, weight_average
 from sat.runtime import Runtime
 from sat.training_data import TrainingData
+from sat.word_vectors import load_word_vectors
 
 MODEL, OPTIMIZER, AVERAGE, ENGINE = "model.safetensors", "optimizer.pt", "average.safetensors", "deepspeed"
 
@@ -60,7 +61,7 @@ class Learner:
 def build_learner(config: settings.Config, data: TrainingData, runtime: Runtime) -> Learner:
     """A fresh learner; the weights are a function of the seed alone. All ranks enter."""
     torch.manual_seed(config.train.seed)
-    module = build_model(config, data).to(runtime.device)
+    module = build_model(config, data, runtime).to(runtime.device)
     optimizer = build_optimizer(
         module,
         learning_rate=config.train.learning_rate,
@@ -80,7 +81,7 @@ def build_learner(config: settings.Config, data: TrainingData, runtime: Runtime)
     return Learner(model, module, wrapped, average, config, data.total_steps)
 
 
-def build_model(config: settings.Config, data: TrainingData) -> nn.Module:
+def build_model(config: settings.Config, data: TrainingData, runtime: Runtime) -> nn.Module:
     """The captioner with the statistics of its features; with `encoder.train`, behind the ResNet-50."""
     encoder = None
     if config.encoder.train:
@@ -100,9 +101,10 @@ def build_model(config: settings.Config, data: TrainingData) -> nn.Module:
         for name, buffer in (("mean", captioner.feature_mean), ("std", captioner.feature_std), ("scale", captioner.feature_scale)):
             buffer.copy_(torch.as_tensor(statistics[name]))
     if config.model.word_vectors:
-        from sat.word_vectors import load_word_vectors
-
-        load_word_vectors(config.model.word_vectors, data.tokenizer, captioner.embedding, config.model.tune_word_vectors)
+        vectors = config.model.word_vectors
+        coverage = load_word_vectors(vectors, data.tokenizer, captioner.embedding, config.model.tune_word_vectors)
+        if runtime.is_main:
+            print(f"{vectors}: {coverage}", flush=True)
     return EndToEnd(encoder, captioner) if encoder is not None else captioner
 
 
