@@ -42,7 +42,7 @@ def short_pauses(monkeypatch):
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Serves a folder, without ranges; `trouble(path, how often it was asked for) -> None, "slow", "cut", an error code`."""
+    """Serves a folder, without ranges; `trouble(path, times asked for)` is None, "slow", "cut" or an error code."""
 
     def __init__(self, folder, trouble):
         super().__init__(("127.0.0.1", 0), functools.partial(Handler, directory=str(folder)))
@@ -95,7 +95,12 @@ def serve(root):
 def epoch(tokenizer):
     def read(url, folder="", limit=10**9, **settings):
         sources = [(load_manifest(str(url)), 1.0)]
-        settings = {"splits": ["train"], "global_batch": 8, "cache_dir": str(folder), "cache_gb": limit / 1e9} | settings
+        settings = {
+            "splits": ["train"],
+            "global_batch": 8,
+            "cache_dir": str(folder),
+            "cache_gb": limit / 1e9,
+        } | settings
         return list(training_batches(sources, tokenizer, cursor=Cursor.start(sources, 1), **settings))
 
     return read
@@ -223,7 +228,12 @@ def test_expected_shards_arrive_before_they_are_opened_and_fill_at_most_half_the
 
 @pytest.mark.parametrize(
     "damage, message",
-    [("flip", "the sha256 of what arrived is"), ("cut", "bytes arrived"), ("longer", "bytes arrived"), ("gone", "is missing")],
+    [
+        ("flip", "the sha256 of what arrived is"),
+        ("cut", "bytes arrived"),
+        ("longer", "bytes arrived"),
+        ("gone", "is missing"),
+    ],
 )
 def test_a_remote_shard_that_is_not_the_one_written_is_refused_by_name(root, serve, epoch, tmp_path, damage, message):
     folder = Path(shutil.copytree(root, tmp_path / "served"))

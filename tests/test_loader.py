@@ -1,4 +1,4 @@
-"""The loader's promises over real tiny shards: the same global batches for any world, resume anywhere, evaluation once."""
+"""The loader's promises over real tiny shards: equal global batches in any world, resume anywhere, evaluation once."""
 
 import io
 from collections import Counter
@@ -122,9 +122,8 @@ def test_rows_hold_the_grid_and_the_captions_of_their_image(tmp_path, tokenizer,
     manifest = make_feature_dataset(tmp_path, {"train": 9}, dtype=dtype)
     scale = np.full(8, 4 / 127, np.float32) if dtype == "int8" else None
     for batch in _batches([(manifest, 1.0)], tokenizer, global_batch=4):
-        assert str(batch.grid.dtype) == {"bf16": "torch.bfloat16", "fp16": "torch.float16", "fp32": "torch.float32"}.get(
-            dtype, "torch.int8"
-        )
+        names = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "int8": torch.int8}
+        assert batch.grid.dtype == names[dtype]
         for row, image_id in enumerate(batch.image_ids):
             index = int(image_id.split("-")[1])
             expected = restore(store(grid_of("train", index, 4, 8), dtype, scale), dtype, scale)
@@ -243,7 +242,7 @@ def test_settings_and_sources_that_do_not_fit_are_refused_at_once(manifest, toke
         start(cursor=replace(Cursor.start(sources, 1), samples_done=24))
     with pytest.raises(ValueError, match="choose fail or quarantine"):
         start(cursor=Cursor.start(sources, 1), on_bad_sample="skip")
-    with pytest.raises(ValueError, match="`decode` and `image_size` are for images"):
+    with pytest.raises(ValueError, match="holds features; images, and only they, need"):
         start(cursor=Cursor.start(sources, 1), decode=lambda blob: None, image_size=8)
     other = make_feature_dataset(tmp_path, {"train": 4}, dim=16)
     mixed = [(manifest, 1.0), (other, 1.0)]

@@ -1,4 +1,4 @@
-"""Damage on the reader's side: whatever is not the bytes that were written is named, never skipped, never half a sample."""
+"""Damage on the reader's side: what is not the bytes that were written is named, never skipped, never half a sample."""
 
 import errno
 import io
@@ -143,7 +143,8 @@ def test_quarantine_is_bounded(root, read_epoch):
     for sample in range(3):
         flip(root / "train-000000.tar", load_manifest(root).rows(0)["offset"][sample].as_py())
     assert sum(b.bad for b in read_epoch(root, on_bad_sample="quarantine", max_bad_samples=3)) == 3
-    with pytest.raises(ValueError, match="3 bad samples, data.max_bad_samples allows 2; the last: .*train-000000.tar: key"):
+    message = "3 bad samples, data.max_bad_samples allows 2; the last: .*train-000000.tar: key"
+    with pytest.raises(ValueError, match=message):
         read_epoch(root, on_bad_sample="quarantine", max_bad_samples=2)
 
 
@@ -209,7 +210,8 @@ MALICIOUS = {
 @pytest.mark.parametrize(
     # A picture's bytes are only decoded, whatever they are called: two of the tricks do not exist there.
     "name, kind",
-    [(name, "features") for name in MALICIOUS] + [(name, "images") for name in MALICIOUS if name not in ("pickle", "python")],
+    [(name, "features") for name in MALICIOUS]
+    + [(name, "images") for name in MALICIOUS if name not in ("pickle", "python")],
 )
 def test_a_hostile_tar_with_fitting_checksums_is_refused_and_nothing_runs(tmp_path, monkeypatch, pristine, name, kind):
     blob, message = MALICIOUS[name]

@@ -1,7 +1,7 @@
 """Measure the plan of a training on 1e9 samples in 1e6 shards over 1,024 ranks x 8 workers, without the data.
 
-Surprising: nothing is scaled down and nothing is special about the size. Each figure comes from a fresh process that calls
-`plan_training` as the loader does, once for rank 0 and once for the last rank, at the start and far into an epoch.
+Surprising: nothing is scaled down and nothing is special about the size. Each figure comes from a fresh process that
+calls `plan_training` as the loader does, for rank 0 and for the last rank, at the start and far into an epoch.
 """
 
 import json

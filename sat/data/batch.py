@@ -72,9 +72,7 @@ class CaptionBatch:
         return self._map(Tensor.pin_memory)
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> "CaptionBatch":
-        return replace(
-            self, grid=function(self.grid), captions=function(self.captions), lengths=function(self.lengths)
-        )
+        return replace(self, grid=function(self.grid), captions=function(self.captions), lengths=function(self.lengths))
 
 
 @dataclass(frozen=True)
@@ -132,7 +130,10 @@ class BatchReader:
     """Memory for the grids."""
 
     def read(self, slots: Slots) -> CaptionBatch | InTransit:
-        """The batch of these slots; in a worker, ready to be sent. Raises BadSample (unless quarantined) and OSError."""
+        """The batch of these slots; in a worker, ready to be sent.
+
+        Raises BadSample, unless bad samples are quarantined, and OSError.
+        """
         retries = sum(reader.retries for reader in self.readers)
         grid, slot = self._allocate(slots.rows)
         found, problems = self._fill(grid, slots)
@@ -154,7 +155,8 @@ class BatchReader:
 
     def expect(self, slots: Slots) -> None:
         """Say that these slots are needed soon."""
-        for source, shard, sample in zip(slots.source.tolist(), slots.shard.tolist(), slots.sample.tolist()):
+        places = zip(slots.source.tolist(), slots.shard.tolist(), slots.sample.tolist(), strict=True)
+        for source, shard, sample in places:
             self.readers[source].expect(shard, sample)
 
     def _allocate(self, rows: int) -> tuple[Tensor, int | None]:

@@ -22,7 +22,7 @@ _rings: "weakref.WeakValueDictionary[int, Ring]" = weakref.WeakValueDictionary()
 
 
 class Ring:
-    """`owners` x `per_owner` slots of `size` bytes. An owner is a process that fills its own slots; all may read them."""
+    """`owners` x `per_owner` slots of `size` bytes. An owner is a process, which fills its own slots; all may read."""
 
     def __init__(self, owners: int, per_owner: int, size: int):
         self.number = next(_ids)
@@ -44,7 +44,7 @@ class Ring:
         return slot
 
     def tensor(self, slot: int, shape: tuple[int, ...], dtype: torch.dtype, release: bool = True) -> Tensor:
-        """The beginning of a slot as a tensor; the slot is free when the tensor and all its views are gone (`release`)."""
+        """The beginning of a slot as a tensor; with `release`, the slot is free when it and all its views are gone."""
         stand_in = NUMPY_STAND_INS.get(dtype, dtype)
         kind = torch.empty(0, dtype=stand_in).numpy().dtype
         array = np.frombuffer(self._memory, kind, math.prod(shape), slot * self._stride)

@@ -1,7 +1,8 @@
 """Where the bytes of a shard come from: a folder, or any fsspec URL through a bounded cache of whole shards.
 
-The surprising decision: a cached shard is named by its sha256, so the cache never holds a stale or a half file and serves
-every data set and every job of a machine at once; processes agree through file locks, which the kernel frees when one dies.
+The surprising decision: a cached shard is named by its sha256, so the cache never holds a stale or a half file and
+serves every data set and every job of a machine at once; processes agree through file locks, which the kernel frees
+when one dies.
 """
 
 import fcntl
@@ -55,10 +56,10 @@ class FolderStore:
 
 
 class RemoteStore:
-    """Shards of an fsspec URL, kept as FOLDER/SHA256.tar and at most `limit` bytes of them; the least recently used go first.
+    """Shards of an fsspec URL, kept as FOLDER/SHA256.tar: at most `limit` bytes, the least recently used go first.
 
-    A shard that was evicted while it is open stays on disk until it is closed: at most one per process. The table of the
-    samples is fetched whole, once, and kept beside the shards; it does not count.
+    A shard that was evicted while it is open stays on disk until it is closed: at most one per process. The table of
+    the samples is fetched whole, once, and kept beside the shards; it does not count.
     """
 
     is_remote = True
@@ -114,15 +115,21 @@ class RemoteStore:
                 if shard.name in self._ahead and not self._path(shard).exists():
                     os.close(self._fetch_shard(shard))
             except Exception:
-                self._ahead.pop(shard.name, None)  # the reader meets the same error when it needs the shard, and names it
+                # The reader meets the same error when it needs the shard, and names it.
+                self._ahead.pop(shard.name, None)
 
     def _path(self, shard: ShardInfo) -> Path:
         return self.folder / f"{shard.sha256}.tar"
 
     def _fetch_shard(self, shard: ShardInfo) -> int:
         if shard.bytes > self.limit:
-            raise ValueError(f"{self.root}: {shard.name} has {shard.bytes} bytes, more than the cache; raise data.cache_gb")
-        reserve = lambda descriptor: self._make_room(shard.bytes, descriptor)  # noqa: E731
+            raise ValueError(
+                f"{self.root}: {shard.name} has {shard.bytes} bytes, more than the cache; raise data.cache_gb"
+            )
+
+        def reserve(descriptor: int) -> None:
+            self._make_room(shard.bytes, descriptor)
+
         return self._fetch(shard.name, shard.bytes, shard.sha256, self._path(shard), reserve)
 
     def _fetch(self, name: str, size: int, sha256: str, path: Path, reserve: Callable[[int], None]) -> int:

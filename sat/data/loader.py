@@ -1,8 +1,8 @@
 """Plan -> CaptionBatch: the training batches of an epoch, the images of a split, their references.
 
-The surprising decision: the loader keeps no state. A batch is a pure function of its number, so any DataLoader worker can
-make any batch, and the cursor (which the trainer advances after its optimizer step) is all there is to save. Never hand
-these loaders to `accelerator.prepare`: they are already shared among the ranks.
+The surprising decision: the loader keeps no state. A batch is a pure function of its number, so any DataLoader worker
+can make any batch, and the cursor (which the trainer advances after its optimizer step) is all there is to save. Never
+hand these loaders to `accelerator.prepare`: they are already shared among the ranks.
 """
 
 import logging
@@ -82,10 +82,12 @@ def training_batches(
     cache_gb: float = 50.0,
     pin_memory: bool = False,
 ) -> Iterator[CaptionBatch]:
-    """The rest of the cursor's epoch, then further ones up to `epochs` in all: per optimizer step `accumulation_steps`
-    micro-batches, on every rank alike.
+    """The rest of the cursor's epoch, then further ones up to `epochs` in all.
 
-    Workers live, and read ahead, through all epochs. The global batches depend on neither rank, world_size, accumulation_steps nor num_workers; the last may be short.
+    Per optimizer step these are `accumulation_steps` micro-batches, on every rank alike. The global batches depend on
+    neither rank, world_size, accumulation_steps nor num_workers; the last of an epoch may be short. The workers live,
+    read ahead and remember what they encoded through all epochs.
+
     decode: picture file -> uint8 [3, S, S] with S = image_size, needed for image shards.
 
     Raises ValueError at once for settings and data that do not fit, and for missing or cut shards; while iterating
@@ -94,7 +96,8 @@ def training_batches(
     """
     _check_training(sources, cursor, on_bad_sample, global_batch, accumulation_steps)
     _check_decode(sources[0][0], decode, image_size)
-    plan = plan_training(sources, splits, cursor, epochs, global_batch, rank, world_size, accumulation_steps, run_length)
+    world = (rank, world_size, accumulation_steps)
+    plan = plan_training(sources, splits, cursor, epochs, global_batch, *world, run_length)
     readers = [_open_reader(manifest, cache_dir, cache_gb, check=rank == 0) for manifest, _ in sources]
     options = CaptionOptions(tokenizer, captions_per_image, max_caption_length, cursor.seed)
     ring = _make_ring(plan, sources[0][0], image_size, num_workers)
@@ -144,7 +147,7 @@ def read_references(
     references: dict[str, list[str]] = {}
     for shard in choose_shards(manifest, [split], run_length=1, main=True).shards.tolist():
         rows = store.rows(manifest, shard)
-        references.update(zip(rows["image_id"].to_pylist(), rows["captions"].to_pylist()))
+        references.update(zip(rows["image_id"].to_pylist(), rows["captions"].to_pylist(), strict=True))
     return references
 
 
@@ -176,12 +179,15 @@ def _iterate(
             bad += batch.bad
             retries += batch.retries
             if bad > max_bad:
-                raise ValueError(f"{bad} bad samples, data.max_bad_samples allows {max_bad}; the last: {batch.problems[-1]}")
+                last = batch.problems[-1]
+                raise ValueError(f"{bad} bad samples, data.max_bad_samples allows {max_bad}; the last: {last}")
             yield batch
     except Exception as error:
-        # The traceback's frames hold the DataLoader's iterator, whose workers then outlive it by 5 s each. An error of a
-        # worker carries that worker's traceback as text.
-        raise error.with_traceback(None) if num_workers else error
+        if num_workers:
+            # Its frames hold the DataLoader's iterator, whose workers then end only after 5 s each; what went wrong
+            # in a worker is in the message.
+            error.__traceback__ = None
+        raise
     if retries:
         logger.warning("%d reads failed and were repeated with success", retries)
 
@@ -201,23 +207,24 @@ def _open_reader(manifest: Manifest, cache_dir: str, cache_gb: float, check: boo
 def _check_training(
     sources: Sources, cursor: Cursor, on_bad_sample: str, global_batch: int, accumulation_steps: int
 ) -> None:
-    if cursor.manifest != sources_digest(sources):
-        raise ValueError(f"the cursor belongs to data set {cursor.manifest}, these samples are of {sources_digest(sources)}")
+    digest = sources_digest(sources)
+    if cursor.manifest != digest:
+        raise ValueError(f"the cursor belongs to data set {cursor.manifest}, these samples are of {digest}")
     if on_bad_sample not in ("fail", "quarantine"):
         raise ValueError(f"on_bad_sample is {on_bad_sample!r}; choose fail or quarantine")
     if global_batch < 1 or accumulation_steps < 1:
         raise ValueError(f"global_batch {global_batch} and accumulation_steps {accumulation_steps} must be at least 1")
     main = sources[0][0]
     for manifest, _ in sources[1:]:
-        if manifest.kind != main.kind:
-            raise ValueError(f"{manifest.root} holds {manifest.kind}, {main.root} holds {main.kind}: they cannot be mixed")
-        for name in SAME_IN_A_MIXTURE if main.kind == "features" else ():
-            ours, theirs = main.fingerprint.get(name), manifest.fingerprint.get(name)
+        for name in ("kind", *SAME_IN_A_MIXTURE):
+            ours, theirs = (each.kind if name == "kind" else each.fingerprint.get(name) for each in (main, manifest))
             if ours != theirs:
-                raise ValueError(f"features cannot be mixed: {name} is {theirs} in {manifest.root}, {ours} in {main.root}")
+                raise ValueError(f"cannot mix data sets: {name} is {theirs} in {manifest.root}, {ours} in {main.root}")
 
 
 def _check_decode(manifest: Manifest, decode: Callable | None, image_size: int) -> None:
     wanted = manifest.kind == "images"
     if wanted != (decode is not None) or wanted != (image_size > 0):
-        raise ValueError(f"{manifest.root} holds {manifest.kind}: `decode` and `image_size` are for images, and needed for them")
+        raise ValueError(
+            f"{manifest.root} holds {manifest.kind}; images, and only they, need `decode` and `image_size`"
+        )

@@ -1,9 +1,9 @@
 """Which samples make global batch b, and which of them are this rank's. Pure: no files, no torch, no clock.
 
-The order is never stored or sorted: position -> sample is computed by a keyed permutation (a generalised Feistel network
-with cycle walking; Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002), so any step of an epoch of 1e9
-samples costs the same microseconds, and memory is two integers per shard. The integer mix is our own because the
-streams of numpy's and torch's generators change between their versions.
+The order is never stored or sorted: position -> sample is computed by a keyed permutation (a generalised Feistel
+network with cycle walking; Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002), so any step of an epoch
+of 1e9 samples costs the same microseconds, and memory is two integers per shard. The integer mix is our own because
+the streams of numpy's and torch's generators change between their versions.
 """
 
 import math
@@ -35,7 +35,7 @@ def derive_key(*parts: int) -> int:
 def permute(index: np.ndarray, size: int, key: int) -> np.ndarray:
     """Image of each `index` (int64, in [0, size)) under the key's pseudo-random bijection of range(size).
 
-    The domain is a grid of about sqrt(size) x sqrt(size) cells, so fewer than one index in sqrt(size) walks a second cycle.
+    The domain is a grid of about sqrt(size) x sqrt(size) cells, so about one index in sqrt(size) at most walks on.
     """
     if size < 2:
         return index.copy()
@@ -166,7 +166,7 @@ class EpochOrder:
         shard, sample = np.empty_like(positions), np.empty_like(positions)
         for i, layout in enumerate(self.layouts):
             mine = np.flatnonzero(source == i)
-            # A source that is drawn by weight goes on where the last epoch stopped: its own passes, each in a new order.
+            # A source drawn by weight goes on where the last epoch stopped: its own passes, each in a new order.
             passes, place = np.divmod(within[mine] + self.epoch * self.counts[i], layout.samples)
             for one in np.unique(passes):
                 chosen = passes == one
@@ -185,7 +185,7 @@ def epoch_order(
     """
     main = layouts[0].samples
     counts = [main] + [round(weight * main) for weight in weights[1:]]
-    for i, (layout, count) in enumerate(zip(layouts, counts)):
+    for i, (layout, count) in enumerate(zip(layouts, counts, strict=True)):
         if not layout.samples or not count:
             raise ValueError(f"source {i} gives no sample: it has {layout.samples}, {count} are asked for per epoch")
     keys = [derive_key(int(digest[:16], 16), seed, i) for i, digest in enumerate(digests)]

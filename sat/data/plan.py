@@ -1,7 +1,7 @@
 """Which samples every micro-batch of a rank consists of, and the cursor that says where training stands.
 
-The surprising decision: a plan holds no list of samples. It is the order, the cursor and a few counts, so a process plans
-an epoch of 1e9 samples as it plans one of a hundred, and any micro-batch can be asked for by its number.
+The surprising decision: a plan holds no list of samples. It is the order, the cursor and a few counts, so a process
+plans an epoch of 1e9 samples as it plans one of a hundred, and any micro-batch can be asked for by its number.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # planning itself needs no file and so none of the libraries 
     from sat.data.manifest import Manifest
 
 Sources = Sequence[tuple["Manifest", float]]
-"""The main data set first, each sample once per epoch; then others with the samples drawn per sample of the main one."""
+"""The main data set first, each sample once per epoch; then others, with the samples drawn per sample of the first."""
 CURSOR_VERSION = 1
 
 
@@ -157,7 +157,8 @@ class EvaluationPlan:
         shard = np.searchsorted(self.chosen.layout.ends, place, side="right")
         sample = place - np.where(shard > 0, self.chosen.layout.ends[shard - 1], 0)
         rows = np.arange(place.size)
-        return Slots(rows.size, rows, np.zeros_like(rows), self.chosen.shards[shard], sample, 0, index, end - self.begin)
+        source, shard = np.zeros_like(rows), self.chosen.shards[shard]
+        return Slots(rows.size, rows, source, shard, sample, epoch=0, step=index, samples_done=end - self.begin)
 
 
 def plan_training(
@@ -173,7 +174,7 @@ def plan_training(
 ) -> TrainingPlan:
     """What each of the rank's micro-batches from the cursor on consists of; reads no shard."""
     chosen = [choose_shards(manifest, splits, run_length, main=i == 0) for i, (manifest, _) in enumerate(sources)]
-    digests, weights = zip(*((manifest.digest, weight) for manifest, weight in sources))
+    digests, weights = zip(*((manifest.digest, weight) for manifest, weight in sources), strict=True)
     order = epoch_order([each.layout for each in chosen], digests, weights, cursor.seed, cursor.epoch)
     if not 0 <= cursor.samples_done <= order.samples:
         raise ValueError(f"the cursor stands at sample {cursor.samples_done} of an epoch of {order.samples}")

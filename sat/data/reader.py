@@ -1,8 +1,9 @@
 """Read samples by byte range; every byte is checked against the manifest before anything uses it.
 
 The surprising decision: plain `preadv` into the batch's own memory, not a memory map. It is as fast (one copy, no page
-faults), and an I/O error or a truncated file is an exception that can be retried or named, where a map kills the process.
-Nothing of a tar is interpreted: the manifest says where a sample lies, and headers are only compared with what they must be.
+faults), and an I/O error or a truncated file is an exception that can be retried or named, where a map kills the
+process. Nothing of a tar is interpreted: the manifest says where a sample lies, and headers are only compared with what
+they must be.
 """
 
 import io
@@ -82,11 +83,12 @@ class SampleReader:
         if found is not None:
             self._rows.move_to_end(shard)
             return found
-        table = self._retrying(lambda: self.store.rows(self.manifest, shard), f"{self.manifest.root}: rows of shard {shard}")
+        what = f"{self.manifest.root}: rows of shard {shard}"
+        table = self._retrying(lambda: self.store.rows(self.manifest, shard), what)
         columns = [table[name].to_pylist() for name in ("key", "image_id", "offset", "nbytes", "xxh3")]
         info = self.manifest.shards[shard]
         rows = Rows(info.name, *columns, table["captions"].combine_chunks())
-        ends = [offset + nbytes for offset, nbytes in zip(rows.offsets, rows.nbytes)]
+        ends = [offset + nbytes for offset, nbytes in zip(rows.offsets, rows.nbytes, strict=True)]
         if min(rows.offsets) < 0 or min(rows.nbytes) < TAR_BLOCK or max(ends) > info.bytes:
             raise ValueError(f"{self.manifest.root}: {info.name}: the manifest places samples outside the shard")
         self._rows[shard] = rows

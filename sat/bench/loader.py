@@ -1,0 +1,174 @@
+"""Measure the loader against a raw sequential read of the same files and against stock webdataset, in one run.
+
+Surprising: the loader's figure is that of whole training batches (a new order, every byte checked, captions as token
+ids), the raw read only brings bytes to memory. "dropped" means dropped from this machine's page cache; a host's may
+remain.
+"""
+
+import itertools
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+GRIDS = {"7x7": (7, 2048), "14x14": (14, 768)}
+"""Side of the grid and the number of samples written, about 400 and 600 MB."""
+DIM = 2048
+BATCH = 64
+RAW_CHUNK = 1 << 20
+WARM_UP = 4
+"""Epochs before the measured ones: each worker encodes the captions of a sample when it first meets it."""
+
+
+def run(
+    folder: Annotated[
+        Path | None, typer.Option(help="where to write 1 GB of shards; default: a temporary folder")
+    ] = None,
+    rounds: Annotated[int, typer.Option(help="runs of each contender; the median counts")] = 3,
+    json_file: Annotated[Path | None, typer.Option("--json", help="write the rows to this file")] = None,
+) -> list[dict]:
+    """Samples/s of our loader, a raw read and stock webdataset: two grids, 0 and 2 workers, cache warm and dropped."""
+    from sat.bench.harness import report
+
+    rows = []
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        for name, (side, samples) in GRIDS.items():
+            root = Path(temporary) / name
+            write_shards(root, side, samples)
+            for workers in (0, 2):
+                for cache in ("warm", "dropped"):
+                    rows.append(measure(root, workers, cache, rounds) | {"grid": name})
+    rows = [{"grid": row.pop("grid")} | row for row in rows]
+    report(rows, json_file)
+    return rows
+
+
+def write_shards(root: Path, side: int, samples: int, shard_size: int = 256) -> None:
+    """A finished feature data set of random fp16 grids, by the writer that preprocessing uses."""
+    import numpy as np
+
+    from preprocessing.finalize import finalize
+    from preprocessing.grids import npy_bytes
+    from preprocessing.plan import Plan, publish_plan
+    from preprocessing.shards import PlannedShard, Sample, write_shard
+
+    random = np.random.default_rng(1)
+    fingerprint = {"grid": [side, side], "dim": DIM, "dtype": "fp16", "encoder": None, "transform": None}
+    names = [f"train-{number:06d}.tar" for number in range(samples // shard_size)]
+    planned = tuple(PlannedShard(name, "train", shard_size, "0" * 64) for name in names)
+    plan = publish_plan(Plan(root, "features", fingerprint, {}, planned))
+    for number, shard in enumerate(plan.shards):
+        grids = random.integers(0, 1 << 14, (shard_size, side * side, DIM), dtype=np.uint16).view(np.float16)
+        items = (
+            Sample(f"k{number}-{i}", f"k{number}-{i}", f"{i}.jpg", captions_of(i), 224, 224, "npy", npy_bytes(grid))
+            for i, grid in enumerate(grids)
+        )
+        write_shard(root, shard, plan.digest, items)
+    finalize(plan)
+
+
+def captions_of(index: int) -> tuple[str, ...]:
+    """Five captions of 8 to 12 words."""
+    words = "a man rides two horses along the quiet beach at noon today".split()
+    return tuple(" ".join(words[(index + k) % 3 : 9 + k]) for k in range(5))
+
+
+def measure(root: Path, workers: int, cache: str, rounds: int) -> dict:
+    """One row: median samples/s of each contender, taking turns; and the MB/s of ours."""
+    shards = sorted(root.glob("*.tar"))
+    ours = OurEpochs(root, workers, epochs=WARM_UP + rounds)
+    samples = ours.samples
+    contenders = {"raw": read_raw, "webdataset": lambda paths: read_webdataset(paths, workers)}
+    rates: dict[str, list[float]] = {name: [] for name in ("ours", *contenders)}
+    contenders["webdataset"](shards[: max(workers, 1)])  # imports
+    for _ in range(WARM_UP):
+        ours.samples_per_s()
+    for _ in range(rounds):
+        prepare_cache(shards, cache)
+        rates["ours"].append(ours.samples_per_s())
+        for name, contender in contenders.items():
+            prepare_cache(shards, cache)
+            began = time.perf_counter()
+            contender(shards)
+            rates[name].append(samples / (time.perf_counter() - began))
+    rate = {name: statistics.median(values) for name, values in rates.items()}
+    megabytes = sum(path.stat().st_size for path in shards) / 1e6
+    return {
+        "workers": workers,
+        "cache": cache,
+        "samples_per_s": rate["ours"],
+        "raw_samples_per_s": rate["raw"],
+        "webdataset_samples_per_s": rate["webdataset"],
+        "mb_per_s": rate["ours"] / samples * megabytes,
+        "of_raw": rate["ours"] / rate["raw"],
+        "of_webdataset": rate["ours"] / rate["webdataset"],
+    }
+
+
+def prepare_cache(shards: list[Path], cache: str) -> None:
+    """Bring the shards into the page cache, or drop them from it."""
+    if cache == "warm":
+        read_raw(shards)
+        return
+    for path in shards:
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+
+
+def read_raw(shards: list[Path]) -> None:
+    """Read all files from start to end into one buffer."""
+    buffer = bytearray(RAW_CHUNK)
+    for path in shards:
+        with open(path, "rb", buffering=0) as file:
+            while file.readinto(buffer):
+                pass
+
+
+class OurEpochs:
+    """Our loader over several epochs, each in another order, timed one at a time."""
+
+    def __init__(self, root: Path, workers: int, epochs: int):
+        from sat.data.loader import read_references, training_batches
+        from sat.data.manifest import load_manifest
+        from sat.data.plan import Cursor
+        from sat.text import build_tokenizer
+
+        sources = [(load_manifest(str(root)), 1.0)]
+        captions = read_references(sources[0][0], "train")
+        self.samples = len(captions)
+        self._ready = 2 * workers
+        self._batches = training_batches(
+            sources,
+            build_tokenizer([text for texts in captions.values() for text in texts], 1),
+            splits=["train"],
+            cursor=Cursor.start(sources, 1),
+            epochs=epochs,
+            global_batch=BATCH,
+            num_workers=workers,
+        )
+
+    def samples_per_s(self) -> float:
+        """Rate over the next epoch, without the batches that the workers had ready while they waited."""
+        batches = -(-self.samples // BATCH)
+        for batch in itertools.islice(self._batches, self._ready):
+            del batch
+        counted, began = 0, time.perf_counter()
+        for batch in itertools.islice(self._batches, batches - self._ready):
+            counted += len(batch.keys)
+        return counted / (time.perf_counter() - began)
+
+
+def read_webdataset(shards: list[Path], workers: int) -> None:
+    """webdataset as its documentation shows it: decode, tuples, batches in the workers."""
+    import webdataset
+
+    urls = [str(path) for path in shards]
+    dataset = webdataset.WebDataset(urls, shardshuffle=False).decode().to_tuple("npy", "json").batched(BATCH)
+    for _ in webdataset.WebLoader(dataset, batch_size=None, num_workers=workers):
+        pass
