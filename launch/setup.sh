@@ -42,11 +42,18 @@ if ! compgen -G "$venv/lib/python3*/site-packages/pip-*.dist-info" >/dev/null; t
   "$base" -m venv "$venv"
 fi
 
-# Without build isolation the two source packages (DeepSpeed and the project) are built by the pinned setuptools, at once.
-# Modules are compiled when first imported, which is a small part of them.
-install=("$venv/bin/python" -m pip install --no-compile --constraint "$constraints")
+# Modules are compiled when first imported, which is a small part of them. Without build isolation the two source packages
+# (DeepSpeed and the project) are built by the pinned setuptools, at once.
+install=("$venv/bin/python" -m pip install --no-compile --no-build-isolation --constraint "$constraints")
 "${install[@]}" --quiet setuptools
-"${install[@]}" --no-build-isolation --editable "$root[deepspeed,test]"
+# Unpacking is what takes time, so two installers bring half of the pinned files each. Whatever they fail to bring, the last
+# one brings or reports: it alone resolves the requirements.
+echo "installing the packages of launch/constraints.txt, about 6 GB"
+torch_stack='^(torch|torchvision|triton|nvidia-.*|cuda-.*)=='
+"${install[@]}" --quiet --no-deps --requirement <(grep -E "$torch_stack" "$constraints") &
+"${install[@]}" --quiet --no-deps --requirement <(grep -vE "$torch_stack|^deepspeed==" "$constraints") || true
+wait
+"${install[@]}" --quiet --editable "$root[deepspeed,test]"
 echo "trying the environment"
 PYTHONDONTWRITEBYTECODE='' "$venv/bin/python" -c 'import torch, torchvision, accelerate, deepspeed, mlflow, pyarrow, matplotlib.pyplot, webdataset'
 
