@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from sat.model.attention import BASELINE_DECAY, Attended, Attention, attend_for_inference, reinforce_sums
 from sat.model.initialise import initialise
+from sat.model.kernels import choose_kernels
 from sat.model.loss import LossSums, doubly_stochastic_penalty, linear_cross_entropy
 from sat.model.packing import Packing, pack
 from sat.model.rollout import Rollout, roll_out
@@ -115,9 +116,7 @@ class Captioner(nn.Module):
         """
         if grid.shape[1:] != (self.grid_size, len(self.feature_mean)):
             raise ValueError(f"grid [B, {self.grid_size}, {len(self.feature_mean)}] expected, got {list(grid.shape)}")
-        scale = self.feature_scale / self.feature_std
-        shift = -self.feature_mean / self.feature_std
-        grid = torch.addcmul(shift, grid.to(scale.dtype), scale).clamp(-CLAMP, CLAMP).to(self._matmul_dtype())
+        grid = self._standardised(grid)
         return Memory(grid, self.attention.project(grid) if self.attention else grid[:, :, :0])
 
     def init_state(self, memory: Memory) -> State:
@@ -166,7 +165,10 @@ class Captioner(nn.Module):
     def _loss(self, rollout: Rollout, packing: Packing) -> LossSums:
         features = self.output_features(rollout.words, rollout.hidden, rollout.context)
         weight = self.vocabulary.weight.to(features.dtype)
-        words = linear_cross_entropy(features, weight, self.vocabulary.bias, packing.targets, self.label_smoothing)
+        kernels = choose_kernels(self.compile, features)
+        words = linear_cross_entropy(
+            features, weight, self.vocabulary.bias, packing.targets, self.label_smoothing, kernels
+        )
         per_token, per_caption = words.objective, torch.zeros_like(words.objective)
         penalty = torch.zeros_like(words.objective)
         if self.kind == "soft":
@@ -230,6 +232,17 @@ class Captioner(nn.Module):
             if self.output_context:
                 features = features + self.output_context(context)
         return self.output_dropout(features) if dropout else features
+
+    def _standardised(self, grid: Tensor) -> Tensor:
+        """Image by image on a CPU, where passes over the whole batch would each go to memory and back."""
+        scale = self.feature_scale / self.feature_std
+        shift, dtype = -self.feature_mean / self.feature_std, self._matmul_dtype()
+        if grid.requires_grad or grid.device.type != "cpu":
+            return torch.addcmul(shift, grid.to(scale.dtype), scale).clamp(-CLAMP, CLAMP).to(dtype)
+        result = torch.empty(grid.shape, dtype=dtype)
+        for image, out in zip(grid, result, strict=True):
+            out.copy_(torch.addcmul(shift, image.to(scale.dtype), scale).clamp_(-CLAMP, CLAMP))
+        return result
 
     def _matmul_dtype(self) -> torch.dtype:
         device = self.vocabulary.weight.device.type

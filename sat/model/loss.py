@@ -5,14 +5,14 @@ batch never exist. Surprising: its gradients are computed in the forward pass, w
 scaled in the backward pass.
 """
 
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK_BYTES = 16 << 20
-"""Memory of one chunk of fp32 logits; about a CPU's last-level cache."""
+CHUNK_BYTES = 32 << 20
+"""Memory of one chunk of logits; about a CPU's last-level cache."""
 
 
 class LossSums(NamedTuple):
@@ -57,52 +57,46 @@ class WordLoss(NamedTuple):
     """Scalar int64: how often the most probable word is the target."""
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, smoothing: float = 0.0) -> WordLoss:
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, smoothing: float, kernels: ModuleType
+) -> WordLoss:
     """Cross-entropy of `hidden` [M, E] @ `weight` [V, E]^T + `bias` [V] against `targets` int64 [M], never keeping logits.
 
     `hidden` and `weight` share one dtype (that of the matrix products); softmax and sums are in float32, or float64.
+    `kernels` is `sat.model.native` or `sat.model.torch_kernels`.
     """
-    return WordLoss(*_LinearCrossEntropy.apply(hidden, weight, bias, targets, smoothing))
+    return WordLoss(*_LinearCrossEntropy.apply(hidden, weight, bias, targets, smoothing, kernels))
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """With p = softmax(logits) and q = (1 - s) onehot + s / V: d loss / d logits = p - q."""
+    """With p = softmax(logits) and q = (1 - s) onehot + s / V: loss = -sum q log p, d loss / d logits = p - q."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, smoothing):
+    def forward(ctx, hidden, weight, bias, targets, smoothing, kernels):
         wide = torch.promote_types(hidden.dtype, torch.float32)
-        rows = max(1, CHUNK_BYTES // (len(weight) * wide.itemsize))
-        needs_grad = any(ctx.needs_input_grad[:3])
-        nll = hidden.new_zeros(len(hidden), dtype=wide)
-        correct = targets.new_zeros(())
-        objective = hidden.new_zeros((), dtype=wide)
-        grad_hidden = torch.empty_like(hidden) if needs_grad else None
-        grad_weight = torch.zeros_like(weight, dtype=wide) if needs_grad else None
-        grad_bias = torch.zeros_like(bias, dtype=wide) if needs_grad else None
+        wide_bias = bias.to(wide)
+        rows = max(1, CHUNK_BYTES // (len(weight) * hidden.element_size()))
+        nll, correct = hidden.new_empty(len(hidden), dtype=wide), targets.new_zeros(())
+        objective = nll.new_zeros(())
+        gradients = None
+        if any(ctx.needs_input_grad[:3]):
+            gradients = torch.empty_like(hidden), torch.zeros_like(weight, dtype=wide), torch.zeros_like(wide_bias)
         for begin in range(0, len(hidden), rows):
             part = slice(begin, begin + rows)
-            target = targets[part, None]
-            log_p = F.linear(hidden[part], weight).to(wide).add_(bias)
-            correct += (log_p.argmax(1, keepdim=True) == target).sum()
-            log_p.sub_(log_p.logsumexp(1, keepdim=True))
-            nll[part] = -log_p.gather(1, target).squeeze(1)
-            objective += (1 - smoothing) * nll[part].sum()
-            if smoothing:
-                objective -= smoothing * log_p.mean(1).sum()
-            if needs_grad:
-                delta = log_p.exp_()
-                delta.scatter_add_(1, target, torch.full_like(target, smoothing - 1, dtype=wide))
-                delta.sub_(smoothing / len(weight)) if smoothing else None
-                grad_bias += delta.sum(0)
-                delta = delta.to(hidden.dtype)
-                torch.mm(delta, weight, out=grad_hidden[part])
-                grad_weight += delta.t() @ hidden[part]
-        if needs_grad:
-            ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
+            delta = hidden[part] @ weight.t()
+            nll[part], sum_log_p, hits = kernels.cross_entropy(delta, wide_bias, targets[part], smoothing)
+            correct += hits.sum()
+            objective += (1 - smoothing) * nll[part].sum() - smoothing / len(weight) * sum_log_p.sum()
+            if gradients is not None:
+                torch.mm(delta, weight, out=gradients[0][part])
+                gradients[1].add_(delta.t() @ hidden[part])
+                gradients[2].add_(delta.sum(0, dtype=wide))
+        if gradients is not None:
+            ctx.save_for_backward(*gradients)
             ctx.dtypes = (hidden.dtype, weight.dtype, bias.dtype)
         ctx.mark_non_differentiable(nll, correct)
         return objective, nll, correct
 
     @staticmethod
     def backward(ctx, grad_objective, _nll, _correct):
-        return *((g * grad_objective).to(d) for g, d in zip(ctx.saved_tensors, ctx.dtypes, strict=True)), None, None
+        return *((g * grad_objective).to(d) for g, d in zip(ctx.saved_tensors, ctx.dtypes, strict=True)), None, None, None

@@ -13,6 +13,8 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
+#include <type_traits>
 #include <vector>
 
 namespace {
@@ -97,41 +99,73 @@ inline W slope(W p, W q) {
 
 int64_t count_below(const int64_t* begin, const int64_t* end, int64_t n) { return std::lower_bound(begin, end, n) - begin; }
 
-constexpr int64_t BLOCK = 64;  // features per register block
+constexpr int64_t LANES = 16;   // numbers of a vector register, in float
+constexpr int64_t TILE = 4;     // rows, or neighbouring locations, handled together
+constexpr int64_t STRIP = 512;  // features of a tile that stay in the first-level cache
 
-// out[r][0..BLOCK) = sum_l weight[r][l] grid[l][0..BLOCK) for R rows at once: the grid is read once for all of them.
-template <int R, class T>
-void weighted_sum(int64_t L, int64_t D, int64_t width, const T* grid, const Wide<T>* const* weight, T* const* out) {
-  Wide<T> sum[R][BLOCK] = {};
-  for (int64_t l = 0; l < L; ++l) {
-    const T* g = grid + l * D;
-    if (width == BLOCK) {
-      for (int r = 0; r < R; ++r)
-#pragma omp simd
-        for (int64_t d = 0; d < BLOCK; ++d) sum[r][d] += weight[r][l] * wide(g[d]);
-    } else {
-      for (int r = 0; r < R; ++r)
-        for (int64_t d = 0; d < width; ++d) sum[r][d] += weight[r][l] * wide(g[d]);
-    }
-  }
-  for (int r = 0; r < R; ++r)
-    for (int64_t d = 0; d < width; ++d) narrow(sum[r][d], out[r][d]);
+// Calls f(integral_constant<int, n>) for n = 1 .. TILE, so that the loops over a tile are unrolled.
+template <class F>
+void with_constant(int64_t n, F f) {
+  if (n == 4) f(std::integral_constant<int, 4>());
+  if (n == 3) f(std::integral_constant<int, 3>());
+  if (n == 2) f(std::integral_constant<int, 2>());
+  if (n == 1) f(std::integral_constant<int, 1>());
 }
 
-// out[r][l] += grid[l] . x[r] for R rows at once.
-template <int R, class T>
-void dot_products(int64_t L, int64_t D, const T* grid, const Wide<T>* const* x, Wide<T>* const* out) {
-  for (int64_t l = 0; l < L; ++l) {
-    const T* g = grid + l * D;
-    Wide<T> sum[R];
-    for (int r = 0; r < R; ++r) {
-      Wide<T> s = 0;
-#pragma omp simd reduction(+ : s)
-      for (int64_t d = 0; d < D; ++d) s += wide(g[d]) * x[r][d];
-      sum[r] = s;
+// out[j][d] = sum_l weight[row[j] L + l] grid[l D + d] for k rows: the grid streams by once.
+template <class T>
+void weighted_sums(int64_t k, int64_t L, int64_t D, const T* grid, const Wide<T>* weight, const int64_t* row, Wide<T>* out) {
+  std::fill_n(out, k * D, Wide<T>(0));
+  for (int64_t l = 0; l < L; l += TILE)
+    with_constant(std::min(TILE, L - l), [=](auto count) {
+      constexpr int P = decltype(count)::value;
+      for (int64_t begin = 0; begin < D; begin += STRIP)
+        for (int64_t j = 0; j < k; ++j) {
+          const int64_t end = std::min(begin + STRIP, D);
+          const Wide<T>* w = weight + row[j] * L + l;
+#pragma omp simd
+          for (int64_t d = begin; d < end; ++d) {
+            Wide<T> sum = out[j * D + d];
+            for (int p = 0; p < P; ++p) sum += w[p] * wide(grid[(l + p) * D + d]);
+            out[j * D + d] = sum;
+          }
+        }
+    });
+}
+
+// out[r][p] += grid[p D ...] . x[r D ...] for a tile of R rows and P locations.
+template <int R, int P, class T>
+void dot_tile(int64_t D, const T* grid, const Wide<T>* x, Wide<T>* const* out) {
+  Wide<T> sum[R][P][LANES] = {};
+  int64_t d = 0;
+  for (; d + LANES <= D; d += LANES)
+    for (int p = 0; p < P; ++p)
+      for (int r = 0; r < R; ++r)
+#pragma omp simd
+        for (int64_t i = 0; i < LANES; ++i) sum[r][p][i] += wide(grid[p * D + d + i]) * x[r * D + d + i];
+  for (int r = 0; r < R; ++r)
+    for (int p = 0; p < P; ++p) {
+      Wide<T> total = 0;
+      for (int64_t i = 0; i < LANES; ++i) total += sum[r][p][i];
+      for (int64_t i = d; i < D; ++i) total += wide(grid[p * D + i]) * x[r * D + i];
+      out[r][p] += total;
     }
-    for (int r = 0; r < R; ++r) out[r][l] += sum[r];
-  }
+}
+
+// out[row[j] L + l] += grid[l D ...] . x[j D ...] for k rows: the grid streams by once.
+template <class T>
+void dot_products(int64_t k, int64_t L, int64_t D, const T* grid, const Wide<T>* x, const int64_t* row, Wide<T>* out) {
+  for (int64_t l = 0; l < L; l += TILE)
+    for (int64_t j = 0; j < k; j += TILE) {
+      const int64_t rows = std::min(TILE, k - j), locations = std::min(TILE, L - l);
+      Wide<T>* to[TILE];
+      for (int64_t r = 0; r < rows; ++r) to[r] = out + row[j + r] * L + l;
+      with_constant(rows, [&](auto R) {
+        with_constant(locations, [&](auto P) {
+          dot_tile<decltype(R)::value, decltype(P)::value>(D, grid + l * D, x + j * D, to);
+        });
+      });
+    }
 }
 
 template <bool TANH, class T>
@@ -144,7 +178,7 @@ void attend(int64_t n, int64_t B, int64_t L, int64_t A, int64_t D, const int64_t
     const int64_t* row = rows + ptr[b];
     const int64_t k = count_below(row, rows + ptr[b + 1], n);
     if (!k) continue;
-    std::vector<W> q(k * A), u(A);
+    std::vector<W> q(k * A), u(A), sums(k * D);
     for (int64_t a = 0; a < A; ++a) u[a] = wide(score[a]);
     for (int64_t j = 0; j < k; ++j) prepare_query<TANH>(A, query + row[j] * query_stride, &q[j * A]);
 
@@ -166,20 +200,9 @@ void attend(int64_t n, int64_t B, int64_t L, int64_t A, int64_t D, const int64_t
       for (int64_t l = 0; l < L; ++l) sum += e[l] = exponential(e[l] - top);
       for (int64_t l = 0; l < L; ++l) e[l] /= sum;
     }
-    for (int64_t d = 0; d < D; d += BLOCK) {
-      const int64_t width = std::min(BLOCK, D - d);
-      const T* g = grid + b * L * D + d;
-      for (int64_t j = 0; j < k; j += 4) {
-        const W* weight[4];
-        T* out[4];
-        const int64_t r = std::min<int64_t>(4, k - j);
-        for (int64_t i = 0; i < r; ++i) weight[i] = alpha + row[j + i] * L, out[i] = context + row[j + i] * D + d;
-        if (r == 4) weighted_sum<4>(L, D, width, g, weight, out);
-        if (r == 3) weighted_sum<3>(L, D, width, g, weight, out);
-        if (r == 2) weighted_sum<2>(L, D, width, g, weight, out);
-        if (r == 1) weighted_sum<1>(L, D, width, g, weight, out);
-      }
-    }
+    weighted_sums(k, L, D, grid + b * L * D, alpha, row, sums.data());
+    for (int64_t j = 0; j < k; ++j)
+      for (int64_t d = 0; d < D; ++d) narrow(sums[j * D + d], context[row[j] * D + d]);
   }
 }
 
@@ -202,16 +225,7 @@ void attend_backward(int64_t n, int64_t B, int64_t L, int64_t A, int64_t D, cons
       for (int64_t d = 0; d < D; ++d) x[j * D + d] = wide(grad_context[row[j] * D + d]);
       std::copy_n(grad_alpha + row[j] * L, L, grad_scores + row[j] * L);
     }
-    for (int64_t j = 0; j < k; j += 4) {
-      const W* in[4];
-      W* out[4];
-      const int64_t r = std::min<int64_t>(4, k - j);
-      for (int64_t i = 0; i < r; ++i) in[i] = &x[(j + i) * D], out[i] = grad_scores + row[j + i] * L;
-      if (r == 4) dot_products<4>(L, D, grid + b * L * D, in, out);
-      if (r == 3) dot_products<3>(L, D, grid + b * L * D, in, out);
-      if (r == 2) dot_products<2>(L, D, grid + b * L * D, in, out);
-      if (r == 1) dot_products<1>(L, D, grid + b * L * D, in, out);
-    }
+    dot_products(k, L, D, grid + b * L * D, x.data(), row, grad_scores);
     for (int64_t j = 0; j < k; ++j) {  // softmax: d e = alpha (d alpha - sum alpha d alpha)
       const W* al = alpha + row[j] * L;
       W* g = grad_scores + row[j] * L;
@@ -312,6 +326,36 @@ void cell_backward(int64_t n, int64_t H, const T* activations, int64_t stride, c
   }
 }
 
+// Softmax cross-entropy of each row of logits [n, V] + bias against its target: nll, whether the target is the most probable,
+// the summed log-probabilities (for label smoothing); logits become d loss / d logits = p - (1 - s) onehot - s / V.
+template <class T>
+void cross_entropy(int64_t n, int64_t V, T* logits, const Wide<T>* bias, const int64_t* targets, double smoothing,
+                   Wide<T>* nll, Wide<T>* sum_log_p, bool* correct, int threads) {
+  using W = Wide<T>;
+#pragma omp parallel for num_threads(threads)
+  for (int64_t r = 0; r < n; ++r) {
+    T* row = logits + r * V;
+    std::vector<W> x(V);
+    W top = -std::numeric_limits<W>::infinity(), total = 0, sum = 0;
+#pragma omp simd reduction(max : top) reduction(+ : total)
+    for (int64_t v = 0; v < V; ++v) {
+      x[v] = wide(row[v]) + bias[v];
+      top = std::max(top, x[v]);
+      total += x[v];
+    }
+    const W target = x[targets[r]];
+#pragma omp simd reduction(+ : sum)
+    for (int64_t v = 0; v < V; ++v) sum += x[v] = exponential(x[v] - top);
+    const W log_sum = top + std::log(sum), share = W(smoothing) / V;
+#pragma omp simd
+    for (int64_t v = 0; v < V; ++v) narrow(x[v] / sum - share, row[v]);
+    narrow(x[targets[r]] / sum - share - (1 - W(smoothing)), row[targets[r]]);
+    nll[r] = log_sum - target;
+    sum_log_p[r] = total - V * log_sum;
+    correct[r] = target >= top;
+  }
+}
+
 }  // namespace
 
 #define EXPORT(NAME, T)                                                                                                 \
@@ -346,6 +390,11 @@ void cell_backward(int64_t n, int64_t H, const T* activations, int64_t stride, c
                                        const Wide<T>* c_before, const Wide<T>* c, const Wide<T>* grad_h,                \
                                        Wide<T>* grad_c, T* grad_gates, int64_t grad_stride, int64_t threads) {          \
     cell_backward<T>(n, H, activations, stride, c_before, c, grad_h, grad_c, grad_gates, grad_stride, threads);         \
+  }                                                                                                                     \
+  extern "C" void cross_entropy_##NAME(int64_t n, int64_t V, T* logits, const Wide<T>* bias, const int64_t* targets,    \
+                                       double smoothing, Wide<T>* nll, Wide<T>* sum_log_p, bool* correct,               \
+                                       int64_t threads) {                                                               \
+    cross_entropy<T>(n, V, logits, bias, targets, smoothing, nll, sum_log_p, correct, threads);                         \
   }
 
 EXPORT(float32, float)

@@ -105,12 +105,24 @@ def cell_backward(
     )  # fmt: skip
 
 
-def _call(name: str, dtype: torch.dtype, *arguments: Tensor | int) -> None:
-    """Call a kernel: tensors as pointers (rows may be strided, columns are not), numbers as int64, the threads last."""
+def cross_entropy(logits: Tensor, bias: Tensor, targets: Tensor, smoothing: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Of `logits` [n, V] + `bias` [V] against `targets` int64 [n]: nll [n], summed log-probabilities [n], hits (bool [n]).
+
+    `logits` become the gradient of the loss smoothed by `smoothing`.
+    """
+    n, V = logits.shape
+    nll, sum_log_p = bias.new_empty(n), bias.new_empty(n)
+    correct = torch.empty(n, dtype=torch.bool)
+    _call("cross_entropy", logits.dtype, n, V, logits, bias, targets, smoothing, nll, sum_log_p, correct)
+    return nll, sum_log_p, correct
+
+
+def _call(name: str, dtype: torch.dtype, *arguments: Tensor | int | float) -> None:
+    """Call a kernel: tensors as pointers (rows may be strided, columns are not), the number of threads last."""
     assert all(a.stride(-1) == 1 for a in arguments if isinstance(a, Tensor))
     function = getattr(library()[0], f"{name}_{str(dtype).removeprefix('torch.')}")
-    numbers = (a.data_ptr() if isinstance(a, Tensor) else int(a) for a in arguments)
-    function(*map(ctypes.c_int64, numbers), ctypes.c_int64(torch.get_num_threads()))
+    values = (a.data_ptr() if isinstance(a, Tensor) else a for a in (*arguments, torch.get_num_threads()))
+    function(*(ctypes.c_double(v) if isinstance(v, float) else ctypes.c_int64(v) for v in values))
 
 
 def _cpu() -> str:

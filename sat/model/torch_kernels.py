@@ -110,3 +110,18 @@ def cell_backward(
     before = (i * (1 - i) * g * grad_c, f * (1 - f) * c_before * grad_c, i * (1 - g * g) * grad_c, o * (1 - o) * y * grad_h)
     grad_gates.copy_(torch.cat(before, 1))
     grad_c *= f
+
+
+def cross_entropy(logits: Tensor, bias: Tensor, targets: Tensor, smoothing: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Of `logits` [n, V] + `bias` [V] against `targets` int64 [n]: nll [n], summed log-probabilities [n], hits (bool [n]).
+
+    `logits` become the gradient of the loss smoothed by `smoothing`.
+    """
+    target = targets[:, None]
+    log_p = torch.log_softmax(logits + bias, 1)
+    nll = -log_p.gather(1, target).squeeze(1)
+    correct = -nll >= log_p.amax(1)
+    sum_log_p = log_p.sum(1)
+    delta = log_p.exp_().sub_(smoothing / logits.shape[1])
+    logits.copy_(delta.scatter_add_(1, target, torch.full_like(delta[:, :1], smoothing - 1)))
+    return nll, sum_log_p, correct
