@@ -1,5 +1,6 @@
 """What the command lines of the shard programs share: steps, one line per error, one line of progress."""
 
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ class Step(StrEnum):
 
 def run(program: Callable[..., None]) -> None:
     """Run a typer program; what a user or a file can cause (ValueError, OSError) is one line and exit status 1."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a kill costs nothing here, waiting for shards under way does
     try:
         typer.run(program)
     except (ValueError, OSError) as error:
@@ -30,6 +32,7 @@ def progress_line(total: int, label: str, unit: str = "images") -> Iterator[Call
     """Yields a function that advances one progress line with rate and time left."""
     from tqdm import tqdm
 
-    scale = unit == "B"
-    with tqdm(total=total, desc=label, unit=unit if scale else f" {unit}", unit_scale=scale, dynamic_ncols=True) as bar:
+    options = {"unit": "B", "unit_scale": True} if unit == "B" else {"unit": f" {unit}"}
+    interval = 0.5 if sys.stderr.isatty() else 10  # seconds; a log file needs few lines
+    with tqdm(total=total, desc=label, dynamic_ncols=True, mininterval=interval, **options) as bar:
         yield bar.update

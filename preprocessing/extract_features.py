@@ -51,7 +51,8 @@ def extract_stripe(plan: Plan, *, stripe: str = "0/1", processes: int = 0, num_w
         for place in zip(devices, _core_groups(len(devices)), strict=True):
             places.put(place)
         with process_pool(len(devices), _start_worker, (plan, places, workers)) as pool:
-            return run_shards(plan, _build, pool, stripe=stripe, slots=len(devices), progress=advance)
+            options = {"stripe": stripe, "slots": len(devices)}
+            return run_shards(plan, _build, pool, **options, progress=lambda images, built: advance(images))
 
 
 def finalize_features(plan: Plan) -> Manifest:
@@ -61,11 +62,15 @@ def finalize_features(plan: Plan) -> Manifest:
 
 
 def _extract_here(plan: Plan, stripe: str, device: str, workers: int, advance: Callable[[int], None]) -> Summary:
+    def reused(images: int, built: bool) -> None:
+        advance(0 if built else images)  # the extractor has told of the built ones, batch by batch
+
     with (
         Extractor(plan, source_of(plan), scale_of(plan), device, workers) as extractor,
         ThreadPoolExecutor(SHARDS_UNDER_WAY, thread_name_prefix="shard") as pool,
     ):
-        return run_shards(plan, extractor.build, pool, stripe=stripe, slots=SHARDS_UNDER_WAY, progress=advance)
+        extractor.progress = advance
+        return run_shards(plan, extractor.build, pool, stripe=stripe, slots=SHARDS_UNDER_WAY, progress=reused)
 
 
 def _start_worker(plan: Plan, places: Queue, workers: int) -> None:

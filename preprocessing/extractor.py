@@ -35,6 +35,7 @@ class Extractor:
         self.transform = plan.fingerprint["transform"]
         self.decoding = ThreadPoolExecutor(num_workers, thread_name_prefix="decode")
         self.computing = ThreadPoolExecutor(1, thread_name_prefix="network")
+        self.progress: Callable[[int], None] = lambda images: None
         self.network: Callable[[np.ndarray], np.ndarray] | None = None
 
     def __enter__(self) -> "Extractor":
@@ -67,6 +68,7 @@ class Extractor:
             for row, grid in zip(rows, grids, strict=True):
                 about = {name: row[name] for name in ("key", "image_id", "file_name", "width", "height")}
                 yield Sample(**about, captions=tuple(row["captions"]), extension="npy", data=npy_bytes(grid))
+            self.progress(len(rows))
 
     def _to_stored(self, grids: np.ndarray) -> np.ndarray:
         """What the network gave (float32, or bf16 as bits) in the format on disk."""

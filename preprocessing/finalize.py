@@ -14,7 +14,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from preprocessing.plan import Plan
+from preprocessing.plan import LEFT_OUT, Plan
 from preprocessing.shards import (
     WORK,
     LeftOut,
@@ -41,8 +41,6 @@ from sat.data.manifest import (
     rows_digest,
     seal,
 )
-
-LEFT_OUT = "left_out.jsonl"
 
 
 def finalize(
@@ -81,13 +79,15 @@ def finalize(
 
 
 def _standing(plan: Plan) -> Manifest | None:
-    """The published data set when it is of this plan and whole by name and size."""
+    """The published data set when it is of this plan, whole by name and size, and of the shards that stand now."""
     try:
         manifest = load_manifest(plan.root)
         check_files(manifest)
+        shards = {sidecar["shard"]: sidecar["sha256"] for sidecar in _sidecars(plan) if sidecar["samples"]}
     except ValueError:
         return None
-    return manifest if manifest.fingerprint == plan.fingerprint and manifest.kind == plan.kind else None
+    equal = shards == {shard.name: shard.sha256 for shard in manifest.shards}
+    return manifest if equal and manifest.fingerprint == plan.fingerprint and manifest.kind == plan.kind else None
 
 
 def _check_sidecars(plan: Plan) -> None:

@@ -7,9 +7,11 @@ else.
 """
 
 import json
+import math
 import os
 import socket
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -77,36 +79,33 @@ def run_shards(
     slots: int = 1,
     max_bad_fraction: float = 1.0,
     claim_timeout: float = 300.0,
-    progress: Callable[[int], None] = lambda images: None,
+    progress: Callable[[int, bool], None] = lambda images, built: None,
 ) -> Summary:
     """Bring the shards of a stripe to stand, `slots` at a time; returns when all do.
 
     `build(plan, shard)` writes one shard and returns its sidecar; with a process pool it must be picklable. Shards
-    claimed by another live worker are left to it and looked at again at the end. Raises ValueError when more than
-    `max_bad_fraction` of the stripe's pictures are left out, and whatever `build` raises.
+    claimed by another live worker are left to it and looked at again at the end. `progress` is told the pictures of
+    every finished shard and whether it was built here. Raises ValueError when more than `max_bad_fraction` of the
+    stripe's pictures are left out, and whatever `build` raises.
     """
     index, count = parse_stripe(stripe)
-    todo, running, claimed, summary = [], {}, {}, Summary()
-    limit = max_bad_fraction * sum(shard.samples for shard in plan.shards[index::count])
-    started = time.monotonic()
-    for shard in plan.shards[index::count]:
-        if is_finished(plan.root, shard, plan.digest):
-            summary.add(read_sidecar(plan.root, shard), built=False)
-            progress(shard.samples)
-        else:
-            todo.append(shard)
+    shards, started, summary = plan.shards[index::count], time.monotonic(), Summary()
+    limit = max_bad_fraction * sum(shard.samples for shard in shards)
+    todo = deque(shard for shard in shards if not _reuse(plan, shard, summary, progress))
+    running: dict[Future, PlannedShard] = {}
+    claimed: dict[PlannedShard, float] = {}  # since when we have been watching
     try:
         while todo or running or claimed:
             _check_bad(summary, limit, max_bad_fraction)
             while todo and len(running) < slots:
-                shard = todo.pop(0)
-                running[executor.submit(work_on, plan, shard, build, _is_dead(claimed, shard, claim_timeout))] = shard
-            done, _ = wait(running, timeout=_POLL_SECONDS, return_when=FIRST_COMPLETED)
-            for future in done:
+                shard = todo.popleft()
+                steal = time.monotonic() - claimed.get(shard, math.inf) > claim_timeout
+                running[executor.submit(work_on, plan, shard, build, steal)] = shard
+            for future in wait(running, timeout=_POLL_SECONDS, return_when=FIRST_COMPLETED).done:
                 _take_result(future, running.pop(future), summary, claimed, progress)
-            if not todo and not running and claimed:
+            if claimed and not todo and not running:
                 time.sleep(_POLL_SECONDS)
-                todo = list(claimed)
+                todo.extend(claimed)
         _check_bad(summary, limit, max_bad_fraction)
     finally:
         for future in running:
@@ -142,18 +141,25 @@ def work_on(plan: Plan, shard: PlannedShard, build: Callable, steal: bool) -> tu
         path.unlink(missing_ok=True)
 
 
-def _take_result(future: Future, shard: PlannedShard, summary: Summary, claimed: dict, progress: Callable) -> None:
+def _reuse(plan: Plan, shard: PlannedShard, summary: Summary, progress: Callable[[int, bool], None]) -> bool:
+    """Count a shard that stands already; False when it does not."""
+    if not is_finished(plan.root, shard, plan.digest):
+        return False
+    summary.add(read_sidecar(plan.root, shard), built=False)
+    progress(shard.samples, False)
+    return True
+
+
+def _take_result(
+    future: Future, shard: PlannedShard, summary: Summary, claimed: dict, progress: Callable[[int, bool], None]
+) -> None:
     sidecar, built = future.result()
     if sidecar is None:
         claimed.setdefault(shard, time.monotonic())
         return
     claimed.pop(shard, None)
     summary.add(sidecar, built)
-    progress(shard.samples)
-
-
-def _is_dead(claimed: dict, shard: PlannedShard, claim_timeout: float) -> bool:
-    return shard in claimed and time.monotonic() - claimed[shard] > claim_timeout
+    progress(shard.samples, built)
 
 
 def _check_bad(summary: Summary, limit: float, fraction: float) -> None:

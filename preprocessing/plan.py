@@ -28,7 +28,7 @@ from preprocessing.shards import (
 )
 from sat.data.manifest import MANIFEST, SAMPLES, SHARDS, STATISTICS, seal, unseal
 
-PLAN = "plan.json"
+PLAN, LEFT_OUT = "plan.json", "left_out.jsonl"
 PLAN_SCHEMA = pa.schema(
     [
         ("key", pa.string()),
@@ -73,7 +73,11 @@ class Plan:
         """Planned samples of one shard, columns as in `PLAN_SCHEMA`. Raises ValueError when the table is damaged."""
         path = table_path(self)
         try:
-            rows = pq.ParquetFile(path).read_row_group(self.shards.index(shard), use_threads=False).to_pylist()
+            rows = (
+                pq.ParquetFile(path, pre_buffer=False)
+                .read_row_group(self.shards.index(shard), use_threads=False)
+                .to_pylist()
+            )
         except (pa.ArrowException, OSError) as error:
             raise ValueError(f"{path}: the plan of {shard.name} cannot be read ({error}); {_AGAIN}") from error
         if plan_rows_digest(rows) != shard.rows_sha256:
@@ -105,7 +109,7 @@ def publish_plan(plan: Plan, row_groups: Iterable[list[dict]] = (), overwrite: b
     if standing_plan(plan.root) is None:  # none, or a damaged one that nobody can use
         path.unlink(missing_ok=True)
     if overwrite and path.exists() and _difference(plan):
-        delete_data_set(plan.root)
+        delete_data_set(load_plan(plan.root))
     if not path.exists() or not _difference(plan):
         _write_table(plan, row_groups)
         crash_point("plan-table-written")
@@ -180,13 +184,10 @@ def _write_table(plan: Plan, row_groups: Iterable[list[dict]]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def delete_data_set(root: Path) -> None:
-    """Delete what these programs wrote in a folder, the manifest first and the plan last; other files stay."""
-    for name in (MANIFEST, SAMPLES, SHARDS, STATISTICS):
-        (root / name).unlink(missing_ok=True)
-    work = root / WORK
-    entries = sorted(os.listdir(work), key=lambda name: (name == PLAN, name))
-    for entry in entries:
-        if entry.endswith(".json") and entry != PLAN:
-            (root / f"{entry.removesuffix('.json')}.tar").unlink(missing_ok=True)
+def delete_data_set(plan: Plan) -> None:
+    """Delete what these programs wrote by a plan, the manifest first and the plan last; other files stay."""
+    for name in (MANIFEST, SAMPLES, SHARDS, STATISTICS, LEFT_OUT, *(shard.name for shard in plan.shards)):
+        (plan.root / name).unlink(missing_ok=True)
+    work = plan.root / WORK
+    for entry in sorted(os.listdir(work), key=lambda name: (name == PLAN, name)):
         (work / entry).unlink(missing_ok=True)

@@ -72,7 +72,7 @@ def shard_stripe(plan: Plan, *, stripe: str = "0/1", num_workers: int = 1, max_b
     pool = ThreadPoolExecutor(1) if num_workers <= 1 else process_pool(num_workers)
     with progress_line(pictures, "image shards") as advance, pool as executor:
         options = {"stripe": stripe, "slots": max(num_workers, 1), "max_bad_fraction": max_bad_fraction}
-        return run_shards(plan, build_image_shard, executor, **options, progress=advance)
+        return run_shards(plan, build_image_shard, executor, **options, progress=lambda images, built: advance(images))
 
 
 def read_picture(path: Path) -> bytes:

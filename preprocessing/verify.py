@@ -14,8 +14,7 @@ from pathlib import Path
 
 import xxhash
 
-from preprocessing.finalize import LEFT_OUT
-from preprocessing.plan import PLAN, Plan, load_plan, table_path
+from preprocessing.plan import LEFT_OUT, PLAN, Plan, load_plan, table_path
 from preprocessing.shards import WORK, PlannedShard, hash_file, read_sidecar, sidecar_path
 from sat.data.manifest import MANIFEST, Manifest, load_manifest, unseal
 

@@ -19,7 +19,7 @@ from preprocessing.extract_features import extract_stripe, finalize_features
 from preprocessing.finalize import finalize
 from preprocessing.plan import load_plan
 from preprocessing.shard_images import shard_stripe
-from preprocessing.shards import read_sidecar, sidecar_path
+from preprocessing.shards import sidecar_path
 from preprocessing.verify import Report, check_tables, recorded_bytes, verify
 from sat.data.manifest import MANIFEST
 
@@ -35,7 +35,6 @@ def repair(
     plan = load_plan(root)
     moved = {name: os.path.abspath(path) for name, path in (("images", images), ("weights", weights)) if path}
     plan = replace(plan, settings=plan.settings | moved)
-    manifest, table_faults = check_tables(root)
     broken = {fault.shard for fault in report.faults}
     for shard in plan.shards:
         if shard.name in broken:
@@ -45,9 +44,7 @@ def repair(
         shard_stripe(plan, num_workers=num_workers)
     else:
         extract_stripe(plan)
-    sidecars = [read_sidecar(root, shard) for shard in plan.shards]
-    rebuilt = {sidecar["shard"]: sidecar["sha256"] for sidecar in sidecars if sidecar["samples"]}
-    if table_faults or manifest is None or rebuilt != {shard.name: shard.sha256 for shard in manifest.shards}:
+    if check_tables(root)[1]:
         (root / MANIFEST).unlink(missing_ok=True)
     finalize(plan) if plan.kind == "images" else finalize_features(plan)
 

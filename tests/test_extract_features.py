@@ -2,7 +2,10 @@
 
 import subprocess
 import sys
+import threading
 import time
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
@@ -10,14 +13,19 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from preprocessing import fetch_weights
 from preprocessing.annotations import read_annotations
 from preprocessing.extract_features import extract_stripe, finalize_features
+from preprocessing.fetch_weights import convert
+from preprocessing.fetch_weights import main as fetch
 from preprocessing.finalize import finalize
 from preprocessing.grids import restore
 from preprocessing.images import decode, fit
 from preprocessing.network import COMPUTE, best_compute, fast_forward, load_network
 from preprocessing.plan_features import plan_features
 from preprocessing.shard_images import plan_images, shard_stripe
+from preprocessing.shards import hash_file
+from preprocessing.weights import CONTENT_KEY, content_digest, find_weights
 from sat.data.manifest import NPY_HEADER, TAR_BLOCK, load_manifest, load_statistics
 from sat.model.encoder import Encoder, load_encoder, normalise
 from tests.helpers_shards import REPOSITORY, encoded, make_coco, picture, run_program, snapshot
@@ -28,8 +36,8 @@ OPTIONS = ("--size", SIZE, "--stage", STAGE, "--batch-size", 4, "--compute", "fp
 TYPES = {"bf16": np.uint16, "fp16": np.float16, "fp32": np.float32, "int8": np.int8}
 
 
-def random_weights(path, stage=STAGE):
-    """A ResNet-50 of the first stages whose BatchNorms are not trivial."""
+def random_encoder(stage=STAGE):
+    """A ResNet-50 of the first stages whose BatchNorms are not trivial, frozen."""
     torch.manual_seed(0)
     encoder = Encoder(stage)
     for module in encoder.modules():
@@ -38,7 +46,11 @@ def random_weights(path, stage=STAGE):
             module.running_var.uniform_(0.5, 2)
             torch.nn.init.uniform_(module.weight, 0.5, 1.5)
             torch.nn.init.normal_(module.bias, 0, 0.2)
-    save_file({name: tensor.contiguous() for name, tensor in encoder.state_dict().items()}, path)
+    return encoder.requires_grad_(False).eval()
+
+
+def random_weights(path):
+    save_file({name: tensor.contiguous() for name, tensor in random_encoder().state_dict().items()}, path)
     return path
 
 
@@ -127,8 +139,8 @@ def test_the_network_in_bf16_is_within_two_percent(made, tmp_path):
 
 
 @pytest.mark.parametrize("stage", [1, 4])
-def test_fused_convolutions_give_what_the_encoder_gives_at_every_stage(tmp_path, stage):
-    encoder = load_encoder(random_weights(tmp_path / "w.safetensors", stage), stage)
+def test_fused_convolutions_give_what_the_encoder_gives_at_every_stage(stage):
+    encoder = random_encoder(stage)
     images = torch.randn(3, 3, 64, 64)
     with torch.inference_mode():
         found = fast_forward(encoder, 64, "fp32", "cpu", 0)(images.to(memory_format=torch.channels_last))
@@ -218,8 +230,6 @@ def test_missing_weights_are_told_in_seconds_with_the_command(made, tmp_path):
 
 @pytest.mark.faults
 def test_damaged_or_unverifiable_imagenet_weights_are_refused(made, tmp_path):
-    from preprocessing.weights import CONTENT_KEY, content_digest, find_weights
-
     path = tmp_path / "resnet50-imagenet.safetensors"
     tensors = {"a": torch.arange(9.0), "b": torch.zeros(3, dtype=torch.int64)}
     save_file(tensors, path)
@@ -237,20 +247,41 @@ def test_damaged_or_unverifiable_imagenet_weights_are_refused(made, tmp_path):
 
 
 @pytest.mark.faults
-def test_fetched_weights_are_used_only_with_the_digest_their_name_promises(tmp_path):
-    from preprocessing.fetch_weights import convert
-    from preprocessing.shards import hash_file
-    from preprocessing.weights import find_weights
-
-    torch.save(load_encoder(random_weights(tmp_path / "w.safetensors"), STAGE).state_dict(), tmp_path / "w.pth")
+def test_fetched_weights_are_used_only_with_the_digest_their_name_promises(tmp_path, capsys):
+    torch.save(random_encoder().state_dict(), tmp_path / "w.pth")
     name = f"resnet50-{hash_file(tmp_path / 'w.pth')[:8]}.pth"
     (tmp_path / "w.pth").rename(tmp_path / name)
-    run_program("fetch_weights", "--file", tmp_path / name, "--out", tmp_path / "out.safetensors")
-    assert find_weights(str(tmp_path / "out.safetensors"))
-    assert "there already" in run_program("fetch_weights", "--out", tmp_path / "out.safetensors").stdout
+    fetch(tmp_path / "out.safetensors", file=tmp_path / name)
+    assert load_encoder(find_weights(str(tmp_path / "out.safetensors")), STAGE)
+    fetch(tmp_path / "out.safetensors")
+    assert "there already and sound" in capsys.readouterr().out
     with pytest.raises(ValueError, match="damaged or another file; not used"):
         convert(tmp_path / name, "resnet50-00000000.pth", tmp_path / "never.safetensors")
+    with pytest.raises(ValueError, match="nothing can be verified"):
+        convert(tmp_path / name, "resnet50.pth", tmp_path / "never.safetensors")
     assert not (tmp_path / "never.safetensors").exists()
+
+
+@pytest.mark.faults
+def test_weights_come_from_a_server_whole_or_not_at_all(tmp_path, monkeypatch):
+    (tmp_path / "served").mkdir()
+    torch.save(random_encoder().state_dict(), tmp_path / "w.pth")
+    name = f"resnet50-{hash_file(tmp_path / 'w.pth')[:8]}.pth"
+    (tmp_path / "w.pth").rename(tmp_path / "served" / name)
+    (tmp_path / "served" / "resnet50-00000000.pth").write_bytes(b"damaged on the way")
+    handler = partial(SimpleHTTPRequestHandler, directory=tmp_path / "served")
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        base = f"http://127.0.0.1:{server.server_port}"
+        monkeypatch.setattr(fetch_weights, "URLS", {"v1": f"{base}/{name}", "v2": f"{base}/resnet50-00000000.pth"})
+        fetch(tmp_path / "out.safetensors")
+        with pytest.raises(ValueError, match="resnet50-00000000.pth.*not used"):
+            fetch(tmp_path / "bad.safetensors", version="v2")
+        server.shutdown()
+    with pytest.raises(ValueError, match="cannot be fetched.*--file"):
+        fetch(tmp_path / "bad.safetensors")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.safetensors", "served"]
+    assert load_encoder(tmp_path / "out.safetensors", STAGE)
 
 
 @pytest.mark.faults

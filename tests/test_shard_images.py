@@ -10,7 +10,8 @@ import webdataset
 from preprocessing.annotations import read_annotations
 from preprocessing.finalize import finalize
 from preprocessing.images import decode
-from preprocessing.shard_images import plan_images, shard_stripe
+from preprocessing.jobs import parse_stripe
+from preprocessing.shard_images import main, plan_images, shard_stripe
 from sat.data.manifest import load_manifest
 from tests.helpers_shards import (
     REPOSITORY,
@@ -22,8 +23,6 @@ from tests.helpers_shards import (
     self_describing_captions,
     snapshot,
 )
-
-DATA = ("--shard-size", "5", "--num-workers", "1")
 
 
 @pytest.fixture(scope="module")
@@ -39,17 +38,16 @@ def coco(tmp_path_factory):
     return root
 
 
-def arguments(coco, out, *more):
-    annotations = [
-        x for split in ("train", "val") for x in ("--annotations", f"{split}={coco}/annotations/captions_{split}.json")
-    ]
-    return [*annotations, "--images", coco / "images", "--out", out, *DATA, *more]
+def options(coco, out, **more):
+    """Arguments of the program over the pictures of `coco`, five to a shard, in this process."""
+    files = [f"{split}={coco}/annotations/captions_{split}.json" for split in ("train", "val")]
+    return {"out": out, "annotations": files, "images": coco / "images", "shard_size": 5, "num_workers": 1} | more
 
 
 @pytest.fixture(scope="module")
 def shards(coco, tmp_path_factory):
     out = tmp_path_factory.mktemp("shards") / "images"
-    run_program("shard_images", *arguments(coco, out))
+    main(**options(coco, out))
     return out
 
 
@@ -85,7 +83,7 @@ def test_the_order_inside_shards_is_mixed_and_fixed_by_the_seed(coco, shards, tm
     manifest = load_manifest(shards)
     order = [int(row["key"]) for i in manifest.shards.of_split("train") for row in manifest.rows(i).to_pylist()]
     assert order != sorted(order) and sorted(order) == list(range(1, 13))
-    run_program("shard_images", *arguments(coco, tmp_path / "other", "--seed", "2"))
+    main(**options(coco, tmp_path / "other", seed=2))
     other = load_manifest(tmp_path / "other")
     assert [int(r["key"]) for i in other.shards.of_split("train") for r in other.rows(i).to_pylist()] != order
     assert other.digest != manifest.digest
@@ -97,64 +95,66 @@ def test_hash_seed_locale_zone_folder_umask_and_workers_change_no_byte(coco, sha
     try:
         odd = {"PYTHONHASHSEED": "99", "LC_ALL": "de_DE.UTF-8", "LANG": "tr_TR", "TZ": "Asia/Tokyo"}
         folder = os.path.relpath(tmp_path / "odd", REPOSITORY)
-        run_program("shard_images", *arguments(coco, folder, "--num-workers", "2"), **odd)
+        names = ("train", "val")
+        files = [x for name in names for x in ("--annotations", f"{name}={coco}/annotations/captions_{name}.json")]
+        more = ["--images", coco / "images", "--out", folder, "--shard-size", 5, "--num-workers", 2]
+        run_program("shard_images", *files, *more, **odd)
     finally:
         os.umask(before)
     assert snapshot(tmp_path / "odd") == snapshot(shards)
 
 
-def test_a_second_run_writes_nothing_and_tells_so(coco, shards):
+def test_a_second_run_writes_nothing_and_tells_so(coco, shards, capsys):
     before = {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in shards.glob("*.*")}
-    done = run_program("shard_images", *arguments(coco, shards))
-    assert "0 shards written, 4 reused" in done.stdout
+    main(**options(coco, shards))
+    assert "0 shards written, 4 reused" in capsys.readouterr().out
     assert before == {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in shards.glob("*.*")}
 
 
 def test_stripes_and_steps_give_the_same_data_set_as_one_run(coco, shards, tmp_path):
     out = tmp_path / "striped"
-    run_program("shard_images", *arguments(coco, out, "--step", "plan"))
-    run_program("shard_images", "--out", out, "--step", "shards", "--stripe", "1/2", "--num-workers", "1")
-    failed = run_program("shard_images", "--out", out, "--step", "finalize", code=1)
-    assert "train-000000.tar is missing" in failed.stderr and not (out / "manifest.json").exists()
-    run_program("shard_images", "--out", out, "--step", "shards", "--stripe", "0/2", "--num-workers", "1")
-    run_program("shard_images", "--out", out, "--step", "finalize")
+    main(**options(coco, out, step="plan"))
+    main(out, step="shards", stripe="1/2", num_workers=1)
+    with pytest.raises(ValueError, match="train-000000.tar is missing"):
+        main(out, step="finalize")
+    assert not (out / "manifest.json").exists()
+    main(out, step="shards", stripe="0/2", num_workers=1)
+    main(out, step="finalize")
     assert snapshot(out) == snapshot(shards)
+
+
+@pytest.mark.parametrize("stripe", ["2/2", "1", "a/b", "-1/2", "0/0"])
+def test_a_stripe_that_does_not_exist_is_refused(stripe):
+    with pytest.raises(ValueError, match="expected I/N with I from 0 to N-1"):
+        parse_stripe(stripe)
 
 
 def test_another_plan_is_refused_with_what_differs_unless_overwritten(coco, tmp_path):
     out = tmp_path / "images"
-    run_program("shard_images", *arguments(coco, out))
+    main(**options(coco, out, shard_size=3))
     first = snapshot(out)
-    failed = run_program("shard_images", *arguments(coco, out, "--seed", "3"), code=1)
-    assert "planned with other inputs or settings (records, seed)" in failed.stderr and "--overwrite" in failed.stderr
+    with pytest.raises(ValueError, match=r"other inputs or settings \(records, seed, shard_size\).*--overwrite"):
+        main(**options(coco, out, seed=3))
     assert snapshot(out) == first
     (out / "mine.txt").write_text("not written by us")
-    run_program("shard_images", *arguments(coco, out, "--seed", "3", "--overwrite"))
-    run_program("shard_images", *arguments(coco, tmp_path / "fresh", "--seed", "3"))
+    main(**options(coco, out, seed=3, overwrite=True))
+    main(**options(coco, tmp_path / "fresh", seed=3))
     assert snapshot(out) == snapshot(tmp_path / "fresh") | {"mine.txt": b"not written by us"}
 
 
 @pytest.mark.faults
-def test_bad_pictures_are_left_out_recorded_and_counted_up_to_the_limit(tmp_path):
+def test_bad_pictures_are_left_out_recorded_and_counted_up_to_the_limit(tmp_path, capsys):
     files = make_coco(tmp_path, {"train": 10})
     folder = tmp_path / "images" / "train"
     bad = {"000001": b"", "000002": (folder / "000002.jpg").read_bytes()[:300], "000003": b"<html>404</html>"}
     for name, data in bad.items():
         (folder / f"{name}.jpg").write_bytes(data)
-    options = [
-        "--annotations",
-        f"train={files['train']}",
-        "--images",
-        tmp_path / "images",
-        "--out",
-        tmp_path / "out",
-        *DATA,
-    ]
-    failed = run_program("shard_images", *options, "--max-bad-fraction", "0.2", code=1)
-    assert "more than --max-bad-fraction 0.2 allows" in failed.stderr and "empty file" in failed.stderr
+    arguments = {"annotations": [f"train={files['train']}"], "images": tmp_path / "images", "num_workers": 1}
+    with pytest.raises(ValueError, match="empty file.*more than --max-bad-fraction 0.2 allows"):
+        main(tmp_path / "out", **arguments, max_bad_fraction=0.2)
     assert not (tmp_path / "out" / "manifest.json").exists()
-    done = run_program("shard_images", *options, "--max-bad-fraction", "0.3")
-    assert "left out 1 empty file, 1 not a picture, 1 truncated" in done.stdout
+    main(tmp_path / "out", **arguments, max_bad_fraction=0.3)
+    assert "left out 1 empty file, 1 not a picture, 1 truncated" in capsys.readouterr().out
     manifest = load_manifest(tmp_path / "out")
     assert manifest.left_out == {"empty file": 1, "not a picture": 1, "truncated": 1} and manifest.splits == {
         "train": 7
@@ -186,15 +186,14 @@ def test_a_wrong_image_folder_is_told_at_once(coco, tmp_path):
         "shard_images", "--annotations", annotations, "--images", tmp_path / "empty", "--out", tmp_path, code=1
     )
     assert "12 no such file" in failed.stderr and str(tmp_path / "empty") in failed.stderr
-    failed = run_program("shard_images", "--out", tmp_path / "new", "--step", "shards", code=1)
-    assert "has no plan" in failed.stderr and "Traceback" not in failed.stderr
+    with pytest.raises(ValueError, match="has no plan"):
+        main(tmp_path / "new", step="shards")
 
 
 def test_real_photographs_are_sharded_whole(tmp_path):
     mini = real_data() / "coco_mini"
     annotations = f"train={mini}/annotations/captions_train2017.json"
-    options = ["--images", mini, "--val-fraction", "0.2", "--out", tmp_path, "--shard-size", "32", "--num-workers", "1"]
-    run_program("shard_images", "--annotations", annotations, *options)
+    main(tmp_path, [annotations], mini, val_fraction=0.2, shard_size=32, num_workers=1)
     manifest = load_manifest(tmp_path)
     assert manifest.splits == {"train": 64, "val": 16} and manifest.left_out == {}
     row = manifest.rows(0).to_pylist()[0]

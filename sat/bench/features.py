@@ -21,10 +21,10 @@ def run(
     batch_size: Annotated[int, typer.Option(min=1, help="pictures per pass of job and bare network")] = 32,
     pictures: Annotated[Path | None, typer.Option(help="folder of picture files; default: scenes rendered now")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="turns of each contender; the medians count")] = 3,
-    folder: Annotated[Path | None, typer.Option(help="where test shards are written; default: temporary")] = None,
+    folder: Annotated[Path | None, typer.Option(help="where test shards go; default: temporary")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="write the rows to this file")] = None,
 ) -> list[dict]:
-    """Images/s of the whole job, of the bare network at the same precision, and of a naive loop (PIL, batch 1, fp32)."""
+    """Images/s of the whole job, the bare network at the same precision and a naive loop (PIL, batch 1, fp32)."""
     import torch
 
     from preprocessing.network import best_compute

@@ -133,7 +133,9 @@ class Manifest:
         try:
             metadata = _parquet_metadata(self.root, self.files[SAMPLES]["sha256"])
             with open_file(self.root, SAMPLES) as file:
-                rows = pq.ParquetFile(file, metadata=metadata).read_row_group(shard_index, use_threads=False)
+                rows = pq.ParquetFile(file, metadata=metadata, pre_buffer=False).read_row_group(
+                    shard_index, use_threads=False
+                )
             damaged = rows.schema != SAMPLES_SCHEMA or rows_digest(rows).hex() != shard.rows_sha256
         except (pa.ArrowException, OSError, ValueError, IndexError) as error:
             raise ValueError(f"{self.root}/{SAMPLES}: the rows of {shard.name} cannot be read: {error}") from error
@@ -163,8 +165,8 @@ def load_manifest(root: str | os.PathLike) -> Manifest:
     if document["schema"] != SCHEMA:
         raise ValueError(f"{root}/{MANIFEST}: schema {document['schema']}, this program reads {SCHEMA}")
     blob = _read_recorded(root, SHARDS, document["files"])
-    # not pq.read_table: it starts threads that can abort a short process at its end
-    shards = ShardTable(pq.ParquetFile(pa.BufferReader(blob)).read(use_threads=False))
+    # not pq.read_table, and no pre_buffer: their threads can abort a short process at its end
+    shards = ShardTable(pq.ParquetFile(pa.BufferReader(blob), pre_buffer=False).read(use_threads=False))
     size = file_size(root, SAMPLES)
     if size != document["files"][SAMPLES]["bytes"]:
         raise ValueError(f"{root}/{SAMPLES}: {size} bytes, {document['files'][SAMPLES]['bytes']} were written")
