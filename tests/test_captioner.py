@@ -183,7 +183,7 @@ def test_hard_attention_draws_from_alpha_for_half_of_the_captions():
     model = make_model(**PAPER | {"attention": "hard"})
     memory = model.encode(torch.randn(1, L, D).double())
     query = torch.randn(1, 1, A).double().expand(1, 20_000, A)
-    attended = attend_hard(model.attention, *memory, query, torch.zeros(1, 20_000, dtype=torch.bool))
+    attended = attend_hard(model.attention, memory.grid, memory.projection, query, torch.zeros(1, 20_000, dtype=torch.bool))
     frequency = attended.chosen[0].bincount(minlength=L) / 20_000
     assert torch.allclose(frequency.double(), attended.alpha[0, 0], atol=0.02)
     assert torch.equal(attended.context[0], memory.grid[0, attended.chosen[0]])
@@ -223,8 +223,10 @@ def test_dropout_sits_on_the_initial_hidden_layer_and_before_the_vocabulary(pres
 
 @pytest.mark.parametrize("attention", ["soft", "none"])
 @pytest.mark.parametrize("preset", [PAPER, TUTORIAL], ids=["paper", "tutorial"])
-def test_forward_equals_decoding_step_by_step(preset, attention):
-    model = make_model(**preset | {"attention": attention}).eval()
+@pytest.mark.parametrize("compile", ["never", "auto"])
+@torch.no_grad()
+def test_forward_equals_decoding_step_by_step(preset, attention, compile):
+    model = make_model(compile=compile, **preset | {"attention": attention}).eval()
     grid, captions, lengths = make_batch()
     memory = model.encode(grid)
     state, nll = model.init_state(memory), torch.zeros(()).double()
@@ -243,7 +245,8 @@ def test_hard_attention_decodes_by_expectation_sampling_or_argmax():
     for how in ("expectation", "sample", "argmax"):
         model = make_model(**PAPER | {"attention": "hard", "hard_inference": how}).eval()
         memory = model.encode(make_batch()[0])
-        attended = attend_for_inference(model.attention, *memory, torch.randn(len(LENGTHS), 2, A).double() * 9, how)
+        query = torch.randn(len(LENGTHS), 2, A).double() * 9
+        attended = attend_for_inference(model.attention, memory.grid, memory.projection, query, how)
         contexts[how] = attended.context
         logits, _, alpha = model.step(memory, model.init_state(memory), torch.ones(len(LENGTHS), 1, dtype=torch.int64))
         assert logits.shape == (len(LENGTHS), 1, V) and torch.allclose(alpha.sum(-1), torch.ones(()).double())

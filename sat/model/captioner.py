@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from sat.model import native
 from sat.model.attention import BASELINE_DECAY, Attended, Attention, attend_for_inference, reinforce_sums
 from sat.model.initialise import initialise
 from sat.model.kernels import choose_kernels
@@ -34,6 +35,8 @@ class Memory(NamedTuple):
     """[B, L, D] standardised grid in the type of the matrix products."""
     projection: Tensor
     """[B, L, A] its part of the attention score; A = 0 without attention."""
+    prepared: Tensor | None = None
+    """[B, L, A] the same as the native kernels want it; A = 0 where they do not serve, None in a memory made by hand."""
 
 
 class State(NamedTuple):
@@ -117,7 +120,10 @@ class Captioner(nn.Module):
         if grid.shape[1:] != (self.grid_size, len(self.feature_mean)):
             raise ValueError(f"grid [B, {self.grid_size}, {len(self.feature_mean)}] expected, got {list(grid.shape)}")
         grid = self._standardised(grid)
-        return Memory(grid, self.attention.project(grid) if self.attention else grid[:, :, :0])
+        projection = self.attention.project(grid) if self.attention else grid[:, :, :0]
+        serves = self.attention and not torch.is_grad_enabled() and choose_kernels(self.compile, grid) is native
+        prepared = native.prepare(projection, self.attention.activation == "tanh") if serves else grid[:, :, :0]
+        return Memory(grid, projection, prepared)
 
     def init_state(self, memory: Memory) -> State:
         """LSTM state before the first word, h and c: [B, 1, H]. Show and Tell reads the image as a first word instead."""
@@ -132,14 +138,22 @@ class Captioner(nn.Module):
 
         Logits and alpha are float32 or wider. Without attention alpha is uniform.
         """
-        how = "expectation" if self.kind == "soft" else self.hard_inference
         words = self.embed(tokens)
         h, c, context, attended = self.advance(
-            words, state.h, state.c, lambda query: attend_for_inference(self.attention, *memory, query, how)
+            words, state.h, state.c, lambda query: self._attend_for_inference(memory, query)
         )
         logits = self.vocabulary(self.output_features(words, h, context)).to(h.dtype)
         alpha = attended.alpha if attended else h.new_full((), 1 / self.grid_size).expand(*tokens.shape, self.grid_size)
         return logits, State(h, c), alpha
+
+    def _attend_for_inference(self, memory: Memory, query: Tensor) -> Attended:
+        how = "expectation" if self.kind == "soft" else self.hard_inference
+        fused = memory.prepared is not None and memory.prepared.numel() and not torch.is_grad_enabled()
+        if how != "expectation" or not fused:
+            return attend_for_inference(self.attention, memory.grid, memory.projection, query, how)
+        score = self.attention.score.weight[0].to(query.dtype)
+        tanh = self.attention.activation == "tanh"
+        return Attended(*native.attend_beams(memory.grid, memory.prepared, query, score, tanh), None)
 
     # ------------------------------------------------------------------ training
 

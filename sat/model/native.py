@@ -63,6 +63,17 @@ def attend(seen: Seen, t: int, query: Tensor, alpha: Tensor, context: Tensor) ->
     )  # fmt: skip
 
 
+def attend_beams(grid: Tensor, prepared: Tensor, query: Tensor, score: Tensor, tanh: bool) -> tuple[Tensor, Tensor]:
+    """Context [B, k, D] and alpha [B, k, L] of k beams per image: `grid` [B, L, D], `prepared` [B, L, A], `query` [B, k, A]."""
+    (B, L, D), (_, k, A) = grid.shape, query.shape
+    alpha = query.new_empty(B, k, L, dtype=torch.promote_types(grid.dtype, torch.float32))
+    context = query.new_empty(B, k, D)
+    rows = torch.arange(B * k + 1)
+    tensors = (rows[::k].contiguous(), rows, grid.contiguous(), prepared.contiguous(), query.contiguous())
+    _call("attend", grid.dtype, tanh, B * k, B, L, A, D, *tensors, A, score.contiguous(), alpha, context)
+    return context, alpha
+
+
 def attend_backward(
     seen: Seen, t: int, query: Tensor, alpha: Tensor, grad_context: Tensor, grad_alpha: Tensor,
     grad_scores: Tensor, grad_query: Tensor,
