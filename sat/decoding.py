@@ -123,8 +123,8 @@ def decode(
     Several models vote by the mean of their probabilities (float32); alphas are averaged too. An image gets fewer
     captions only where fewer exist. `<pad>` and `<start>` are never chosen, blocked words keep their share of the
     probability: scores are true log-probabilities. Equal scores go to the lower slot, then the lower word id, so
-    captions do not depend on which images share a batch, except where the rounding of a matrix product decides.
-    `image_ids` (one per image) is needed to sample.
+    captions do not depend on which images share a batch, except where the rounding of a matrix product decides (or
+    hard attention draws its locations). `image_ids`, one per image, is needed to sample.
 
     Raises ValueError for a model in training mode, an ensemble of different vocabularies or logits that are not finite.
     """
@@ -146,8 +146,8 @@ def _check(models: list, grid: Tensor, options: DecodeOptions, image_ids: Sequen
         raise ValueError("decode needs at least one model")
     if any(model.training for model in models):
         raise ValueError("a model is in training mode, dropout would change its captions; call model.eval() first")
-    if grid.dim() != 3:
-        raise ValueError(f"grid must be [B, L, D], got shape {tuple(grid.shape)}")
+    if grid.dim() not in (3, 4):
+        raise ValueError(f"grid must be [B, L, D] (pictures [B, 3, S, S] for an end-to-end model), got shape {tuple(grid.shape)}")
     if options.method == "sample" and (image_ids is None or len(image_ids) != len(grid)):
         count = "none" if image_ids is None else len(image_ids)
         raise ValueError(f"sampling is seeded by image: image_ids must name the {len(grid)} images, got {count}")
@@ -159,35 +159,30 @@ def _images_per_chunk(memories: list, width: int) -> int:
 
 
 def _search(models: list, memories: list, options: DecodeOptions, uniforms: Tensor | None) -> list[list[Hypothesis]]:
-    grid = memories[0].grid
-    size, steps, device = len(grid), options.max_length, grid.device
-    beams = _Beams(
-        images=torch.arange(size, device=device),
-        logp=torch.zeros(size, 1, device=device),
-        ended=torch.zeros(size, 1, dtype=torch.bool, device=device),
-        words=torch.full((size, 1, steps), PAD, device=device),
-        parents=torch.zeros(size, 1, steps, dtype=torch.long, device=device),
-    )
+    (size, cells), device = memories[0].grid.shape[:2], memories[0].grid.device
+    beams = _nothing_said(size, options.max_length, device)
     states = [model.init_state(memory) for model, memory in zip(models, memories)]
-    tokens = beams.images.new_full((size, 1), START)
-    alphas = torch.zeros(steps, size, options.width, grid.shape[1], device=device) if options.keep_attention else None
+    tokens = torch.full((size, 1), START, device=device)
+    alphas = None  # written once per step and never reordered: `parents` leads back through them
+    if options.keep_attention:
+        alphas = torch.zeros(options.max_length, size, options.width, cells, device=device)
     captions: list = [None] * size
-    for step in range(steps):
+    for step in range(options.max_length):
         outputs = [model.step(*inputs, tokens) for model, *inputs in zip(models, memories, states)]
         if alphas is not None:
             mean = torch.stack([alpha.float() for _, _, alpha in outputs]).mean(0)
             alphas[step, beams.images, : mean.shape[1]] = mean
-        logits, total = _combine([logits for logits, _, _ in outputs])
-        _block(logits, beams.words[:, :, :step], options)
+        logp = _log_probs([logits for logits, _, _ in outputs])
+        _block(logp, beams.words[:, :, :step], options)
         if uniforms is None:
-            parents, tokens, logp = _best(logits, total, beams, options.width)
+            parents, tokens, scores = _best(logp, beams, options.width)
         else:
-            parents, tokens, logp = _draw(logits, total, beams, uniforms[beams.images, :, step], options)
-        beams = _advance(beams, step, parents, tokens, logp)
+            parents, tokens, scores = _draw(logp, beams, uniforms[beams.images, :, step], options)
+        beams = _advance(beams, step, parents, tokens, scores)
         rows = torch.arange(len(parents), device=device)[:, None]
         states = [_index(state, (rows, parents)) for _, state, _ in outputs]
 
-        settled = _settled(beams, options) if step < steps - 1 else torch.ones_like(beams.images, dtype=torch.bool)
+        settled = _settled(beams, options) | (step == options.max_length - 1)
         if settled.any():
             for image, found in _collect(_index(beams, settled), alphas, options):
                 captions[image] = found
@@ -198,42 +193,47 @@ def _search(models: list, memories: list, options: DecodeOptions, uniforms: Tens
     return captions
 
 
+def _nothing_said(size: int, steps: int, device: torch.device) -> _Beams:
+    return _Beams(
+        images=torch.arange(size, device=device),
+        logp=torch.zeros(size, 1, device=device),
+        ended=torch.zeros(size, 1, dtype=torch.bool, device=device),
+        words=torch.full((size, 1, steps), PAD, device=device),
+        parents=torch.zeros(size, 1, steps, dtype=torch.long, device=device),
+    )
+
+
 def _index(tensors: NamedTuple, where) -> NamedTuple:
     return type(tensors)(*(tensor[where] for tensor in tensors))
 
 
-def _combine(outputs: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Logits [n, k, V] of every model -> unnormalised log-probabilities and their logsumexp [n, k, 1], both float32.
-
-    One model's log-softmax is never written out: only the few best logits will be normalised.
-    """
+def _log_probs(outputs: list[Tensor]) -> Tensor:
+    """Logits [n, k, V] of every model -> log-probabilities of their mean probabilities, float32, a new tensor."""
     if len({logits.shape[-1] for logits in outputs}) > 1:
         raise ValueError(f"ensemble of different vocabularies: {[logits.shape[-1] for logits in outputs]} words")
-    logits = outputs[0].float()
-    if len(outputs) > 1:
-        shares = torch.stack([logits.float().log_softmax(-1) for logits in outputs])
-        logits = shares.logsumexp(0) - math.log(len(outputs))
-    total = logits.logsumexp(-1, keepdim=True)
-    if not total.isfinite().all():
+    logp = [logits.log_softmax(-1, dtype=torch.float32) for logits in outputs]
+    mean = logp[0] if len(logp) == 1 else torch.stack(logp).logsumexp(0) - math.log(len(logp))
+    if mean[..., END].isnan().any():
         raise ValueError("the model's logits are not finite (NaN or inf): its weights or the features are broken")
-    return logits, total
+    return mean
 
 
-def _block(logits: Tensor, words: Tensor, options: DecodeOptions) -> None:
-    """Set to -inf the logits of words that may not follow `words` [n, k, step]; in place, the step made them for us."""
-    logits[..., [PAD, START, UNK] if options.block_unk else [PAD, START]] = -math.inf
+def _block(logp: Tensor, words: Tensor, options: DecodeOptions) -> None:
+    """Set to -inf, in place, the log-probabilities [n, k, V] of words that may not follow `words` [n, k, step]."""
+    for word in (PAD, START, UNK) if options.block_unk else (PAD, START):
+        logp[..., word] = -math.inf
     n = options.block_ngram
     if n and words.shape[-1] >= n:
         ngrams = words.unfold(-1, n, 1)  # [n, k, step - n + 1, n]
         latest = words[..., None, words.shape[-1] - n + 1 :]
         repeated = (ngrams[..., :-1] == latest).all(-1)
-        logits.scatter_(-1, ngrams[..., -1].where(repeated, PAD), -math.inf)
+        logp.scatter_(-1, ngrams[..., -1].where(repeated, PAD), -math.inf)
 
 
-def _best(logits: Tensor, total: Tensor, beams: _Beams, width: int) -> tuple[Tensor, Tensor, Tensor]:
+def _best(logp: Tensor, beams: _Beams, width: int) -> tuple[Tensor, Tensor, Tensor]:
     """Best continuations for the slots that have not ended: (parent slots, words, log-probabilities) [n, width]."""
-    values, words = _top(logits, min(width, logits.shape[-1]))
-    scores = (values - total + beams.logp[..., None]).masked_fill(beams.ended[..., None], -math.inf).flatten(1)
+    values, words = _top(logp, min(width, logp.shape[-1]))
+    scores = (values + beams.logp[..., None]).masked_fill(beams.ended[..., None], -math.inf).flatten(1)
     if scores.shape[1] < width:  # more slots than continuations: some stay empty
         scores = torch.nn.functional.pad(scores, (0, width - scores.shape[1]), value=-math.inf)
     scores, order = scores.sort(dim=-1, descending=True, stable=True)
@@ -246,36 +246,34 @@ def _best(logits: Tensor, total: Tensor, beams: _Beams, width: int) -> tuple[Ten
     return parents, words.flatten(1).gather(1, order.where(exists, 0)), scores
 
 
-def _top(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def _top(logp: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The `count` largest of every row and their ids, in order of id; of equal ones the lower ids.
 
     topk promises nothing about equals, and with bf16 logits they are frequent; so rows tied at the cut are sorted.
     """
-    values, ids = logits.topk(min(count + 1, logits.shape[-1]))
+    values, ids = logp.topk(min(count + 1, logp.shape[-1]))
     tied = (values[..., count - 1] == values[..., -1]) & (values[..., -1] > -math.inf)
     if count < values.shape[-1] and tied.any():
-        ordered = logits[tied].sort(descending=True, stable=True)
+        ordered = logp[tied].sort(descending=True, stable=True)
         values[tied], ids[tied] = ordered.values[:, : count + 1], ordered.indices[:, : count + 1]
     ids, order = ids[..., :count].sort()
     return values.gather(-1, order), ids
 
 
-def _draw(
-    logits: Tensor, total: Tensor, beams: _Beams, uniforms: Tensor, options: DecodeOptions
-) -> tuple[Tensor, Tensor, Tensor]:
+def _draw(logp: Tensor, beams: _Beams, uniforms: Tensor, options: DecodeOptions) -> tuple[Tensor, Tensor, Tensor]:
     """Continue every slot with a word drawn by its uniform number [n, width]: (parents, words, log-probabilities)."""
-    ranked, ids = (logits / options.temperature).sort(descending=True, stable=True)
+    ranked, ids = (logp / options.temperature).sort(descending=True, stable=True)
     keep = options.top_k or ranked.shape[-1]
     chances = ranked[..., :keep].double().softmax(-1)  # float32 would lose the tail of the running sum
     running = chances.cumsum(-1)
     running = running.where(running - chances < options.top_p, -1).cummax(-1).values  # ends where top_p is reached
     size, width = uniforms.shape
-    running, logits, ids = (x.expand(size, width, -1).contiguous() for x in (running, logits - total, ids))
+    running, logp, ids = (x.expand(size, width, -1).contiguous() for x in (running, logp, ids))
     place = torch.searchsorted(running, uniforms[..., None] * running[..., -1:], right=True)
     words = ids.gather(-1, place)
-    logp = beams.logp + logits.gather(-1, words).squeeze(-1)
-    parents = torch.arange(width, device=logits.device).expand(size, -1).clamp(max=beams.logp.shape[1] - 1)
-    return parents, words.squeeze(-1), logp
+    scores = beams.logp + logp.gather(-1, words).squeeze(-1)
+    parents = torch.arange(width, device=logp.device).expand(size, -1).clamp(max=beams.logp.shape[1] - 1)
+    return parents, words.squeeze(-1), scores
 
 
 def _uniforms(options: DecodeOptions, image_ids: Sequence[str]) -> Tensor:
@@ -289,7 +287,7 @@ def _uniforms(options: DecodeOptions, image_ids: Sequence[str]) -> Tensor:
     return torch.from_numpy(numbers).view(len(image_ids), options.n_best, options.max_length)
 
 
-def _advance(beams: _Beams, step: int, parents: Tensor, tokens: Tensor, logp: Tensor) -> _Beams:
+def _advance(beams: _Beams, step: int, parents: Tensor, tokens: Tensor, scores: Tensor) -> _Beams:
     """The beams after this step's choices; slots that had ended keep what they hold."""
     slots = torch.arange(parents.shape[1], device=parents.device)
     ended = beams.ended.expand_as(parents)
@@ -297,7 +295,7 @@ def _advance(beams: _Beams, step: int, parents: Tensor, tokens: Tensor, logp: Te
     words, history = beams.words.gather(1, source), beams.parents.gather(1, source)
     words[..., step] = tokens.masked_fill(ended, PAD)
     history[..., step] = parents
-    logp = beams.logp.expand_as(logp).where(ended, logp)
+    logp = beams.logp.expand_as(scores).where(ended, scores)
     return _Beams(beams.images, logp, ended | (tokens == END) & (logp > -math.inf), words, history)
 
 

@@ -1,134 +1,30 @@
-"""Decoding against slow, obvious searches: over a table-driven toy whose scores are exact, and over the real model."""
+"""Decoding against slow, obvious searches over a table-driven toy model."""
 
-import functools
 import itertools
-import json
 import math
-from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
 import sat.decoding
-from sat.config import PRESETS
-from sat.decoding import DecodeOptions, Hypothesis, decode
-from sat.model.captioner import Captioner
+from sat.decoding import DecodeOptions, decode
 from sat.text import END, PAD, START, UNK
+from tests.helpers_decoding import (
+    CELLS,
+    State,
+    Toy,
+    assert_same,
+    exhaustive,
+    grid_of,
+    log_probs,
+    one_thread,  # noqa: F401  (a fixture)
+    repeats,
+    rescored,
+    slow_beam_search,
+)
 
-CELLS = 3
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """On tensors this small threads only wait for one another."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-class Memory(NamedTuple):
-    grid: Tensor
-    projection: Tensor
-
-
-class State(NamedTuple):
-    prefix: Tensor  # [B, k, 1] int64 hash of the words so far
-
-
-class Toy:
-    """Logits are a random table looked up by (image, words so far); keeps the interface of the Captioner."""
-
-    training = False
-
-    def __init__(self, vocab_size=7, seed=0, end_bias=0.0, scale=2.0, dtype=torch.float32):
-        generator = torch.Generator().manual_seed(seed)
-        self.table = (torch.randn(997, vocab_size, generator=generator) * scale).to(dtype)
-        self.table[:, END] += end_bias
-        self.rows: list[int] = []
-
-    def encode(self, grid):
-        return Memory(grid, grid)
-
-    def init_state(self, memory):
-        return State(memory.grid[:, :1, :1].long())
-
-    def step(self, memory, state, tokens):
-        self.rows.append(len(tokens))
-        prefix = (state.prefix * 31 + tokens[..., None] * 7 + 11) % 997
-        alpha = (prefix + torch.arange(CELLS)).float().cos().softmax(-1)
-        return self.table[prefix.squeeze(-1)].clone(), State(prefix), alpha
-
-
-def grid_of(*images: int) -> Tensor:
-    """A grid [B, L, 1] whose first number is the image's identity."""
-    return torch.tensor(images, dtype=torch.float32).view(-1, 1, 1).expand(-1, CELLS, 1)
-
-
-def log_probs(model, grid: Tensor, words: list[int]) -> Tensor:
-    """[V] log-probabilities after `words` for one image, and nothing else: the slow reference's only access."""
-    memory = model.encode(grid)
-    state = model.init_state(memory)
-    for word in [START, *words]:
-        logits, state, _ = model.step(memory, state, torch.tensor([[word]]))
-    return logits[0, 0].float().log_softmax(-1)
-
-
-def rescored(model, grid: Tensor, hypothesis: Hypothesis, penalty: float) -> float:
-    words = hypothesis.tokens + [END] * hypothesis.finished
-    total = sum(log_probs(model, grid, words[:place])[word].item() for place, word in enumerate(words))
-    return total / max(1, len(hypothesis.tokens)) ** penalty
-
-
-def repeats(words: list[int], n: int) -> bool:
-    grams = [tuple(words[start : start + n]) for start in range(len(words) - n + 1)]
-    return len(set(grams)) < len(grams)
-
-
-def allowed(words: list[int], options: DecodeOptions) -> bool:
-    banned = {PAD, START, UNK} if options.block_unk else {PAD, START}
-    return not banned & set(words) and not (options.block_ngram and repeats(words, options.block_ngram))
-
-
-def exhaustive(model, grid: Tensor, options: DecodeOptions, vocab_size: int) -> list[Hypothesis]:
-    """Every caption there is, scored one by one."""
-    after = functools.cache(lambda prefix: log_probs(model, grid, list(prefix)).tolist())
-    found = []
-    for length in range(options.max_length + 1):
-        for words in itertools.product(range(3, vocab_size), repeat=length):
-            if allowed(list(words), options):
-                finished = length < options.max_length
-                predicted = [*words, END] if finished else words
-                total = sum(after(words[:place])[word] for place, word in enumerate(predicted))
-                found.append(Hypothesis(list(words), total / max(1, length) ** options.length_penalty, finished))
-    return sorted(found, key=lambda h: (not h.finished, -h.score))[: options.n_best]
-
-
-def slow_beam_search(model, grid: Tensor, options: DecodeOptions) -> list[Hypothesis]:
-    """One image, lists of words, a full sort at every step; a finished caption takes its beam along; no early stop."""
-    live, finished = [(0.0, [])], []
-    for _ in range(options.max_length):
-        continued = []
-        for total, words in live:
-            for word, logp in enumerate(log_probs(model, grid, words).tolist()):
-                if word == END or allowed([*words, word], options):
-                    continued.append((total + logp, [*words, word]))
-        continued.sort(key=lambda candidate: -candidate[0])
-        kept = continued[: options.width - len(finished)]
-        finished += [(total, words[:-1]) for total, words in kept if words[-1] == END]
-        live = [(total, words) for total, words in kept if words[-1] != END]
-    scored = [
-        Hypothesis(words, total / max(1, len(words)) ** options.length_penalty, ended)
-        for captions, ended in ((finished, True), (live, False))
-        for total, words in captions
-    ]
-    return sorted(scored, key=lambda h: (not h.finished, -h.score))[: options.n_best]
-
-
-def assert_same(found: list[Hypothesis], expected: list[Hypothesis]) -> None:
-    assert [(h.tokens, h.finished) for h in found] == [(h.tokens, h.finished) for h in expected]
-    assert [h.score for h in found] == pytest.approx([h.score for h in expected], abs=1e-4)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("penalty", [0.0, 0.7, 2.0])
@@ -295,6 +191,15 @@ def test_ties_go_to_the_lower_word_whatever_the_batch(dtype):
             assert [h.tokens for h in found] == [[UNK, 3], [UNK, 4], [UNK, 5]]
 
 
+def test_ties_between_slots_go_to_the_lower_slot_whatever_the_batch():
+    model = Toy(vocab_size=2000, scale=0.0)
+    model.table[:, 1500:1510] = 5.0  # exactly the ten words kept, in whatever order topk gives them
+    options = DecodeOptions(beam_size=10, n_best=10, max_length=2)
+    for images in (1, 64):
+        for found in decode(model, grid_of(*range(images)), options):
+            assert [h.tokens for h in found] == [[1500, word] for word in range(1500, 1510)]
+
+
 def test_log_probabilities_are_float32_even_of_bf16_logits():
     model = Toy(vocab_size=200, seed=8, dtype=torch.bfloat16)
     for image, found in enumerate(decode(model, grid_of(0, 1), DecodeOptions(max_length=10))):
@@ -378,74 +283,6 @@ def test_ensemble_of_one_model_twice_is_that_model():
     once, twice = decode(Toy(), grid_of(1, 2), options), decode([Toy(), Toy()], grid_of(1, 2), options)
     for one, two in zip(once, twice):
         assert_same(two, one)
-
-
-PRESETS_AND_KINDS = [("paper", "soft"), ("tutorial", "soft"), ("paper", "hard"), ("tutorial", "none")]
-
-
-def captioner(preset="paper", kind="soft", seed=0, vocab_size=40) -> Captioner:
-    """A small real model whose words are peaked, so that rounding does not decide, and whose captions end."""
-    torch.manual_seed(seed)
-    model = Captioner(
-        vocab_size=vocab_size, grid_size=4, feature_dim=12, embedding_dim=16, lstm_dim=16, attention_dim=8,
-        attention=kind, **PRESETS[preset],
-    ).eval()  # fmt: skip
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=1.0)
-    with torch.no_grad():
-        model.vocabulary.bias[END] += 4
-    return model
-
-
-@pytest.mark.parametrize("preset, kind", PRESETS_AND_KINDS)
-def test_the_captioners_images_at_once_equal_a_beam_search_per_image(preset, kind):
-    model, grid = captioner(preset, kind), torch.randn(10, 4, 12)
-    options = DecodeOptions(beam_size=4, n_best=4, max_length=8, length_penalty=0.5)
-    with torch.inference_mode():
-        for image, found in zip(grid, decode(model, grid, options)):
-            assert_same(found, slow_beam_search(model, image[None], options))
-
-
-@pytest.mark.parametrize("method", ["beam", "greedy", "sample"])
-def test_the_captioners_captions_do_not_depend_on_the_batch(method):
-    model, grid, ids = captioner(), torch.randn(12, 4, 12), list("abcdefghijkl")
-    options = DecodeOptions(method=method, n_best=1 if method == "greedy" else 3, keep_attention=True)
-    together = decode(model, grid, options, ids)
-    for place, found in enumerate(together):
-        alone = decode(model, grid[place : place + 1], options, ids[place : place + 1])[0]
-        assert_same(found, alone)
-        for mine, theirs in zip(found, alone):
-            torch.testing.assert_close(mine.alphas, theirs.alphas)
-
-
-def test_the_captioners_attention_has_one_distribution_per_word_and_end():
-    for found in decode(captioner(), torch.randn(6, 4, 12), DecodeOptions(n_best=3, keep_attention=True)):
-        for hypothesis in found:
-            assert hypothesis.alphas.shape == (len(hypothesis.tokens) + hypothesis.finished, 4)
-            torch.testing.assert_close(hypothesis.alphas.sum(1), torch.ones(len(hypothesis.alphas)))
-
-
-def test_captioners_of_different_shape_make_an_ensemble():
-    models, grid = [captioner("paper"), captioner("tutorial", "none")], torch.randn(3, 4, 12)
-    options = DecodeOptions(n_best=2, max_length=6)
-    for image, found in zip(grid, decode(models, grid, options)):
-        for hypothesis in found:
-            words, total = hypothesis.tokens + [END] * hypothesis.finished, 0.0
-            with torch.inference_mode():
-                for place, word in enumerate(words):
-                    chances = [log_probs(model, image[None], words[:place])[word].exp() for model in models]
-                    total += (sum(chances) / 2).log().item()
-            assert hypothesis.score == pytest.approx(total, abs=1e-4)
-
-
-def test_the_benchmark_compares_equal_captions_and_writes_its_rows(tmp_path):
-    from sat.bench.decode import run
-
-    for preset in PRESETS:
-        rows = run(tmp_path / "rows.json", grids="2", images=3, rounds=1, preset=preset, width=64, vocab_size=300)
-        assert json.loads((tmp_path / "rows.json").read_text()) == rows
-        assert [(row["grid"], row["precision"], row["identical"]) for row in rows] == [("2x2", "fp32", True)]
-        assert rows[0]["ratio"] > 0 and 5 < rows[0]["words_per_caption"] < 25
 
 
 def test_no_images_give_no_captions():

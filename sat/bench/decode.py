@@ -73,7 +73,7 @@ def _compare(model: Captioner, grid: Tensor, options: DecodeOptions, rounds: int
 def search_one_image(model: Captioner, grid: Tensor, beam_size: int, max_length: int) -> list[int]:
     """Best caption of one image [L, D], as popular implementations find it: the list of its words.
 
-    One copy of the grid per beam, projected anew at every word; log-softmax over all words of all beams.
+    One copy of the grid per beam, projected anew at every word, until as many captions have ended as there were beams.
     """
     attention, live = model.attention, beam_size
     grid = ((grid - model.feature_mean) / model.feature_std).clamp(-CLAMP, CLAMP)
@@ -97,7 +97,7 @@ def search_one_image(model: Captioner, grid: Tensor, beam_size: int, max_length:
         ended = words == END
         finished += zip(best[ended].tolist(), sequences[ended].tolist())
         live -= int(ended.sum())
-        if live == 0 or finished and max(finished)[0] >= best[~ended].max():
+        if live == 0:
             break
         going_on = parents[~ended]
         sequences, totals = sequences[~ended], best[~ended][:, None]

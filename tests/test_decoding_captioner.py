@@ -1,0 +1,91 @@
+"""Decoding with the real model: the same rules as with the toy, its attention, ensembles, and the benchmark."""
+
+import json
+
+import pytest
+import torch
+
+from sat.config import PRESETS
+from sat.decoding import DecodeOptions, decode
+from sat.model.captioner import Captioner
+from sat.text import END
+from tests.helpers_decoding import assert_same, log_probs, one_thread, slow_beam_search  # noqa: F401  (a fixture)
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+PRESETS_AND_KINDS = [("paper", "soft"), ("tutorial", "soft"), ("paper", "hard"), ("tutorial", "none")]
+
+
+def captioner(preset="paper", kind="soft", seed=0, vocab_size=40) -> Captioner:
+    """A small real model whose words are peaked, so that rounding does not decide, and whose captions end."""
+    torch.manual_seed(seed)
+    model = Captioner(
+        vocab_size=vocab_size, grid_size=4, feature_dim=12, embedding_dim=16, lstm_dim=16, attention_dim=8,
+        attention=kind, **PRESETS[preset],
+    ).eval()  # fmt: skip
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=1.0)
+    with torch.no_grad():
+        model.vocabulary.bias[END] += 4
+    return model
+
+
+@pytest.mark.parametrize("preset, kind", PRESETS_AND_KINDS)
+def test_the_captioners_images_at_once_equal_a_beam_search_per_image(preset, kind):
+    model, grid = captioner(preset, kind), torch.randn(10, 4, 12)
+    options = DecodeOptions(beam_size=4, n_best=4, max_length=8, length_penalty=0.5)
+    with torch.inference_mode():
+        for image, found in zip(grid, decode(model, grid, options)):
+            assert_same(found, slow_beam_search(model, image[None], options))
+
+
+@pytest.mark.parametrize("method", ["beam", "greedy", "sample"])
+def test_the_captioners_captions_do_not_depend_on_the_batch(method):
+    model, grid, ids = captioner(), torch.randn(12, 4, 12), list("abcdefghijkl")
+    options = DecodeOptions(method=method, n_best=1 if method == "greedy" else 3, keep_attention=True)
+    together = decode(model, grid, options, ids)
+    for place, found in enumerate(together):
+        alone = decode(model, grid[place : place + 1], options, ids[place : place + 1])[0]
+        assert_same(found, alone)
+        for mine, theirs in zip(found, alone):
+            torch.testing.assert_close(mine.alphas, theirs.alphas)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", ["beam", "sample"])
+def test_a_gpu_finds_the_captions_of_the_cpu(method):
+    model, grid, ids = captioner(), torch.randn(12, 4, 12), list("abcdefghijkl")
+    options = DecodeOptions(method=method, n_best=3, block_ngram=2, keep_attention=True)
+    expected = decode(model, grid, options, ids)
+    for found, on_cpu in zip(decode(model.cuda(), grid.cuda(), options, ids), expected):
+        assert_same(found, on_cpu)
+
+
+def test_the_captioners_attention_has_one_distribution_per_word_and_end():
+    for found in decode(captioner(), torch.randn(6, 4, 12), DecodeOptions(n_best=3, keep_attention=True)):
+        for hypothesis in found:
+            assert hypothesis.alphas.shape == (len(hypothesis.tokens) + hypothesis.finished, 4)
+            torch.testing.assert_close(hypothesis.alphas.sum(1), torch.ones(len(hypothesis.alphas)))
+
+
+def test_captioners_of_different_shape_make_an_ensemble():
+    models, grid = [captioner("paper"), captioner("tutorial", "none")], torch.randn(3, 4, 12)
+    options = DecodeOptions(n_best=2, max_length=6)
+    for image, found in zip(grid, decode(models, grid, options)):
+        for hypothesis in found:
+            words, total = hypothesis.tokens + [END] * hypothesis.finished, 0.0
+            with torch.inference_mode():
+                for place, word in enumerate(words):
+                    chances = [log_probs(model, image[None], words[:place])[word].exp() for model in models]
+                    total += (sum(chances) / 2).log().item()
+            assert hypothesis.score == pytest.approx(total, abs=1e-4)
+
+
+def test_the_benchmark_compares_equal_captions_and_writes_its_rows(tmp_path):
+    from sat.bench.decode import run
+
+    for preset in PRESETS:
+        rows = run(tmp_path / "rows.json", grids="2", images=3, rounds=1, preset=preset, width=64, vocab_size=300)
+        assert json.loads((tmp_path / "rows.json").read_text()) == rows
+        assert [(row["grid"], row["precision"], row["identical"]) for row in rows] == [("2x2", "fp32", True)]
+        assert rows[0]["ratio"] > 0 and 5 < rows[0]["words_per_caption"] < 25
