@@ -1,10 +1,10 @@
-"""Train the ResNet-50 itself on rendered scenes, in minutes on two cores, where there are no ImageNet weights.
+"""Train the ResNet-50 itself on rendered objects, in minutes on two cores, where there are no ImageNet weights.
 
-    python -m preprocessing.pretrain_encoder --out data/demo/encoder.safetensors
+    python -m preprocessing.pretrain_encoder --out weights/scenes.safetensors
 
-Linear heads name the shape, colour, size and place that each grid cell looks at, and the ground and arrangement of the
-picture; then they are dropped. The surprising decision: cells are taught, not pictures. A scene of nine objects gives
-49 answers for one forward pass, and the decoder attends to cells later, so this is what it needs to tell apart.
+Linear heads on the mean of the grid name the shape, colour, size and ground of crops with one object each; then they are
+dropped. The surprising decision: BatchNorm keeps the statistics of the crops, not those of whole scenes. A cell of a
+scene's grid should answer an object as it did in a crop, however empty the rest of the scene is.
 
 The file says of itself that it is pre-trained on the scene generator, not on ImageNet. An interrupted run goes on
 from a file beside it; a whole file of the same recipe is kept.
@@ -26,19 +26,16 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from preprocessing.console import progress_line, run
-from preprocessing.crowds import CELL_CLASSES, PICTURE_CLASSES, LabelledBatch, labelled_batch
-from preprocessing.scenes import SIZE
+from preprocessing.crops import CLASSES, LabelledCrops, labelled_crops
 from sat.model.encoder import STAGES, Encoder, normalise
 
 VERSION = 1
 """Raised by every change that alters the weights a recipe gives."""
 DESCRIPTION = "ResNet-50 pre-trained on the scene generator of preprocessing.synthetic, not on ImageNet"
-WEIGHT_OF_NOTHING = 0.1
-"""Loss of an empty cell against that of a cell with an object: most cells are empty."""
-WEIGHT_OF_CONTEXT = 0.3
-"""Loss of place, ground and arrangement, which are easy, against that of shape, colour and size."""
-CALIBRATION_BATCHES = 12
-"""Batches of ordinary scenes over which BatchNorm's statistics are taken at the end."""
+WEIGHT_OF_GROUND = 0.3
+"""Loss of the ground, which is easy, against that of shape, colour and size."""
+LAST_RATE = 0.2
+"""Share of the peak learning rate at the last step."""
 SAVE_EVERY = 50
 """Steps between two writes of the file from which an interrupted run goes on."""
 
@@ -47,14 +44,12 @@ SAVE_EVERY = 50
 class Recipe:
     """Everything that shapes the weights."""
 
-    steps: int = 500
-    batch_size: int = 4
-    size: int = SIZE
-    """Side of the pictures in pixels; features are taken at the same size later."""
-    crowded: float = 0.6
-    """Share of the pictures that are crowds of objects."""
+    steps: int = 280
+    batch_size: int = 96
+    size: int = 48
+    """Side of the crops in pixels."""
     learning_rate: float = 2e-3
-    """Peak rate: linear warm-up, then a cosine to zero."""
+    """Peak rate: linear warm-up, then half a cosine to LAST_RATE of it."""
     warmup: float = 0.1
     """Share of the steps spent warming up."""
     weight_decay: float = 0.05
@@ -70,45 +65,35 @@ class Recipe:
         warm = max(1, round(self.steps * self.warmup))
         if step < warm:
             return self.learning_rate * (step + 1) / warm
-        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, self.steps - warm)))
+        cosine = 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, self.steps - warm)))
+        return self.learning_rate * (LAST_RATE + (1 - LAST_RATE) * cosine)
 
 
 class Pretrainer(nn.Module):
-    """The encoder with one linear head on each cell and one on the mean of all cells."""
+    """The encoder with one linear head on the mean of its grid."""
 
     def __init__(self) -> None:
         super().__init__()
         self.encoder = Encoder()
-        self.cell_head = nn.Linear(self.encoder.feature_dim, sum(CELL_CLASSES.values()))
-        self.picture_head = nn.Linear(self.encoder.feature_dim, sum(PICTURE_CLASSES.values()))
-        for head in (self.cell_head, self.picture_head):
-            nn.init.zeros_(head.weight)
+        self.head = nn.Linear(self.encoder.feature_dim, sum(map(len, CLASSES.values())))
+        nn.init.zeros_(self.head.weight)
         for stage in STAGES:  # each block starts as the identity: Goyal et al. 2017, arXiv:1706.02677, section 5.1
             for block in self.encoder.stage_module(stage):
                 nn.init.zeros_(block.bn3.weight)
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Normalised pictures [B, 3, S, S] -> scores per cell [B, L, sum of CELL_CLASSES] and per picture [B, ...]."""
-        grid = self.encoder(images).float()  # [B, L, D]
-        return self.cell_head(grid), self.picture_head(grid.mean(dim=1))
+    def forward(self, images: Tensor) -> Tensor:
+        """Normalised crops [B, 3, C, C] -> scores [B, sum of the classes]."""
+        return self.head(self.encoder(images).float().mean(dim=1))
 
 
-def pretraining_loss(cell_scores: Tensor, picture_scores: Tensor, batch: LabelledBatch) -> Tensor:
+def pretraining_loss(scores: Tensor, crops: LabelledCrops) -> Tensor:
     """Weighted sum of the cross entropies of all heads."""
-    total = cell_scores.new_zeros(())
-    parts = cell_scores.flatten(0, 1).split(list(CELL_CLASSES.values()), dim=-1)
-    for index, (name, scores) in enumerate(zip(CELL_CLASSES, parts, strict=True)):
-        labels = torch.from_numpy(batch.cells[..., index]).flatten().to(scores.device)
-        if name in ("row", "column"):
-            total = total + WEIGHT_OF_CONTEXT * F.cross_entropy(scores, labels)
-        else:
-            weights = scores.new_ones(scores.shape[-1])
-            weights[-1] = WEIGHT_OF_NOTHING
-            total = total + F.cross_entropy(scores, labels, weights)
-    for index, scores in enumerate(picture_scores.split(list(PICTURE_CLASSES.values()), dim=-1)):
-        labels = torch.from_numpy(batch.pictures[:, index]).to(scores.device)
-        total = total + WEIGHT_OF_CONTEXT * F.cross_entropy(scores, labels)
-    return total
+    labels = torch.from_numpy(crops.labels).to(scores.device)
+    losses = {
+        name: F.cross_entropy(part, labels[:, index])
+        for index, (name, part) in enumerate(zip(CLASSES, scores.split([len(c) for c in CLASSES.values()], dim=1), strict=True))
+    }
+    return sum(loss * (WEIGHT_OF_GROUND if name == "background" else 1) for name, loss in losses.items())
 
 
 def pretrain(recipe: Recipe, state_file: Path) -> Encoder:
@@ -125,7 +110,6 @@ def pretrain(recipe: Recipe, state_file: Path) -> Encoder:
             advance(1)
             if (step + 1) % SAVE_EVERY == 0:
                 _save_state(state_file, recipe, step + 1, model, optimizer)
-    calibrate_batchnorm(model.encoder, recipe, device)
     return model.encoder.eval().cpu()
 
 
@@ -138,18 +122,18 @@ def _make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
 
 
 def _train_step(model: Pretrainer, optimizer: torch.optim.Optimizer, recipe: Recipe, step: int, device) -> None:
-    batch = labelled_batch(f"pretrain/{recipe.seed}/{step}", recipe.batch_size, recipe.size, recipe.crowded)
+    crops = labelled_crops(f"pretrain/{recipe.seed}/{step}", recipe.batch_size, recipe.size)
     with _autocast(device):
-        cell_scores, picture_scores = model(_images(batch, device))
+        scores = model(_images(crops, device))
     for group in optimizer.param_groups:
         group["lr"] = recipe.rate(step)
-    pretraining_loss(cell_scores.float(), picture_scores.float(), batch).backward()
+    pretraining_loss(scores.float(), crops).backward()
     optimizer.step()
     optimizer.zero_grad()
 
 
-def _images(batch: LabelledBatch, device: torch.device) -> Tensor:
-    pixels = torch.from_numpy(batch.pixels).permute(0, 3, 1, 2).to(device)
+def _images(crops: LabelledCrops, device: torch.device) -> Tensor:
+    pixels = torch.from_numpy(crops.pixels).permute(0, 3, 1, 2).to(device)
     return normalise(pixels).contiguous(memory_format=torch.channels_last)
 
 
@@ -157,25 +141,6 @@ def _autocast(device: torch.device) -> torch.autocast:
     """bfloat16 where the processor computes in it; elsewhere it would only be slower."""
     fast = device.type == "cuda" or torch.cpu.get_capabilities().get("avx512_bf16", False)
     return torch.autocast(device.type, torch.bfloat16, enabled=fast)
-
-
-@torch.no_grad()
-def calibrate_batchnorm(encoder: Encoder, recipe: Recipe, device: torch.device) -> None:
-    """Replace BatchNorm's running statistics by plain averages over ordinary scenes, such as will be encoded.
-
-    The running ones lag behind weights that moved quickly, and come from crowds.
-    """
-    norms = [module for module in encoder.modules() if isinstance(module, nn.BatchNorm2d)]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # a cumulative average
-    encoder.train()
-    for number in range(CALIBRATION_BATCHES):
-        batch = labelled_batch(f"calibrate/{recipe.seed}/{number}", recipe.batch_size, recipe.size, crowded=0.0)
-        with _autocast(device):
-            encoder(_images(batch, device))
-    for norm in norms:
-        norm.momentum = 0.1
 
 
 def _save_state(path: Path, recipe: Recipe, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -225,14 +190,12 @@ def make_encoder(out: Path, recipe: Recipe) -> bool:
 def main(
     out: Annotated[Path, typer.Option(help="weights file to write (safetensors, torchvision's names)")],
     steps: Annotated[int, typer.Option(min=1, help="optimizer steps")] = Recipe.steps,
-    batch_size: Annotated[int, typer.Option(min=1, help="pictures per step")] = Recipe.batch_size,
-    size: Annotated[int, typer.Option(min=64, help="side of the pictures, a multiple of 32")] = Recipe.size,
+    batch_size: Annotated[int, typer.Option(min=1, help="crops per step")] = Recipe.batch_size,
+    size: Annotated[int, typer.Option(min=32, help="side of the crops in pixels")] = Recipe.size,
     learning_rate: Annotated[float, typer.Option(min=0.0, help="peak rate of AdamW")] = Recipe.learning_rate,
     seed: Annotated[int, typer.Option(help="seeds weights and pictures")] = Recipe.seed,
 ) -> None:
-    """Train a ResNet-50 on rendered scenes and write it without its heads; a second run keeps a whole file."""
-    if size % 32:
-        raise ValueError(f"--size {size} is not a multiple of 32; use {size // 32 * 32} or {size // 32 * 32 + 32}")
+    """Train a ResNet-50 on rendered objects and write it without its heads; a second run keeps a whole file."""
     recipe = Recipe(steps=steps, batch_size=batch_size, size=size, learning_rate=learning_rate, seed=seed)
     trained = make_encoder(out, recipe)
     print(f"{out}: {DESCRIPTION}; {'trained now' if trained else 'reused'}")

@@ -7,7 +7,7 @@ caption may use (left, large, orange) is plainly true or plainly false of the pi
 import colorsys
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from random import Random
 
@@ -20,7 +20,7 @@ SHAPES = ("circle", "square", "triangle", "star", "ring", "cross", "heart", "moo
 HUES = {"red": 0, "orange": 27, "yellow": 54, "green": 120, "cyan": 182, "blue": 222, "purple": 272, "pink": 322}
 """Object colours, by their hue in degrees."""
 COLOURS = tuple(HUES)
-RADII = {"small": (20.0, 23.0), "large": (33.0, 36.0)}
+RADII = {"small": (12.0, 13.5), "large": (19.0, 21.0)}
 """Half the width of an object: range per size word, in pixels."""
 SIZES = tuple(RADII)
 BACKGROUNDS = {"black": (28, 28, 30), "gray": (128, 128, 132), "white": (238, 238, 236), "brown": (98, 66, 40)}
@@ -41,6 +41,10 @@ class SceneObject:
     radius: float
     angle: float
     rgb: tuple[int, int, int]
+
+    def moved(self, x: float, y: float) -> "SceneObject":
+        """The same object centred at (x, y)."""
+        return replace(self, x=x, y=y)
 
 
 @dataclass(frozen=True)
@@ -139,12 +143,15 @@ def _stamp(thing: SceneObject, scale: float) -> tuple[Image.Image, tuple[int, in
     return mask.reduce(zoom), (left, top)
 
 
-def render(scene: Scene, size: int = SIZE) -> Image.Image:
-    """The picture of `scene`, RGB, `size` x `size` pixels: a slightly noisy ground and the objects on it."""
+def render(scene: Scene, size: int = SIZE, extent: float = SIZE) -> Image.Image:
+    """The picture of `scene`, RGB, `size` x `size` pixels: a slightly noisy ground and the objects on it.
+
+    `extent` is the side of the ground in the unit of the objects' coordinates.
+    """
     noise = np.frombuffer(Random(scene.noise_seed).randbytes(size * size), np.uint8).reshape(size, size, 1) % 9
     pixels = np.clip(np.array(scene.tint, np.int16) + noise.astype(np.int16) - 4, 0, 255).astype(np.uint8)
     picture = Image.fromarray(pixels)
     for thing in scene.objects:
-        mask, corner = _stamp(thing, size / SIZE)
+        mask, corner = _stamp(thing, size / extent)
         picture.paste(thing.rgb, corner, mask)
     return picture

@@ -34,7 +34,7 @@ def prepared(tmp_path_factory):
     root = tmp_path_factory.mktemp("end_to_end")
     run("preprocessing.synthetic", "--out", root / "scenes", "--train", 160, "--val", 9, "--test", 31)
     run("preprocessing.shard_images", *annotations_of(root / "scenes"), "--images", root / "scenes/images", "--out", root / "images")
-    run("preprocessing.pretrain_encoder", "--out", root / "weights/scenes.safetensors", "--steps", 12, "--size", 96)
+    run("preprocessing.pretrain_encoder", "--out", root / "weights/scenes.safetensors", "--steps", 12, "--batch-size", 32)
     run(
         "preprocessing.extract_features", "--images", root / "images", "--weights", root / "weights/scenes.safetensors",
         "--out", root / "features", "--size", 96,
@@ -89,7 +89,7 @@ def test_the_summary_holds_the_scores_of_the_evaluation(prepared):
 
 
 def test_features_of_another_encoder_are_refused(prepared, tmp_path):
-    run("preprocessing.pretrain_encoder", "--out", tmp_path / "other.safetensors", "--steps", 1, "--size", 64, "--seed", 9)
+    run("preprocessing.pretrain_encoder", "--out", tmp_path / "other.safetensors", "--steps", 1, "--batch-size", 4, "--seed", 9)
     run(
         "preprocessing.extract_features", "--images", prepared / "images", "--weights", tmp_path / "other.safetensors",
         "--out", tmp_path / "features", "--size", 96,
