@@ -152,7 +152,7 @@ def main(
         write_report(run, split, config, trained[0].step, result, scores)
 
     runtime.run_on_main(report)
-    runtime.close()
+    runtime.leave()
 
 
 def refuse_unfit(trained: TrainedModel, manifest: Manifest) -> None:

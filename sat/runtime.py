@@ -6,6 +6,7 @@ for a GPU; only gradients use the fast interconnect.
 
 import contextlib
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -116,8 +117,17 @@ class Runtime:
     def autocast(self):
         return self.accelerator.autocast()
 
-    def close(self) -> None:
+    def leave(self) -> None:
+        """End this process after all work is done, with exit code 0.
+
+        With several ranks the interpreter's own shutdown is skipped: a gloo thread that still drops a tensor then aborts the
+        process now and then, after a complete training.
+        """
         self.accelerator.end_training()
+        if self.world_size > 1:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(0)
 
 
 def start(precision: str = "fp32") -> Runtime:
@@ -140,6 +150,7 @@ def start(precision: str = "fp32") -> Runtime:
     if precision == "fp16" and on_cpu:
         raise ValueError("train.precision is fp16, which a CPU computes 15 times slower than bf16; use bf16 or fp32")
     announced = int(os.environ.get("WORLD_SIZE", "1"))
+    _refuse_a_lonely_process(announced)
     handlers = [DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
     if "LOCAL_RANK" in os.environ:
         handlers.append(InitProcessGroupKwargs(backend="gloo" if on_cpu else "nccl", timeout=COLLECTIVE_TIMEOUT))
@@ -165,3 +176,13 @@ def start(precision: str = "fp32") -> Runtime:
         host_group=dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT) if world_size > 1 else None,
         deepspeed=use_deepspeed,
     )
+
+
+def _refuse_a_lonely_process(announced: int) -> None:
+    """`accelerate launch --cpu --num_processes 2` starts one process that nothing else tells from a plain one."""
+    several = announced > 1 or {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= os.environ.keys()
+    if several and "LOCAL_RANK" not in os.environ:
+        raise RuntimeError(
+            "several processes were announced, but this one was started alone (as `accelerate launch --cpu --num_processes 2` "
+            "does); start with `accelerate launch --config_file launch/cpu.yaml -m sat.train CONFIG`"
+        )

@@ -241,7 +241,7 @@ def main(arguments: list[str]) -> None:
     if runtime.is_main:
         print(kernels, flush=True)
     train(config, runtime)
-    runtime.close()
+    runtime.leave()
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ def main() -> None:
     if runtime.is_main:
         found = {"lines": torch.stack(lines), "weights": torch.stack(weights)}
         save_file(found | ({"gradients": torch.stack(kept)} if kept else {}), sys.argv[3])
-    runtime.close()
+    runtime.leave()
 
 
 if __name__ == "__main__":
