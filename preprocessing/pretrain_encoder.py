@@ -44,7 +44,7 @@ SAVE_EVERY = 50
 class Recipe:
     """Everything that shapes the weights."""
 
-    steps: int = 280
+    steps: int = 320
     batch_size: int = 96
     size: int = 48
     """Side of the crops in pixels."""

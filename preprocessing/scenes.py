@@ -20,7 +20,7 @@ SHAPES = ("circle", "square", "triangle", "star", "ring", "cross", "heart", "moo
 HUES = {"red": 0, "orange": 27, "yellow": 54, "green": 120, "cyan": 182, "blue": 222, "purple": 272, "pink": 322}
 """Object colours, by their hue in degrees."""
 COLOURS = tuple(HUES)
-RADII = {"small": (12.0, 13.5), "large": (19.0, 21.0)}
+RADII = {"small": (20.0, 23.0), "large": (33.0, 36.0)}
 """Half the width of an object: range per size word, in pixels."""
 SIZES = tuple(RADII)
 BACKGROUNDS = {"black": (28, 28, 30), "gray": (128, 128, 132), "white": (238, 238, 236), "brown": (98, 66, 40)}

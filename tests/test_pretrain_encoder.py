@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from preprocessing import pretrain_encoder
-from preprocessing.crops import CLASSES, labelled_crops, sample_crop
+from preprocessing.crops import CLASSES, EXTENT, labelled_crops, sample_crop
 from preprocessing.pretrain_encoder import LAST_RATE, Pretrainer, Recipe, make_encoder, pretrain, pretraining_loss
 from preprocessing.scenes import BACKGROUNDS, render
 from sat.model.encoder import Encoder, load_encoder
@@ -20,10 +20,10 @@ TINY = Recipe(steps=3, batch_size=4, size=32)
 
 def test_an_object_lies_within_its_crop_and_has_its_own_colour_there():
     for seed in range(60):
-        crop = sample_crop(Random(seed), 48)
+        crop = sample_crop(Random(seed))
         (thing,) = crop.objects
-        assert 22 - thing.radius <= min(thing.x, thing.y) and max(thing.x, thing.y) <= 26 + 24 - thing.radius + 2
-        pixels = np.asarray(render(crop, 48, extent=48), dtype=int)
+        assert thing.radius <= min(thing.x, thing.y) and max(thing.x, thing.y) <= EXTENT - thing.radius
+        pixels = np.asarray(render(crop, EXTENT, extent=EXTENT), dtype=int)
         near = abs(pixels - np.array(thing.rgb)).max(axis=-1) < 8
         rows, columns = np.nonzero(near)
         assert len(rows) > 0.15 * thing.radius**2
