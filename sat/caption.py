@@ -19,6 +19,7 @@ from sat.decoding import DecodeOptions, Hypothesis, decode
 from sat.evaluate import best_folder
 from sat.export import TrainedModel, load_model
 from sat.model.encoder import Encoder, load_encoder, normalise, weights_digest
+from sat.run import attach
 
 
 def find_encoder(trained: TrainedModel, weights: Path) -> Encoder:
@@ -75,6 +76,9 @@ def main(
             words = [trained.tokenizer.decode([token]) for token in hypothesis.tokens]
             plot_attention(picture, words, hypothesis.alphas[: len(words)], out / f"{path.stem}.png")
     (out / "captions.json").write_text(json.dumps(written, indent=1) + "\n")
+    if (model / "config.yaml").is_file():
+        with attach(model) as tracker:
+            tracker.artifact(out, "attention")
     if unreadable:
         raise ValueError("not captioned: " + "; ".join(unreadable))
 
