@@ -63,12 +63,15 @@ def reader_of(root):
     return SampleReader(manifest, make_store(manifest.root))
 
 
+def read_one(reader, shard, sample):
+    """Bytes of one grid."""
+    out = bytearray(GRID_BYTES)
+    reader.read_grid(shard, sample, memoryview(out))
+    return out
+
+
 def read_all(reader, shard):
-    grids = []
-    for sample in range(len(reader.rows(shard).keys)):
-        grids.append(bytearray(GRID_BYTES))
-        reader.read_grid(shard, sample, memoryview(grids[-1]))
-    return grids
+    return [read_one(reader, shard, sample) for sample in range(len(reader.rows(shard).keys))]
 
 
 def test_a_cut_shard_is_refused_at_the_start_and_on_every_later_read(root, read_epoch):
@@ -90,13 +93,11 @@ def test_a_shard_that_shrinks_while_it_is_open_never_gives_half_a_sample(root):
     for cut in sorted(random.Random(2).sample(range(path.stat().st_size), 30), reverse=True):
         os.truncate(path, cut)
         for sample, key in enumerate(rows.keys):
-            out = memoryview(bytearray(GRID_BYTES))
             if rows.offsets[sample] + rows.nbytes[sample] <= cut:
-                reader.read_grid(0, sample, out)
-                assert out == expected[sample]
+                assert read_one(reader, 0, sample) == expected[sample]
             else:
                 with pytest.raises(BadSample, match=f"train-000000.tar: key {key}: the shard ends"):
-                    reader.read_grid(0, sample, out)
+                    read_one(reader, 0, sample)
 
 
 @pytest.mark.parametrize("part", ["header", "array", "json"])
@@ -114,7 +115,7 @@ def test_every_flipped_bit_of_a_sample_is_detected_with_shard_and_key(root, part
         path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << draw.randrange(8)]) + whole[at + 1 :])
         fresh = reader_of(root)
         with pytest.raises(BadSample, match=rf"train-000000.tar: key {rows.keys[sample]}: .*checksum"):
-            fresh.read_grid(0, sample, memoryview(bytearray(GRID_BYTES)))
+            read_one(fresh, 0, sample)
 
 
 def test_a_flipped_bit_stops_training_from_a_worker_too(root, read_epoch):
@@ -221,7 +222,7 @@ def test_a_hostile_tar_with_fitting_checksums_is_refused_and_nothing_runs(tmp_pa
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(BadSample, match=f"train-000000.tar: key k: .*{message if kind == 'features' else ''}"):
         if kind == "features":
-            reader.read_grid(0, 0, memoryview(bytearray(GRID_BYTES)))
+            read_one(reader, 0, 0)
         else:
             reader.read_picture(0, 0)
     assert sorted(tmp_path.rglob("*")) == before
@@ -256,19 +257,22 @@ def test_pipe_urls_are_refused_by_name(pristine, tokenizer, tmp_path):
 
 @pytest.fixture
 def failing_reads(monkeypatch):
-    """Make os.preadv fail with an error number: `fail(code, how_often)` of every three reads."""
+    """Make os.preadv fail with an error number, `fail(code, how_often)` of every three times; returns the failures."""
     monkeypatch.setattr(retry, "FIRST_PAUSE_S", 0.001)
-    genuine, calls = os.preadv, [0]
+    genuine, calls, failures = os.preadv, [0], []
 
     def fail(code, times):
-        def preadv(*arguments):
+        def preadv(descriptor, buffers, offset, flags=0):
+            if flags:  # only asks what is in memory
+                return genuine(descriptor, buffers, offset, flags)
             calls[0] += 1
             if calls[0] % 3 < times:
+                failures.append(calls[0])
                 raise OSError(code, os.strerror(code))
-            return genuine(*arguments)
+            return genuine(descriptor, buffers, offset)
 
         monkeypatch.setattr(os, "preadv", preadv)
-        return calls
+        return failures
 
     return fail
 
@@ -278,11 +282,11 @@ def test_reads_that_fail_two_of_three_times_give_the_same_bytes_and_are_counted(
     pristine, read_epoch, failing_reads, code, caplog
 ):
     expected = read_epoch(pristine)
-    calls = failing_reads(code, 2)
+    failures = failing_reads(code, 2)
     found = read_epoch(pristine)
     assert all(torch.equal(a.grid, b.grid) and a.keys == b.keys for a, b in zip(found, expected, strict=True))
-    assert sum(b.retries for b in found) == calls[0] - 12 and calls[0] >= 30
-    assert f"{calls[0] - 12} reads failed and were repeated with success" in caplog.text
+    assert sum(b.retries for b in found) == len(failures) >= 6
+    assert f"{len(failures)} reads failed and were repeated with success" in caplog.text
 
 
 def test_a_stale_handle_is_opened_anew(pristine, monkeypatch):
@@ -312,16 +316,16 @@ def test_a_permanent_error_fails_and_names_shard_and_key(pristine, read_epoch, f
 
 
 def test_other_errors_are_not_repeated(pristine, read_epoch, failing_reads):
-    calls = failing_reads(errno.EACCES, 3)
+    failures = failing_reads(errno.EACCES, 3)
     with pytest.raises(PermissionError):
         read_epoch(pristine)
-    assert calls[0] == 1
+    assert failures == [1]
 
 
 def test_short_reads_are_completed(pristine, read_epoch, monkeypatch):
     expected = read_epoch(pristine)
     genuine = os.preadv
-    monkeypatch.setattr(os, "preadv", lambda fd, buffers, at: genuine(fd, [buffers[0][:100]], at))
+    monkeypatch.setattr(os, "preadv", lambda fd, buffers, at, flags=0: genuine(fd, [buffers[0][:100]], at, flags))
     found = read_epoch(pristine)
     assert all(torch.equal(a.grid, b.grid) for a, b in zip(found, expected, strict=True))
 

@@ -7,6 +7,7 @@ processes share and use again (`buffers`), and what a worker hands over is the n
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from sat.data.reader import BadSample, Rows, SampleReader
 from sat.text import END, PAD, START, CaptionTokenizer
 
 TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "int8": torch.int8}
-NO_CAPTIONS = np.zeros((0, 1), dtype=np.int32)
+NO_CAPTIONS = np.zeros((0, 1), dtype=np.int32), 0
 """Tokens of a row without an image."""
 
 
@@ -32,7 +33,7 @@ class CaptionBatch:
     grid: Tensor
     """[B, L, D] in the stored dtype (bfloat16, float16, float32, int8); from image shards uint8 [B, 3, S, S]."""
     captions: Tensor
-    """int64 [B, K, T]: <start> w1 .. wn <end> <pad> ...; all <pad> where there is no caption."""
+    """int64 [B, K, T], T >= 2: <start> w1 .. wn <end> <pad> ...; all <pad> where there is no caption."""
     lengths: Tensor
     """int64 [B, K]: n + 1 predicted tokens (the words and <end>); 0 where there is no caption."""
     image_ids: list[str]
@@ -96,6 +97,30 @@ def _arrive(rest: dict, ring: int, slot: int, shape: tuple[int, ...], dtype: tor
     return CaptionBatch(grid=attach(ring, slot, shape, dtype), **rest)
 
 
+class Stretch(NamedTuple):
+    """Consecutive samples of one shard, and the rows of the batch that they fill."""
+
+    source: int
+    shard: int
+    first: int
+    rows: list[int]
+
+
+def stretches_of(slots: Slots) -> list[Stretch]:
+    """The samples of the slots in the order of the shards, as few stretches as there are."""
+    order = np.lexsort((slots.sample, slots.shard, slots.source))
+    columns = (slots.source, slots.shard, slots.sample, slots.filled)
+    found: list[Stretch] = []
+    expected = None
+    for source, shard, sample, row in zip(*(column[order].tolist() for column in columns), strict=True):
+        if (source, shard, sample) == expected:
+            found[-1].rows.append(row)
+        else:
+            found.append(Stretch(source, shard, sample, [row]))
+        expected = (source, shard, sample + 1)
+    return found
+
+
 @dataclass(frozen=True)
 class CaptionOptions:
     """How captions become tokens; what an image shows in an epoch is a pure function of (seed, epoch, image_id)."""
@@ -129,14 +154,14 @@ class BatchReader:
     ring: Ring
     """Memory for the grids."""
 
-    def read(self, slots: Slots) -> CaptionBatch | InTransit:
+    def read(self, slots: Slots, stretches: Sequence[Stretch]) -> CaptionBatch | InTransit:
         """The batch of these slots; in a worker, ready to be sent.
 
         Raises BadSample, unless bad samples are quarantined, and OSError.
         """
         retries = sum(reader.retries for reader in self.readers)
         grid, slot = self._allocate(slots.rows)
-        found, problems = self._fill(grid, slots)
+        found, problems = self._fill(grid, stretches)
         captions, lengths = self._captions_of(found, slots.epoch)
         batch = CaptionBatch(
             grid=grid,
@@ -153,11 +178,11 @@ class BatchReader:
         in_worker = torch.utils.data.get_worker_info() is not None
         return InTransit(batch, self.ring.number, slot) if in_worker and slot is not None else batch
 
-    def expect(self, slots: Slots) -> None:
-        """Say that these slots are needed soon."""
-        places = zip(slots.source.tolist(), slots.shard.tolist(), slots.sample.tolist(), strict=True)
-        for source, shard, sample in places:
-            self.readers[source].expect(shard, sample)
+    def expect(self, stretches: Sequence[Stretch]) -> None:
+        """Say that these samples are needed soon."""
+        for stretch in stretches:
+            last = stretch.first + len(stretch.rows) - 1
+            self.readers[stretch.source].expect(stretch.shard, stretch.first, last)
 
     def _allocate(self, rows: int) -> tuple[Tensor, int | None]:
         """An uninitialised grid, in a slot of the ring where one is free."""
@@ -170,81 +195,75 @@ class BatchReader:
         # A slot that is sent is released by the process that receives it.
         return self.ring.tensor(slot, shape, dtype, release=worker is None), slot
 
-    def _fill(self, grid: Tensor, slots: Slots) -> tuple[list[tuple[Rows | None, int]], list[str]]:
-        """Read every sample into its row of the grid, in the order of the shards; zeros where there is none.
+    def _fill(self, grid: Tensor, stretches: Sequence[Stretch]) -> tuple[list[tuple[Rows | None, int]], list[str]]:
+        """Read every sample into its row of the grid; zeros where there is none.
 
         Returns the manifest's rows and the sample's place in them for each row, and what was wrong with those left out.
         """
-        store = self._store_pictures(grid) if self.decode else self._store_features(grid)
-        found: list[tuple[Rows | None, int]] = [(None, 0)] * slots.rows
+        store = self._store_picture if self.decode else self._store_features
+        raw = memoryview(grid.view(torch.uint8).numpy().reshape(-1))
+        size = len(raw) // max(len(grid), 1)
+        found: list[tuple[Rows | None, int]] = [(None, 0)] * len(grid)
         problems = []
-        order = np.lexsort((slots.sample, slots.shard, slots.source))
-        columns = (slots.filled, slots.source, slots.shard, slots.sample)
-        for row, source, shard, sample in zip(*(column[order].tolist() for column in columns), strict=True):
-            try:
-                store(self.readers[source], shard, sample, row)
-                found[row] = self.readers[source].rows(shard), sample
-            except BadSample as error:
-                if not self.quarantine:
-                    raise
-                problems.append(str(error))
+        for source, shard, first, places in stretches:
+            for sample, row in enumerate(places, first):
+                try:
+                    found[row] = store(self.readers[source], shard, sample, raw[row * size : (row + 1) * size]), sample
+                except BadSample as error:
+                    if not self.quarantine:
+                        raise
+                    problems.append(str(error))
         empty = [row for row, (rows, _) in enumerate(found) if rows is None]
         if empty:
             grid[empty] = 0
         return found, problems
 
-    def _store_features(self, grid: Tensor) -> Callable[[SampleReader, int, int, int], None]:
-        """The function (reader, shard, sample, row) that reads one feature sample into a row of the grid."""
-        raw = memoryview(grid.view(torch.uint8).numpy().reshape(-1))
-        size = len(raw) // max(len(grid), 1)
+    def _store_features(self, reader: SampleReader, shard: int, sample: int, out: memoryview) -> Rows:
+        return reader.read_grid(shard, sample, out)
 
-        def store(reader: SampleReader, shard: int, sample: int, row: int) -> None:
-            reader.read_grid(shard, sample, raw[row * size : (row + 1) * size])
-
-        return store
-
-    def _store_pictures(self, grid: Tensor) -> Callable[[SampleReader, int, int, int], None]:
-        """As `_store_features`, for image samples."""
-
-        def store(reader: SampleReader, shard: int, sample: int, row: int) -> None:
-            blob = reader.read_picture(shard, sample)
-            try:
-                grid[row] = self.decode(blob)
-            except (ValueError, OSError) as error:
-                raise reader.bad(reader.rows(shard), sample, f"its picture cannot be decoded: {error}") from error
-
-        return store
+    def _store_picture(self, reader: SampleReader, shard: int, sample: int, out: memoryview) -> Rows:
+        rows, blob = reader.rows(shard), reader.read_picture(shard, sample)
+        try:
+            picture = self.decode(blob)
+        except (ValueError, OSError) as error:
+            raise reader.bad(rows, sample, f"its picture cannot be decoded: {error}") from error
+        out[:] = memoryview(picture.numpy().reshape(-1))
+        return rows
 
     def _captions_of(self, found: Sequence[tuple[Rows | None, int]], epoch: int) -> tuple[Tensor, Tensor]:
         """captions int64 [B, K, T] and lengths int64 [B, K]; K = 0 where captions are left out."""
         if self.captions is None:
             return torch.zeros((len(found), 0, 0), dtype=torch.int64), torch.zeros((len(found), 0), dtype=torch.int64)
         tokens = [self._tokens(rows, sample, epoch) if rows else NO_CAPTIONS for rows, sample in found]
-        longest = max((int(each[:, 0].max()) for each in tokens if len(each)), default=0)
-        captions = np.full((len(tokens), self.captions.per_image, longest + 1), PAD, dtype=np.int64)
+        # At least <start> and one prediction, so that a batch without captions is a step like any other.
+        longest = max(2, *(width for _, width in tokens))
+        captions = np.full((len(tokens), self.captions.per_image, longest), PAD, dtype=np.int64)
         lengths = np.zeros(captions.shape[:2], dtype=np.int64)
-        for row, each in enumerate(tokens):
-            width = min(each.shape[1] - 1, longest + 1)
-            captions[row, : len(each), :width] = each[:, 1 : width + 1]
+        for row, (each, width) in enumerate(tokens):
+            captions[row, : len(each), :width] = each[:, 1 : 1 + width]
             lengths[row, : len(each)] = each[:, 0]
         return torch.from_numpy(captions), torch.from_numpy(lengths)
 
-    def _tokens(self, rows: Rows, sample: int, epoch: int) -> np.ndarray:
-        """int32 [k, 1 + T]: for each caption shown, its length and its padded ids."""
+    def _tokens(self, rows: Rows, sample: int, epoch: int) -> tuple[np.ndarray, int]:
+        """int32 [k, 1 + T], for each caption shown its length and its padded ids; and how many ids the longest has."""
         options = self.captions
         found = rows.encoded.get(sample)
         if found is None:
             texts = rows.captions[sample].as_py()
             found = rows.encoded[sample] = _encode(texts, options.tokenizer, options.max_words)
+        if len(found[0]) <= options.per_image:
+            return found
         image = xxhash.xxh3_64_intdigest(rows.image_ids[sample].encode())
-        return found[choose_captions(len(found), options.per_image, image, options.seed, epoch)]
+        chosen = found[0][choose_captions(len(found[0]), options.per_image, image, options.seed, epoch)]
+        return chosen, int(chosen[:, 0].max()) + 1
 
 
-def _encode(texts: Sequence[str], tokenizer: CaptionTokenizer, max_words: int) -> np.ndarray:
-    """Captions without a single word are dropped."""
+def _encode(texts: Sequence[str], tokenizer: CaptionTokenizer, max_words: int) -> tuple[np.ndarray, int]:
+    """As `_tokens` returns them, all captions of an image; those without a single word are dropped."""
     ids = [words for text in texts if (words := tokenizer.encode(text, max_words))]
-    out = np.full((len(ids), max(map(len, ids), default=0) + 3), PAD, dtype=np.int32)
+    longest = max(map(len, ids), default=-2) + 2
+    out = np.full((len(ids), 1 + longest), PAD, dtype=np.int32)
     for row, words in zip(out, ids, strict=True):
         row[0] = len(words) + 1
         row[1 : len(words) + 3] = [START, *words, END]
-    return out
+    return out, longest

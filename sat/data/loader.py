@@ -14,13 +14,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from sat.data.batch import BatchReader, CaptionBatch, CaptionOptions, InTransit, row_of
+from sat.data.batch import BatchReader, CaptionBatch, CaptionOptions, InTransit, Stretch, row_of, stretches_of
 from sat.data.buffers import Ring
 from sat.data.cache import make_store
 from sat.data.manifest import Manifest, check_files
 from sat.data.plan import (
     Cursor,
     EvaluationPlan,
+    Slots,
     Sources,
     TrainingPlan,
     choose_shards,
@@ -46,7 +47,8 @@ class PlannedBatches:
     plan: TrainingPlan | EvaluationPlan
     reader: BatchReader
     ahead: int
-    _asked: int = field(default=-1, init=False)
+    _planned: dict[int, tuple[Slots, list[Stretch]]] = field(default_factory=dict, init=False)
+    """The batches ahead, by number."""
 
     def __len__(self) -> int:
         return len(self.plan)
@@ -54,11 +56,16 @@ class PlannedBatches:
     def __getitem__(self, index: int) -> CaptionBatch | InTransit:
         info = torch.utils.data.get_worker_info()
         stride = info.num_workers if info else 1
+        slots, stretches = self._planned.pop(index, None) or self._plan(index)
         for later in range(index + stride, min(index + self.ahead * stride + 1, len(self)), stride):
-            if later > self._asked:
-                self._asked = later
-                self.reader.expect(self.plan.slots(later))
-        return self.reader.read(self.plan.slots(index))
+            if later not in self._planned:
+                self._planned[later] = self._plan(later)
+                self.reader.expect(self._planned[later][1])
+        return self.reader.read(slots, stretches)
+
+    def _plan(self, index: int) -> tuple[Slots, list[Stretch]]:
+        slots = self.plan.slots(index)
+        return slots, stretches_of(slots)
 
 
 def training_batches(
@@ -155,7 +162,7 @@ def read_references(
 
 def _make_ring(plan: TrainingPlan | EvaluationPlan, manifest: Manifest, image_size: int, num_workers: int) -> Ring:
     shape, dtype = row_of(manifest, image_size)
-    return Ring(max(num_workers, 1), SLOTS, plan.rows * math.prod(shape) * dtype.itemsize)
+    return Ring(max(num_workers, 1), SLOTS, plan.rows * math.prod(shape) * dtype.itemsize, shared=num_workers > 0)
 
 
 def _iterate(

@@ -14,14 +14,22 @@ import numpy as np
 
 MASK = (1 << 64) - 1
 GOLDEN = 0x9E3779B97F4A7C15
-HALF_ROUNDS = 8
+ROUNDS = 3
+"""Luby and Rackoff ("How to Construct Pseudorandom Permutations", 1988) need two of ours, of two half-rounds each."""
 
 
-def mix64(x):
-    """The finaliser of splitmix64 (Steele et al., 2014), a bijection of 64-bit integers; int or uint64 array."""
+def mix64(x: int) -> int:
+    """The finaliser of splitmix64 (Steele et al., 2014), a bijection of 64-bit integers."""
     x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & MASK
     x = (x ^ (x >> 27)) * 0x94D049BB133111EB & MASK
     return x ^ (x >> 31)
+
+
+def mix64_array(x: np.ndarray) -> np.ndarray:
+    """`mix64` of each element of a uint64 array, whose products wrap by themselves."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
 
 
 def derive_key(*parts: int) -> int:
@@ -53,9 +61,9 @@ def permute(index: np.ndarray, size: int, key: int) -> np.ndarray:
 def _feistel(x: np.ndarray, height: int, width: int, key: int) -> np.ndarray:
     height, width = np.uint64(height), np.uint64(width)
     row, column = x // width, x % width
-    for i in range(0, HALF_ROUNDS, 2):
-        row = (row + mix64(column + np.uint64(mix64(key + i & MASK))) % height) % height
-        column = (column + mix64(row + np.uint64(mix64(key + i + 1 & MASK))) % width) % width
+    for i in range(0, 2 * ROUNDS, 2):
+        row = (row + mix64_array(column + np.uint64(mix64(key + i & MASK))) % height) % height
+        column = (column + mix64_array(row + np.uint64(mix64(key + i + 1 & MASK))) % width) % width
     return row * width + column
 
 
@@ -168,7 +176,7 @@ class EpochOrder:
             mine = np.flatnonzero(source == i)
             # A source drawn by weight goes on where the last epoch stopped: its own passes, each in a new order.
             passes, place = np.divmod(within[mine] + self.epoch * self.counts[i], layout.samples)
-            for one in np.unique(passes):
+            for one in range(int(passes.min()), int(passes.max()) + 1) if passes.size else ():
                 chosen = passes == one
                 rows = mine[chosen]
                 shard[rows], sample[rows] = source_order(layout, derive_key(self.keys[i], int(one)), place[chosen])

@@ -18,7 +18,7 @@ import xxhash
 
 from sat.data.cache import ShardStore
 from sat.data.manifest import NPY_HEADER, TAR_BLOCK, Manifest
-from sat.data.retry import Result, retrying
+from sat.data.retry import Result, io_error, retrying
 
 PAYLOAD = TAR_BLOCK + NPY_HEADER
 STORED_DTYPES = {"bf16": np.dtype("<u2"), "fp16": np.dtype("<f2"), "fp32": np.dtype("<f4"), "int8": np.dtype("|i1")}
@@ -42,8 +42,8 @@ class Rows:
     nbytes: list[int]
     xxh3: list[int]
     captions: pa.ListArray
-    encoded: dict[int, np.ndarray] = field(default_factory=dict)
-    """Filled by the loader: token ids of a sample's captions, once they were encoded."""
+    encoded: dict[int, tuple[np.ndarray, int]] = field(default_factory=dict)
+    """Filled by `batch`: token ids of a sample's captions and the longest one's length, once they were encoded."""
 
 
 class SampleReader:
@@ -55,7 +55,7 @@ class SampleReader:
         self._retries = 0
         self._rows: OrderedDict[int, Rows] = OrderedDict()
         self._cached_rows = 0
-        self._files: OrderedDict[int, int] = OrderedDict()
+        self._files: dict[int, int] = {}
         self._head = memoryview(bytearray(PAYLOAD))
         self._tail = memoryview(bytearray(1 << 16))
         self._npy_header = b""
@@ -97,27 +97,29 @@ class SampleReader:
             self._cached_rows -= len(self._rows.popitem(last=False)[1].keys)
         return rows
 
-    def read_grid(self, shard: int, sample: int, out: memoryview) -> None:
+    def read_grid(self, shard: int, sample: int, out: memoryview) -> Rows:
         """Read and verify one feature sample; its grid's bytes (as stored) go to `out`, which they fill exactly.
 
-        Raises BadSample for damage and OSError where reading fails for good; `out` is then not to be used.
+        Returns the rows of its shard. Raises BadSample for damage and OSError where reading fails for good; `out` is
+        then not to be used.
         """
         rows = self.rows(shard)
         rest = rows.nbytes[sample] - PAYLOAD - len(out)
-        if rest > len(self._tail):
-            self._tail = memoryview(bytearray(rest))
         if rest < 0:
             raise self.bad(rows, sample, f"{rows.nbytes[sample]} bytes cannot hold a grid of {len(out)} and its .json")
-        tail = self._tail[:rest]
-        self._read(shard, rows, sample, [self._head, out, tail])
-        checksum = xxhash.xxh3_64(self._head)
+        if rest > len(self._tail):
+            self._tail = memoryview(bytearray(rest))
+        head, tail = self._head, self._tail[:rest]
+        self._read(shard, rows, sample, [head, out, tail])
+        checksum = xxhash.xxh3_64(head)
         checksum.update(out)
         checksum.update(tail)
         if checksum.intdigest() != rows.xxh3[sample]:
             raise self.bad(rows, sample, "its bytes do not have the checksum that was recorded")
-        self._check_member(rows, sample, f"{rows.keys[sample]}.npy".encode(), self._head, len(out) + NPY_HEADER)
-        if self._head[TAR_BLOCK:] != self._npy_header:
+        self._check_member(rows, sample, f"{rows.keys[sample]}.npy".encode(), head, len(out) + NPY_HEADER)
+        if head[TAR_BLOCK:] != self._npy_header:
             raise self.bad(rows, sample, f"its array is not a {self.dtype} array of shape {self.grid_shape}")
+        return rows
 
     def read_picture(self, shard: int, sample: int) -> bytes:
         """Read and verify one image sample; the bytes of its picture file. Raises as `read_grid` does."""
@@ -134,46 +136,52 @@ class SampleReader:
         self._check_member(rows, sample, name, blob, size)
         return bytes(memoryview(blob)[TAR_BLOCK : TAR_BLOCK + size])
 
-    def expect(self, shard: int, sample: int) -> None:
-        """Say that this sample is needed soon: the kernel, or the cache of a remote source, fetches it meanwhile."""
+    def expect(self, shard: int, first: int, last: int) -> None:
+        """Say that these samples are needed soon: the kernel or the cache of a remote source fetches them meanwhile."""
         if self.store.is_remote:
             if shard not in self._files:
                 self.store.expect(self.manifest.shards[shard])
         elif shard in self._files and shard in self._rows:
-            rows = self._rows[shard]
-            os.posix_fadvise(self._files[shard], rows.offsets[sample], rows.nbytes[sample], os.POSIX_FADV_WILLNEED)
+            rows, descriptor = self._rows[shard], self._files[shard]
+            begin, end = rows.offsets[first], rows.offsets[last] + rows.nbytes[last]
+            if not _is_in_memory(descriptor, end - 1):
+                os.posix_fadvise(descriptor, begin, end - begin, os.POSIX_FADV_WILLNEED)
 
     def _read(self, shard: int, rows: Rows, sample: int, buffers: list[memoryview]) -> None:
         """Fill the buffers with the sample's bytes, one after the other."""
+        offset, expected = rows.offsets[sample], rows.nbytes[sample]
+        try:
+            if os.preadv(self._files[shard], buffers, offset) == expected:
+                return
+        except KeyError:
+            pass  # not open yet
+        except OSError as error:
+            if not io_error(error):
+                raise
+            self._give_up_file(shard)
         where = f"{rows.name}: key {rows.keys[sample]}"
-
-        def read() -> int:
-            return os.preadv(self._open(shard), buffers, rows.offsets[sample])
-
-        expected = rows.nbytes[sample]
-        got = self._retrying(read, where, shard)
-        if got < expected:
-            # A read may stop short for reasons other than the end of the file; the slow way tells them apart.
-            got = self._retrying(lambda: self._read_in_pieces(shard, buffers, rows.offsets[sample]), where, shard)
+        # A read may stop short for other reasons than the end of the file; reading on tells them apart.
+        got = self._retrying(lambda: self._read_in_pieces(shard, buffers, offset), where, shard)
         if got != expected:
             raise self.bad(rows, sample, f"the shard ends {expected - got} bytes before the end of the sample")
 
     def _read_in_pieces(self, shard: int, buffers: list[memoryview], offset: int) -> int:
-        total = 0
-        for buffer in buffers:
-            done = 0
-            while done < len(buffer):
-                got = os.preadv(self._open(shard), [buffer[done:]], offset + total)
-                if not got:
-                    return total
-                done += got
-                total += got
+        """Bytes that were read into the buffers before the end of the file."""
+        pending, total = list(buffers), 0
+        while pending:
+            got = os.preadv(self._open(shard), pending, offset + total)
+            if not got:
+                break
+            total += got
+            while pending and got >= len(pending[0]):
+                got -= len(pending.pop(0))
+            if got:
+                pending[0] = pending[0][got:]
         return total
 
     def _open(self, shard: int) -> int:
         descriptor = self._files.get(shard)
         if descriptor is not None:
-            self._files.move_to_end(shard)
             return descriptor
         info = self.manifest.shards[shard]
         descriptor = self.store.open(info)
@@ -181,19 +189,19 @@ class SampleReader:
         if size != info.bytes:
             os.close(descriptor)
             raise BadSample(f"{self.manifest.root}: {info.name} has {size} bytes, {info.bytes} were written")
+        if len(self._files) >= self.store.open_files:
+            os.close(self._files.pop(next(iter(self._files))))
         self._files[shard] = descriptor
-        if len(self._files) > self.store.open_files:
-            os.close(self._files.popitem(last=False)[1])
         return descriptor
 
     def _retrying(self, operation: Callable[[], Result], what: str, shard: int | None = None) -> Result:
-        def count() -> None:
-            self._retries += 1
-            # A stale handle stays stale: the next attempt opens the file anew.
-            if shard in self._files:
-                os.close(self._files.pop(shard))
+        return retrying(operation, what, lambda: self._give_up_file(shard))
 
-        return retrying(operation, what, count)
+    def _give_up_file(self, shard: int | None) -> None:
+        """Count a failed attempt. A stale handle stays stale: the next one opens the file anew."""
+        self._retries += 1
+        if shard in self._files:
+            os.close(self._files.pop(shard))
 
     def _check_member(self, rows: Rows, sample: int, name: bytes, header: memoryview | bytes, size: int) -> None:
         """Compare a tar header with the one that a regular file of this name and size has."""
@@ -206,6 +214,14 @@ class SampleReader:
     def bad(self, rows: Rows, sample: int, problem: str) -> BadSample:
         """The error for one sample of a shard."""
         return BadSample(f"{self.manifest.root}: {rows.name}: key {rows.keys[sample]}: {problem}")
+
+
+def _is_in_memory(descriptor: int, offset: int) -> bool:
+    """Whether the page cache holds this byte; asking is much cheaper than advice about pages that are there already."""
+    try:
+        return os.preadv(descriptor, [bytearray(1)], offset, os.RWF_NOWAIT) == 1
+    except OSError:
+        return False
 
 
 def _npy_header(dtype: np.dtype, shape: tuple[int, int]) -> bytes:
