@@ -1,8 +1,8 @@
 """Measure the loader against a raw sequential read of the same files and against stock webdataset, in one run.
 
 Surprising: the loader's figure is that of whole training batches (a new order, every byte checked, captions as token
-ids), the raw read only brings bytes to memory. "dropped" means dropped from this machine's page cache; a host's may
-remain.
+ids), the raw read only brings the files' bytes to memory, into one buffer of a batch's size. "dropped" means dropped
+from this machine's page cache; a host's may remain.
 """
 
 import itertools
@@ -19,7 +19,6 @@ GRIDS = {"7x7": (7, 2048), "14x14": (14, 768)}
 """Side of the grid and the number of samples written, about 400 and 600 MB."""
 DIM = 2048
 BATCH = 64
-RAW_CHUNK = 1 << 20
 WARM_UP = 4
 """Epochs before the measured ones: each worker encodes the captions of a sample when it first meets it."""
 
@@ -82,7 +81,12 @@ def measure(root: Path, workers: int, cache: str, rounds: int) -> dict:
     shards = sorted(root.glob("*.tar"))
     ours = OurEpochs(root, workers, epochs=WARM_UP + rounds)
     samples = ours.samples
-    contenders = {"raw": read_raw, "webdataset": lambda paths: read_webdataset(paths, workers)}
+    megabytes = sum(path.stat().st_size for path in shards) / 1e6
+    batch_bytes = int(megabytes * 1e6 * BATCH / samples)
+    contenders = {
+        "raw": lambda paths: read_raw(paths, batch_bytes),
+        "webdataset": lambda paths: read_webdataset(paths, workers),
+    }
     rates: dict[str, list[float]] = {name: [] for name in ("ours", *contenders)}
     contenders["webdataset"](shards[: max(workers, 1)])  # imports
     for _ in range(WARM_UP):
@@ -96,7 +100,6 @@ def measure(root: Path, workers: int, cache: str, rounds: int) -> dict:
             contender(shards)
             rates[name].append(samples / (time.perf_counter() - began))
     rate = {name: statistics.median(values) for name, values in rates.items()}
-    megabytes = sum(path.stat().st_size for path in shards) / 1e6
     return {
         "workers": workers,
         "cache": cache,
@@ -112,7 +115,7 @@ def measure(root: Path, workers: int, cache: str, rounds: int) -> dict:
 def prepare_cache(shards: list[Path], cache: str) -> None:
     """Bring the shards into the page cache, or drop them from it."""
     if cache == "warm":
-        read_raw(shards)
+        read_raw(shards, 1 << 20)
         return
     for path in shards:
         descriptor = os.open(path, os.O_RDONLY)
@@ -121,9 +124,11 @@ def prepare_cache(shards: list[Path], cache: str) -> None:
         os.close(descriptor)
 
 
-def read_raw(shards: list[Path]) -> None:
+def read_raw(shards: list[Path], size: int) -> None:
     """Read all files from start to end into one buffer."""
-    buffer = bytearray(RAW_CHUNK)
+    import numpy as np
+
+    buffer = np.empty(size, np.uint8)
     for path in shards:
         with open(path, "rb", buffering=0) as file:
             while file.readinto(buffer):

@@ -28,7 +28,7 @@ table = SimpleNamespace(samples=counts, of_split=lambda split: range(shards))
 sources = [(SimpleNamespace(root="plan", digest="0123456789abcdef" * 4, shards=table), 1.0)]
 cursor = Cursor.start(sources, seed=1).advanced(done)
 plan = plan_training(sources, ["train"], cursor, 1, global_batch, rank, ranks, 1, 4)
-slots = plan.slots(worker)
+(slots,) = plan.slots([worker])
 seconds = time.perf_counter() - began
 status = open("/proc/self/status").read()  # the resource module would count the process that started this one
 peak = int(status.split("VmHWM:")[1].split()[0]) / 1024

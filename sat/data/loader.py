@@ -5,6 +5,7 @@ can make any batch, and the cursor (which the trainer advances after its optimiz
 hand these loaders to `accelerator.prepare`: they are already shared among the ranks.
 """
 
+import gc
 import logging
 import math
 import os
@@ -33,6 +34,7 @@ from sat.text import CaptionTokenizer
 
 logger = logging.getLogger(__name__)
 
+PLANNED_TOGETHER = 8
 SLOTS = 4
 """Batches whose memory is kept per worker: two wait, one is filled, one is in use; more get memory of their own."""
 CHECKED_AT_START = 20_000
@@ -49,6 +51,7 @@ class PlannedBatches:
     ahead: int
     _planned: dict[int, tuple[Slots, list[Stretch]]] = field(default_factory=dict, init=False)
     """The batches ahead, by number."""
+    _expected: int = field(default=-1, init=False)
 
     def __len__(self) -> int:
         return len(self.plan)
@@ -56,16 +59,20 @@ class PlannedBatches:
     def __getitem__(self, index: int) -> CaptionBatch | InTransit:
         info = torch.utils.data.get_worker_info()
         stride = info.num_workers if info else 1
-        slots, stretches = self._planned.pop(index, None) or self._plan(index)
         for later in range(index + stride, min(index + self.ahead * stride + 1, len(self)), stride):
-            if later not in self._planned:
-                self._planned[later] = self._plan(later)
-                self.reader.expect(self._planned[later][1])
-        return self.reader.read(slots, stretches)
+            if later > self._expected:
+                self._expected = later
+                self.reader.expect(self._planned_batch(later, stride)[1])
+        planned = self._planned_batch(index, stride)
+        del self._planned[index]
+        return self.reader.read(*planned)
 
-    def _plan(self, index: int) -> tuple[Slots, list[Stretch]]:
-        slots = self.plan.slots(index)
-        return slots, stretches_of(slots)
+    def _planned_batch(self, index: int, stride: int) -> tuple[Slots, list[Stretch]]:
+        if index not in self._planned:
+            block = range(index, min(index + PLANNED_TOGETHER * stride, len(self)), stride)
+            for number, slots in zip(block, self.plan.slots(block), strict=True):
+                self._planned[number] = slots, stretches_of(slots)
+        return self._planned[index]
 
 
 def training_batches(
@@ -177,7 +184,7 @@ def _iterate(
         shuffle=False,
         num_workers=num_workers,
         pin_memory=pin_memory,
-        worker_init_fn=_quiet_worker,
+        worker_init_fn=_settle_worker,
         multiprocessing_context="fork" if num_workers else None,  # workers inherit the ring
     )
     bad = retries = 0
@@ -201,9 +208,10 @@ def _iterate(
         logger.warning("%d reads failed and were repeated with success", retries)
 
 
-def _quiet_worker(_: int) -> None:
-    """The tokenizers library warns of its own threads in every forked process; a worker encodes without them."""
+def _settle_worker(_: int) -> None:
+    """For a forked process: no threads in the tokenizers library, and what was inherited is not searched for garbage."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    gc.freeze()
 
 
 def _open_reader(manifest: Manifest, cache_dir: str, cache_gb: float, check: bool) -> SampleReader:

@@ -5,10 +5,11 @@ plans an epoch of 1e9 samples as it plans one of a hundred, and any micro-batch 
 """
 
 import hashlib
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -87,11 +88,21 @@ class Slots:
     samples_done: int
 
 
+class Frame(NamedTuple):
+    """Where a micro-batch stands: its global batch holds samples [begin, end) of the epoch, it those at `places`."""
+
+    epoch: int
+    step: int
+    begin: int
+    end: int
+    places: np.ndarray  # int64 [rows], within the global batch; -1 is a padding row
+
+
 @dataclass(frozen=True)
 class TrainingPlan:
     """Micro-batches of one rank, from the cursor to the end of its epoch and through further epochs.
 
-    `slots` is a pure function of the index. An epoch never shares a batch with the next.
+    `slots` is a pure function of the indices. An epoch never shares a batch with the next.
     """
 
     order: EpochOrder
@@ -113,21 +124,33 @@ class TrainingPlan:
         """Rows of the largest micro-batch."""
         return -(-min(self.global_batch, self.order.samples) // (self.world_size * self.accumulation_steps))
 
-    def slots(self, index: int) -> Slots:
-        order, start, first = self.order, self.start, self._micro_batches(self.start)
+    def slots(self, indices: Sequence[int]) -> list[Slots]:
+        """What these micro-batches consist of; ascending, and asked for together because each call costs 0.1 ms."""
+        frames = [self._frame(index) for index in indices]
+        planned = []
+        for epoch, group in itertools.groupby(frames, key=lambda frame: frame.epoch):
+            group = list(group)
+            filled = [np.flatnonzero(frame.places >= 0) for frame in group]
+            positions = np.concatenate([frame.begin + frame.places[f] for frame, f in zip(group, filled, strict=True)])
+            source, shard, sample = replace(self.order, epoch=epoch).locate(positions)
+            for i, chosen in enumerate(self.chosen):
+                shard[source == i] = chosen.shards[shard[source == i]]
+            cuts = np.cumsum([f.size for f in filled])[:-1]
+            columns = (np.split(column, cuts) for column in (source, shard, sample))
+            for frame, f, *places in zip(group, filled, *columns, strict=True):
+                planned.append(Slots(frame.places.size, f, *places, epoch, frame.step, frame.end))
+        return planned
+
+    def _frame(self, index: int) -> "Frame":
+        epoch, start, first = self.order.epoch, self.start, self._micro_batches(self.start)
         if index >= first:
             later, index = divmod(index - first, self._micro_batches(0))
-            order, start = replace(order, epoch=order.epoch + 1 + later), 0
+            epoch, start = epoch + 1 + later, 0
         batch, micro = divmod(index, self.accumulation_steps)
         begin = start + batch * self.global_batch
-        end = min(begin + self.global_batch, order.samples)
+        end = min(begin + self.global_batch, self.order.samples)
         places = micro_batch_rows(end - begin, self.rank, self.world_size, self.accumulation_steps, micro)
-        filled = np.flatnonzero(places >= 0)
-        source, shard, sample = order.locate(begin + places[filled])
-        for i, chosen in enumerate(self.chosen):
-            shard[source == i] = chosen.shards[shard[source == i]]
-        step = -(-start // self.global_batch) + batch
-        return Slots(places.size, filled, source, shard, sample, order.epoch, step, end)
+        return Frame(epoch, -(-start // self.global_batch) + batch, begin, end, places)
 
     def _micro_batches(self, start: int) -> int:
         return -(-(self.order.samples - start) // self.global_batch) * self.accumulation_steps
@@ -150,15 +173,16 @@ class EvaluationPlan:
         """Rows of the largest batch."""
         return min(self.batch_size, self.end - self.begin)
 
-    def slots(self, index: int) -> Slots:
-        begin = self.begin + index * self.batch_size
-        end = min(begin + self.batch_size, self.end)
-        place = np.arange(begin, end)
+    def slots(self, indices: Sequence[int]) -> list[Slots]:
+        """What these batches consist of."""
+        return [self._slots(self.begin + index * self.batch_size, index) for index in indices]
+
+    def _slots(self, begin: int, index: int) -> Slots:
+        place = np.arange(begin, min(begin + self.batch_size, self.end))
         shard = np.searchsorted(self.chosen.layout.ends, place, side="right")
         sample = place - np.where(shard > 0, self.chosen.layout.ends[shard - 1], 0)
-        rows = np.arange(place.size)
-        source, shard = np.zeros_like(rows), self.chosen.shards[shard]
-        return Slots(rows.size, rows, source, shard, sample, epoch=0, step=index, samples_done=end - self.begin)
+        rows, source = np.arange(place.size), np.zeros_like(place)
+        return Slots(rows.size, rows, source, self.chosen.shards[shard], sample, epoch=0, step=index, samples_done=0)
 
 
 def plan_training(

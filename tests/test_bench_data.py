@@ -1,0 +1,37 @@
+"""The benchmarks of plan and loader give the rows they promise, here on data that takes seconds."""
+
+import json
+
+import pytest
+
+from sat.bench import loader, plan
+
+
+def test_the_plan_of_a_billion_samples_is_quick_small_and_balanced(tmp_path):
+    (row,) = plan.run(json_file=tmp_path / "plan.json")
+    assert json.loads((tmp_path / "plan.json").read_text()) == [row]
+    assert (row["samples"], row["shards"], row["ranks"], row["workers"]) == (10**9, 10**6, 1024, 8)
+    assert row["peak_mb"] < 200
+    assert row["rows_apart"] <= 1
+    # The time is bounded loosely: it is a fraction of a second, but the machine may be busy with other tests.
+    assert row["seconds_to_first_batch"] < 20 and row["seconds_to_resume"] < 20
+
+
+def test_the_plan_does_not_cost_more_memory_than_its_two_numbers_per_shard():
+    small, large = (
+        plan.plan_in_new_process(shards * 1000, shards, 1024, 8, 0, 0, 0, 65535)["peak_mb"] for shards in (100, 10**6)
+    )
+    assert large - small < 100
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_the_loader_benchmark_compares_three_readers_of_the_same_shards(tmp_path, monkeypatch):
+    monkeypatch.setattr(loader, "GRIDS", {"1x1": (1, 512)})
+    rows = loader.run(folder=tmp_path, rounds=1, json_file=tmp_path / "loader.json")
+    assert json.loads((tmp_path / "loader.json").read_text()) == rows
+    assert [(row["grid"], row["workers"], row["cache"]) for row in rows] == [
+        ("1x1", workers, cache) for workers in (0, 2) for cache in ("warm", "dropped")
+    ]
+    for row in rows:
+        assert min(row[f"{name}samples_per_s"] for name in ("", "raw_", "webdataset_")) > 0
+    assert list(tmp_path.iterdir()) == [tmp_path / "loader.json"], "the shards are removed"
