@@ -8,8 +8,9 @@ from sat.model.captioner import Captioner
 from sat.model.loss import total_loss
 
 PAPER = dict(
-    state_init="mlp", score="tanh", gate="scalar", output="deep", first_input="zero", penalty="sum", weight_init="normal"
-)
+    state_init="mlp", score="tanh", gate="scalar", output="deep", first_input="zero", penalty="sum",
+    weight_init="normal",
+)  # fmt: skip
 TUTORIAL = dict(
     state_init="linear", score="relu", gate="vector", output="linear", first_input="start", penalty="mean",
     weight_init="uniform",
@@ -76,7 +77,7 @@ class Reference:
         return torch.stack(scores).softmax(0)
 
     def caption(self, grid, tokens, choose=None, own_words=False):
-        """Sums of one caption (tokens with <start> and <end>): objective per token, objective per caption, NLL, logits."""
+        """Of one caption (tokens with <start> and <end>): objective per token, objective per caption, NLL, logits."""
         b, attends = self.b, self.s["attention"] != "none"
         grid = ((grid.double() * b["feature_scale"] - b["feature_mean"]) / b["feature_std"]).clamp(-5, 5)
         mean = sum(grid) / len(grid)
@@ -96,7 +97,7 @@ class Reference:
                 alpha = self.alpha(grid, h)
                 alpha_sum = alpha_sum + alpha
                 chosen = None if choose is None else choose(alpha)
-                context = sum(a * w for a, w in zip(grid, alpha)) if chosen is None else grid[chosen]
+                context = sum(a * w for a, w in zip(grid, alpha, strict=True)) if chosen is None else grid[chosen]
                 if self.s["gate"] != "none":
                     context = torch.sigmoid(self.linear("gate", h)) * context
                 x_gates = x_gates + self.linear("context_gates", context)
@@ -183,7 +184,8 @@ def test_hard_attention_draws_from_alpha_for_half_of_the_captions():
     model = make_model(**PAPER | {"attention": "hard"})
     memory = model.encode(torch.randn(1, L, D).double())
     query = torch.randn(1, 1, A).double().expand(1, 20_000, A)
-    attended = attend_hard(model.attention, memory.grid, memory.projection, query, torch.zeros(1, 20_000, dtype=torch.bool))
+    never_exact = torch.zeros(1, 20_000, dtype=torch.bool)
+    attended = attend_hard(model.attention, memory.grid, memory.projection, query, never_exact)
     frequency = attended.chosen[0].bincount(minlength=L) / 20_000
     assert torch.allclose(frequency.double(), attended.alpha[0, 0], atol=0.02)
     assert torch.equal(attended.context[0], memory.grid[0, attended.chosen[0]])
@@ -286,7 +288,7 @@ def test_sums_and_gradients_of_two_half_batches_add_up_to_those_of_the_whole(pre
         sums.append(halves(grid[part], captions[part], lengths[part]))
         total_loss(sums[-1], expected.tokens, expected.captions).backward()
     for name, value in expected._asdict().items():
-        assert float(sum(getattr(s, name) for s in sums)) == pytest.approx(float(value), rel=1e-9), name
+        assert sum(getattr(s, name).item() for s in sums) == pytest.approx(value.item(), rel=1e-9), name
     for a, b in zip(whole.parameters(), halves.parameters(), strict=True):
         assert torch.allclose(a.grad, b.grad, rtol=1e-9, atol=1e-12)
 
@@ -359,7 +361,7 @@ def test_the_authors_initial_weights_are_small_normal_with_orthogonal_recurrent_
 
 def test_wrong_shapes_are_refused_with_the_expected_ones():
     model, (grid, captions, lengths) = make_model(), make_batch()
-    with pytest.raises(ValueError, match=r"grid \[B, 6, 7\] expected, got \[3, 5, 7\]"):
+    with pytest.raises(ValueError, match=r"grid \[B, 6, 7\] expected, got \[4, 5, 7\]"):
         model(grid[:, :5], captions, lengths)
     with pytest.raises(ValueError, match="lengths must be 0 .. 3"):
         model(grid, captions[:, :, :4], lengths)

@@ -1,7 +1,8 @@
 """Soft and hard attention over the grid of an image (Show, Attend and Tell, section 4).
 
-B images, k queries per image (captions or beams), L locations, D features, A hidden units. Surprising: the score has no bias
-and the query no bias of its own; both would only duplicate others (a softmax ignores a constant, `project` has one).
+Surprising: the score has no bias and the query none of its own; both would only duplicate others (a softmax ignores a
+constant, `project` has one). B images, k queries per image (captions or beams), L locations, D features, A hidden
+units.
 """
 
 from typing import NamedTuple
@@ -37,7 +38,7 @@ class Attention(nn.Module):
         self.activation = score
 
     def alpha(self, projection: Tensor, query: Tensor) -> Tensor:
-        """Distribution over the locations, [B, k, L], of `projection` [B, L, A] and `query` [B, k, A]; softmax in float32."""
+        """Distribution over locations [B, k, L], float32 or wider, of `projection` [B, L, A] and `query` [B, k, A]."""
         hidden = projection[:, None] + query[:, :, None]  # [B, k, L, A]
         hidden = hidden.tanh() if self.activation == "tanh" else hidden.relu()
         scores = hidden @ self.score.weight[0].to(hidden.dtype)
@@ -45,15 +46,15 @@ class Attention(nn.Module):
 
 
 def attend_soft(attention: Attention, grid: Tensor, projection: Tensor, query: Tensor) -> Attended:
-    """Expected context z_t = sum_i alpha_ti a_i (paper, eq. 13): `grid` [B, L, D], `projection` [B, L, A], `query` [B, k, A]."""
+    """Expected context z_t = sum_i alpha_ti a_i (paper, eq. 13) of `grid` [B, L, D]; the rest as `Attention.alpha`."""
     alpha = attention.alpha(projection, query)
     return Attended(alpha.to(grid.dtype) @ grid, alpha, None)
 
 
 def attend_hard(attention: Attention, grid: Tensor, projection: Tensor, query: Tensor, exact: Tensor) -> Attended:
-    """Context of one location s_t ~ Multinoulli(alpha_t); alpha itself where `exact` (bool [B, k]) is true (paper, section 4.1).
+    """Context of one location s_t ~ Multinoulli(alpha_t), or of alpha itself where `exact` (bool [B, k]) is true.
 
-    A drawn location passes no gradient to alpha: `reinforce_sums` supplies it.
+    Paper, section 4.1. A drawn location passes no gradient to alpha: `reinforce_sums` supplies it.
     """
     alpha = attention.alpha(projection, query)
     chosen = torch.multinomial(alpha.detach().flatten(0, 1), 1).view(alpha.shape[:2])
@@ -62,7 +63,7 @@ def attend_hard(attention: Attention, grid: Tensor, projection: Tensor, query: T
 
 
 def attend_for_inference(attention: Attention, grid: Tensor, projection: Tensor, query: Tensor, how: str) -> Attended:
-    """`expectation` is soft attention; hard attention may also `sample` one location or take the most probable, `argmax`."""
+    """`expectation` is soft attention; hard attention may also `sample` one location or take the best, `argmax`."""
     if how == "expectation":
         return attend_soft(attention, grid, projection, query)
     alpha = attention.alpha(projection, query)
@@ -75,10 +76,10 @@ def _one_hot(location: Tensor, alpha: Tensor) -> Tensor:
 
 
 def reinforce_sums(alpha: Tensor, chosen: Tensor, nll: Tensor, baseline: Tensor) -> Tensor:
-    """Scalar whose gradient is hard attention's: REINFORCE at the drawn locations and the entropy bonus, summed over words.
+    """Scalar whose gradient is hard attention's: REINFORCE at the drawn locations and entropy bonus, summed over words.
 
     `alpha` [M, L], `chosen` [M] (-1: nothing drawn), `nll` [M] of the word that followed, `baseline` scalar. As in the
-    authors' code the reward of a location is the log-likelihood of the very word it led to, against the mean NLL per word.
+    authors' code a location's reward is the log-likelihood of the very word it led to, against the mean NLL per word.
     """
     log_alpha = alpha.clamp_min(torch.finfo(alpha.dtype).tiny).log()
     drawn = log_alpha.gather(1, chosen.clamp_min(0)[:, None]).squeeze(1) * (chosen >= 0)

@@ -36,7 +36,7 @@ class Memory(NamedTuple):
     projection: Tensor
     """[B, L, A] its part of the attention score; A = 0 without attention."""
     prepared: Tensor | None = None
-    """[B, L, A] the same as the native kernels want it; A = 0 where they do not serve, None in a memory made by hand."""
+    """[B, L, A] the same as the native kernels want it; A = 0 where they do not serve."""
 
 
 class State(NamedTuple):
@@ -112,21 +112,21 @@ class Captioner(nn.Module):
 
     # ------------------------------------------------------------------ decoding
 
-    def encode(self, grid: Tensor) -> Memory:
-        """Standardise `grid` [B, L, D] (as stored: any float type or int8) and project it for the attention, once per image.
+    def encode(self, grid: Tensor, order: Tensor | None = None) -> Memory:
+        """Standardise `grid` [B, L, D] (as stored: any float type or int8) and project it, once per image.
 
-        Raises ValueError where L or D are not the model's.
+        `order` int64 [B'] picks and orders the images. Raises ValueError where L or D are not the model's.
         """
         if grid.shape[1:] != (self.grid_size, len(self.feature_mean)):
             raise ValueError(f"grid [B, {self.grid_size}, {len(self.feature_mean)}] expected, got {list(grid.shape)}")
-        grid = self._standardised(grid)
+        grid = self._standardised(grid, order)
         projection = self.attention.project(grid) if self.attention else grid[:, :, :0]
         serves = self.attention and not torch.is_grad_enabled() and choose_kernels(self.compile, grid) is native
         prepared = native.prepare(projection, self.attention.activation == "tanh") if serves else grid[:, :, :0]
         return Memory(grid, projection, prepared)
 
     def init_state(self, memory: Memory) -> State:
-        """LSTM state before the first word, h and c: [B, 1, H]. Show and Tell reads the image as a first word instead."""
+        """LSTM state before the first word, h and c: [B, 1, H]. Show and Tell reads the image as a first word."""
         mean = memory.grid.mean(1, keepdim=True, dtype=_wide(memory.grid.dtype)).to(memory.grid.dtype)  # [B, 1, D]
         if self.attention:
             return State(self.init_h(mean).to(_wide(mean.dtype)), self.init_c(mean).to(_wide(mean.dtype)))
@@ -160,41 +160,36 @@ class Captioner(nn.Module):
     def forward(self, grid: Tensor, captions: Tensor, lengths: Tensor, sampling_probability: float = 0.0) -> LossSums:
         """Loss sums of `grid` [B, L, D] (as stored) with `captions` int64 [B, K, T + 1] and `lengths` int64 [B, K].
 
-        `lengths` counts predicted tokens (words and `<end>`), 0 for a caption that does not exist. In train mode dropout,
-        hard attention and scheduled sampling (with `sampling_probability` the model's own last word is fed) draw from the
-        default generators. Without any caption the sums are zeros that still reach every parameter: ranks stay in step.
+        `lengths` counts predicted tokens (words and `<end>`), 0 for a caption that does not exist. In train mode
+        dropout, hard attention and scheduled sampling (with `sampling_probability` the model's own last word is fed)
+        draw from the default generators. Without any caption the sums are zeros that still reach every parameter.
         """
         packing = pack(captions, lengths)
         if not packing.rows:
             return self._zero_sums(grid)
-        memory = self.encode(grid[packing.images])
+        memory = self.encode(grid, packing.images)
         return self._loss(roll_out(self, memory, packing, sampling_probability), packing)
 
     @torch.no_grad()
     def update_baseline(self, mean_nll: Tensor | float) -> None:
-        """Move hard attention's reward baseline towards the global batch's mean NLL per token; every rank passes the same."""
+        """Move hard attention's reward baseline towards the global batch's mean NLL per token; the same on all."""
         if self.kind == "hard":
             self.reward_baseline.lerp_(torch.as_tensor(mean_nll).to(self.reward_baseline), 1 - BASELINE_DECAY)
 
     def _loss(self, rollout: Rollout, packing: Packing) -> LossSums:
         features = self.output_features(rollout.words, rollout.hidden, rollout.context)
-        weight = self.vocabulary.weight.to(features.dtype)
-        kernels = choose_kernels(self.compile, features)
         words = linear_cross_entropy(
-            features, weight, self.vocabulary.bias, packing.targets, self.label_smoothing, kernels
-        )
-        per_token, per_caption = words.objective, torch.zeros_like(words.objective)
-        penalty = torch.zeros_like(words.objective)
-        if self.kind == "soft":
+            features, *self.vocabulary.parameters(), packing.targets, self.label_smoothing,
+            choose_kernels(self.compile, features),
+        )  # fmt: skip
+        per_token, penalty, zero = words.objective, torch.zeros_like(words.nll[0]), torch.zeros_like(words.nll[0])
+        if self.kind == "soft":  # the regulariser belongs to soft attention (paper, section 4.2.1)
             penalty = self.penalty_weight * doubly_stochastic_penalty(rollout.alpha_sum, self.penalty).sum()
-            per_token, per_caption = (
-                (per_token + penalty, per_caption) if self.penalty == "sum" else (per_token, per_caption + penalty)
-            )
         elif self.kind == "hard" and self.training:
             per_token = per_token + reinforce_sums(rollout.alpha, rollout.chosen, words.nll, self.reward_baseline)
         return LossSums(
-            per_token=per_token,
-            per_caption=per_caption,
+            per_token=per_token + penalty if self.penalty == "sum" else per_token,
+            per_caption=zero if self.penalty == "sum" else penalty,
             nll=words.nll.sum(),
             penalty=penalty.detach(),
             tokens=words.correct.new_tensor(len(packing.targets)),
@@ -230,7 +225,7 @@ class Captioner(nn.Module):
         return *self.lstm(self.word_gates(words), context, h, c), context, attended
 
     def lstm(self, word_gates: Tensor, context: Tensor | None, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-        """The LSTM cell (paper, eq. 1-3) from the words' share of its gates [..., 4H] and the gated context [..., D]."""
+        """The LSTM cell (paper, eq. 1-3) from the words' share [..., 4H] of its gates and the context [..., D]."""
         gates = word_gates.to(c.dtype) + self.state_gates(h.to(word_gates.dtype))
         if context is not None:
             gates = gates + self.context_gates(context)
@@ -247,15 +242,17 @@ class Captioner(nn.Module):
                 features = features + self.output_context(context)
         return self.output_dropout(features) if dropout else features
 
-    def _standardised(self, grid: Tensor) -> Tensor:
+    def _standardised(self, grid: Tensor, order: Tensor | None) -> Tensor:
         """Image by image on a CPU, where passes over the whole batch would each go to memory and back."""
         scale = self.feature_scale / self.feature_std
         shift, dtype = -self.feature_mean / self.feature_std, self._matmul_dtype()
         if grid.requires_grad or grid.device.type != "cpu":
+            grid = grid if order is None else grid[order]
             return torch.addcmul(shift, grid.to(scale.dtype), scale).clamp(-CLAMP, CLAMP).to(dtype)
-        result = torch.empty(grid.shape, dtype=dtype)
-        for image, out in zip(grid, result, strict=True):
-            out.copy_(torch.addcmul(shift, image.to(scale.dtype), scale).clamp_(-CLAMP, CLAMP))
+        images = range(len(grid)) if order is None else order.tolist()
+        result = torch.empty(len(images), *grid.shape[1:], dtype=dtype)
+        for image, out in zip(images, result, strict=True):
+            out.copy_(torch.addcmul(shift, grid[image].to(scale.dtype), scale).clamp_(-CLAMP, CLAMP))
         return result
 
     def _matmul_dtype(self) -> torch.dtype:

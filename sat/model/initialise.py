@@ -1,6 +1,6 @@
 """Initial weights: those of the paper's authors, or those of the popular re-implementation.
 
-Surprising: under `normal` only the four recurrent blocks are orthogonal, each on its own (authors' code); stacked they are not.
+Surprising: under `normal` each of the four recurrent blocks is orthogonal (authors' code); stacked they are not.
 """
 
 from torch import nn
@@ -12,8 +12,8 @@ UNIFORM_BOUND = 0.1
 def initialise(model: nn.Module, kind: str) -> None:
     """Set the weights of a `Captioner` in place, drawing from the default generator.
 
-    `normal`: N(0, 0.01), recurrent blocks orthogonal, biases zero. `uniform`: embedding and vocabulary layer U(-0.1, 0.1)
-    with a zero bias, everything else as torch initialises it.
+    `normal`: N(0, 0.01), recurrent blocks orthogonal, biases zero. `uniform`: embedding and vocabulary layer
+    U(-0.1, 0.1) with a zero bias, everything else as torch initialises it.
     """
     if kind == "uniform":
         nn.init.uniform_(model.embedding.weight, -UNIFORM_BOUND, UNIFORM_BOUND)

@@ -1,10 +1,11 @@
-"""Which code does the numeric work on this machine: kernels of the time loop, and fp32 matrix products on CPUs.
+"""Which code does the numeric work on this machine: kernels of the time loop, fp32 matrix products, memory on CPUs.
 
-Surprising: PyTorch's default fp32 products (MKL) run at 60-85 % of the speed of oneDNN's on AMD CPUs. The switch to oneDNN is
-called "bf16" because it permits lower precision; on CPUs without AMX oneDNN computes in full fp32 all the same. So it is set
-by kind of CPU and only after a product in fp32 was seen to be as exact as before.
+Surprising: on AMD CPUs PyTorch's default fp32 products (MKL) run at 60-85 % of the speed of oneDNN's. The switch to
+oneDNN is called "bf16" because it permits lower precision; on CPUs without AMX oneDNN computes in full fp32 all the
+same. So it is set by kind of CPU, and only after a product in fp32 was seen to be as exact as before.
 """
 
+import ctypes
 from pathlib import Path
 from types import ModuleType
 
@@ -13,12 +14,14 @@ from torch import Tensor
 
 from sat.model import native, torch_kernels
 
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""Parameters of glibc's mallopt (malloc.h)."""
 EXACT = 4e-6
 """Relative error allowed to an fp32 product of inner length 2048; bf16 rounding would give 2e-3."""
 
 
 def choose_kernels(compile: str, like: Tensor) -> ModuleType:
-    """Kernels of the time loop for tensors such as `like`: `native` on CPUs, `torch_kernels` elsewhere or where it must.
+    """Kernels of the time loop for tensors such as `like`: `native` on CPUs, `torch_kernels` elsewhere or if it must.
 
     `compile`: `auto`, `never` (no compiler is called) or `always` (ValueError where the kernels cannot be built).
     """
@@ -26,14 +29,15 @@ def choose_kernels(compile: str, like: Tensor) -> ModuleType:
         return torch_kernels
     library, explanation = native.library()
     if library is None and compile == "always":
-        raise ValueError(f"train.compile is always, but the native kernels are not there: {explanation}; use auto or never")
+        raise ValueError(f"train.compile is always, but there are no native kernels: {explanation}; use auto or never")
     return torch_kernels if library is None else native
 
 
 def speed_up(compile: str, device: torch.device | str) -> str:
-    """Build the kernels and route matrix products before the first step; returns one line for the log."""
+    """Build the kernels, route matrix products and tune malloc before the first step; returns one line for the log."""
     if torch.device(device).type != "cpu":
         return "time loop in PyTorch kernels"
+    _keep_freed_memory()
     if compile == "never":
         loop = "PyTorch kernels (train.compile=never)"
     elif choose_kernels(compile, torch.empty(0)) is native:
@@ -41,6 +45,16 @@ def speed_up(compile: str, device: torch.device | str) -> str:
     else:
         loop = f"PyTorch kernels ({native.library()[1]})"
     return f"time loop in {loop}; fp32 products by {_route_fp32_products()}"
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc reuse freed blocks of up to 32 MB; giving them back and faulting them in costs 10 % of a step."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError):
+        return  # another C library
+    mallopt(M_MMAP_THRESHOLD, 32 << 20)
+    mallopt(M_TRIM_THRESHOLD, 1 << 30)
 
 
 def _route_fp32_products() -> str:

@@ -1,8 +1,8 @@
 """The caption loss as sums with counts, so that it is the same for any batch split; divided once, after the reduction.
 
-The vocabulary projection and its cross-entropy are one operation that walks over the words in chunks: logits of the whole
-batch never exist. Surprising: its gradients are computed in the forward pass, where the chunk's logits are at hand, and only
-scaled in the backward pass.
+The vocabulary projection and its cross-entropy are one operation that walks over the words in chunks: logits of the
+whole batch never exist. Surprising: its gradients are computed in the forward pass, where the chunk's logits are at
+hand, and only scaled in the backward pass.
 """
 
 from types import ModuleType
@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-CHUNK_BYTES = 32 << 20
+CHUNK_BYTES = 24 << 20
 """Memory of one chunk of logits; about a CPU's last-level cache."""
 
 
@@ -60,9 +60,9 @@ class WordLoss(NamedTuple):
 def linear_cross_entropy(
     hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, smoothing: float, kernels: ModuleType
 ) -> WordLoss:
-    """Cross-entropy of `hidden` [M, E] @ `weight` [V, E]^T + `bias` [V] against `targets` int64 [M], never keeping logits.
+    """Cross-entropy of `hidden` [M, E] @ `weight` [V, E]^T + `bias` [V] against `targets` int64 [M]; keeps no logits.
 
-    `hidden` and `weight` share one dtype (that of the matrix products); softmax and sums are in float32, or float64.
+    Matrix products run in the type of `hidden`, softmax and sums in float32 (float64 for float64).
     `kernels` is `sat.model.native` or `sat.model.torch_kernels`.
     """
     return WordLoss(*_LinearCrossEntropy.apply(hidden, weight, bias, targets, smoothing, kernels))
@@ -74,29 +74,31 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, smoothing, kernels):
         wide = torch.promote_types(hidden.dtype, torch.float32)
-        wide_bias = bias.to(wide)
+        dtypes = (hidden.dtype, weight.dtype, bias.dtype)
+        weight, bias = weight.to(hidden.dtype), bias.to(wide)
         rows = max(1, CHUNK_BYTES // (len(weight) * hidden.element_size()))
         nll, correct = hidden.new_empty(len(hidden), dtype=wide), targets.new_zeros(())
         objective = nll.new_zeros(())
         gradients = None
         if any(ctx.needs_input_grad[:3]):
-            gradients = torch.empty_like(hidden), torch.zeros_like(weight, dtype=wide), torch.zeros_like(wide_bias)
+            gradients = torch.empty_like(hidden), torch.zeros_like(weight, dtype=wide), torch.zeros_like(bias)
         for begin in range(0, len(hidden), rows):
             part = slice(begin, begin + rows)
             delta = hidden[part] @ weight.t()
-            nll[part], sum_log_p, hits = kernels.cross_entropy(delta, wide_bias, targets[part], smoothing)
+            nll[part], sum_log_p, hits = kernels.cross_entropy(delta, bias, targets[part], smoothing)
             correct += hits.sum()
             objective += (1 - smoothing) * nll[part].sum() - smoothing / len(weight) * sum_log_p.sum()
             if gradients is not None:
                 torch.mm(delta, weight, out=gradients[0][part])
                 gradients[1].add_(delta.t() @ hidden[part])
-                gradients[2].add_(delta.sum(0, dtype=wide))
+                gradients[2].add_((delta.new_ones(1, len(delta)) @ delta)[0])
         if gradients is not None:
             ctx.save_for_backward(*gradients)
-            ctx.dtypes = (hidden.dtype, weight.dtype, bias.dtype)
+            ctx.dtypes = dtypes
         ctx.mark_non_differentiable(nll, correct)
         return objective, nll, correct
 
     @staticmethod
     def backward(ctx, grad_objective, _nll, _correct):
-        return *((g * grad_objective).to(d) for g, d in zip(ctx.saved_tensors, ctx.dtypes, strict=True)), None, None, None
+        gradients = ((g * grad_objective).to(d) for g, d in zip(ctx.saved_tensors, ctx.dtypes, strict=True))
+        return *gradients, None, None, None

@@ -1,13 +1,14 @@
 // The parts of the training step that are no matrix product: attention with its gradients, and the LSTM cell.
 //
-// Compiled on first use by native.py with -march=native and called through ctypes: plain pointers, no PyTorch headers, so
-// building takes seconds. Inner loops are written for the compiler's vectoriser. Every image (or row) belongs to one thread
-// and sums run in a fixed order, so results do not depend on the number of threads.
+// Compiled on first use by native.py with -march=native and called through ctypes: plain pointers, no PyTorch headers,
+// so building takes seconds. Inner loops are written for the compiler's vectoriser. Every image (or row) belongs to one
+// thread and sums run in a fixed order, so results do not depend on the number of threads.
 //
-// B images, L locations, D features, A attention width, H LSTM width. T is the type of the matrix products (float, double or
-// bf16), W the type of sums (float, or double for double). Rows of an image: rows[ptr[b]] .. rows[ptr[b + 1] - 1], ascending;
-// those below n take part. The tanh score uses tanh(p + q) = 1 - 2 / (1 + exp(2p) exp(2q)): `projection` then holds exp(2p),
-// so that no exponential is left in the inner loop.
+// B images, L locations, D features, A attention width, H LSTM width. T is the type of the matrix products (float,
+// double or bf16), W the type of sums (float, or double for double). Rows of an image: rows[ptr[b]] ..
+// rows[ptr[b + 1] - 1], ascending; those below n take part. The tanh score uses
+// tanh(p + q) = 1 - 2 / (1 + exp(2p) exp(2q)): `projection` then holds exp(2p), so that no exponential is left in the
+// inner loop.
 
 #include <algorithm>
 #include <cmath>
@@ -97,7 +98,9 @@ inline W slope(W p, W q) {
   return 1 - y * y;
 }
 
-int64_t count_below(const int64_t* begin, const int64_t* end, int64_t n) { return std::lower_bound(begin, end, n) - begin; }
+int64_t count_below(const int64_t* begin, const int64_t* end, int64_t n) {
+  return std::lower_bound(begin, end, n) - begin;
+}
 
 constexpr int64_t LANES = 16;   // numbers of a vector register, in float
 constexpr int64_t TILE = 4;     // rows, or neighbouring locations, handled together
@@ -114,7 +117,8 @@ void with_constant(int64_t n, F f) {
 
 // out[j][d] = sum_l weight[row[j] L + l] grid[l D + d] for k rows: the grid streams by once.
 template <class T>
-void weighted_sums(int64_t k, int64_t L, int64_t D, const T* grid, const Wide<T>* weight, const int64_t* row, Wide<T>* out) {
+void weighted_sums(int64_t k, int64_t L, int64_t D, const T* grid, const Wide<T>* weight, const int64_t* row,
+                   Wide<T>* out) {
   std::fill_n(out, k * D, Wide<T>(0));
   for (int64_t l = 0; l < L; l += TILE)
     with_constant(std::min(TILE, L - l), [=](auto count) {
@@ -169,9 +173,9 @@ void dot_products(int64_t k, int64_t L, int64_t D, const T* grid, const Wide<T>*
 }
 
 template <bool TANH, class T>
-void attend(int64_t n, int64_t B, int64_t L, int64_t A, int64_t D, const int64_t* ptr, const int64_t* rows, const T* grid,
-            const T* projection, const T* query, int64_t query_stride, const T* score, Wide<T>* alpha, T* context,
-            int threads) {
+void attend(int64_t n, int64_t B, int64_t L, int64_t A, int64_t D, const int64_t* ptr, const int64_t* rows,
+            const T* grid, const T* projection, const T* query, int64_t query_stride, const T* score, Wide<T>* alpha,
+            T* context, int64_t threads) {
   using W = Wide<T>;
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
   for (int64_t b = 0; b < B; ++b) {
@@ -211,7 +215,7 @@ template <bool TANH, class T>
 void attend_backward(int64_t n, int64_t B, int64_t L, int64_t A, int64_t D, const int64_t* ptr, const int64_t* rows,
                      const T* grid, const T* projection, const T* query, int64_t query_stride, const T* score,
                      const Wide<T>* alpha, const T* grad_context, const Wide<T>* grad_alpha, Wide<T>* grad_scores,
-                     T* grad_query, int64_t grad_query_stride, int threads) {
+                     T* grad_query, int64_t grad_query_stride, int64_t threads) {
   using W = Wide<T>;
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
   for (int64_t b = 0; b < B; ++b) {
@@ -248,11 +252,12 @@ void attend_backward(int64_t n, int64_t B, int64_t L, int64_t A, int64_t D, cons
   }
 }
 
-// After the time loop, all words at once (rows are packed words here): d projection [B, L, A] and, per image, d score [B, A].
+// After the time loop, all words at once (rows are packed words here): d projection [B, L, A] and, per image, d score
+// [B, A].
 template <bool TANH, class T>
-void attend_backward_shared(int64_t B, int64_t L, int64_t A, const int64_t* ptr, const int64_t* rows, const T* projection,
-                            const T* query, int64_t query_stride, const T* score, const Wide<T>* grad_scores,
-                            T* grad_projection, Wide<T>* grad_score, int threads) {
+void attend_backward_shared(int64_t B, int64_t L, int64_t A, const int64_t* ptr, const int64_t* rows,
+                            const T* projection, const T* query, int64_t query_stride, const T* score,
+                            const Wide<T>* grad_scores, T* grad_projection, Wide<T>* grad_score, int64_t threads) {
   using W = Wide<T>;
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
   for (int64_t b = 0; b < B; ++b) {
@@ -279,8 +284,8 @@ void attend_backward_shared(int64_t B, int64_t L, int64_t A, const int64_t* ptr,
 
 // gates [n, 4H] (input, forget, cell, output) = state + word + context parts; leaves their activations in `state`.
 template <class T>
-void cell(int64_t n, int64_t H, T* state, int64_t state_stride, const T* word, const T* context, const Wide<T>* c_before,
-          Wide<T>* c, T* h, int threads) {
+void cell(int64_t n, int64_t H, T* state, int64_t state_stride, const T* word, const T* context,
+          const Wide<T>* c_before, Wide<T>* c, T* h, int64_t threads) {
   using W = Wide<T>;
 #pragma omp parallel for num_threads(threads)
   for (int64_t r = 0; r < n; ++r) {
@@ -305,8 +310,9 @@ void cell(int64_t n, int64_t H, T* state, int64_t state_stride, const T* word, c
 
 // From d h and d c of this step (grad_c: in place to that of the step before) to d gates before their non-linearities.
 template <class T>
-void cell_backward(int64_t n, int64_t H, const T* activations, int64_t stride, const Wide<T>* c_before, const Wide<T>* c,
-                   const Wide<T>* grad_h, Wide<T>* grad_c, T* grad_gates, int64_t grad_stride, int threads) {
+void cell_backward(int64_t n, int64_t H, const T* activations, int64_t stride, const Wide<T>* c_before,
+                   const Wide<T>* c, const Wide<T>* grad_h, Wide<T>* grad_c, T* grad_gates, int64_t grad_stride,
+                   int64_t threads) {
   using W = Wide<T>;
 #pragma omp parallel for num_threads(threads)
   for (int64_t r = 0; r < n; ++r) {
@@ -326,11 +332,12 @@ void cell_backward(int64_t n, int64_t H, const T* activations, int64_t stride, c
   }
 }
 
-// Softmax cross-entropy of each row of logits [n, V] + bias against its target: nll, whether the target is the most probable,
-// the summed log-probabilities (for label smoothing); logits become d loss / d logits = p - (1 - s) onehot - s / V.
+// Softmax cross-entropy of each row of logits [n, V] + bias against its target: nll, whether the target is the most
+// probable, the summed log-probabilities (for label smoothing); logits become d loss / d logits = p - (1 - s) onehot -
+// s / V.
 template <class T>
 void cross_entropy(int64_t n, int64_t V, T* logits, const Wide<T>* bias, const int64_t* targets, double smoothing,
-                   Wide<T>* nll, Wide<T>* sum_log_p, bool* correct, int threads) {
+                   Wide<T>* nll, Wide<T>* sum_log_p, bool* correct, int64_t threads) {
   using W = Wide<T>;
 #pragma omp parallel for num_threads(threads)
   for (int64_t r = 0; r < n; ++r) {
@@ -358,43 +365,18 @@ void cross_entropy(int64_t n, int64_t V, T* logits, const Wide<T>* bias, const i
 
 }  // namespace
 
-#define EXPORT(NAME, T)                                                                                                 \
-  extern "C" void attend_##NAME(int64_t tanh, int64_t n, int64_t B, int64_t L, int64_t A, int64_t D,                    \
-                                const int64_t* ptr, const int64_t* rows, const T* grid, const T* projection,            \
-                                const T* query, int64_t query_stride, const T* score, Wide<T>* alpha, T* context,       \
-                                int64_t threads) {                                                                      \
-    (tanh ? attend<true, T> : attend<false, T>)(n, B, L, A, D, ptr, rows, grid, projection, query, query_stride, score, \
-                                                alpha, context, threads);                                               \
-  }                                                                                                                     \
-  extern "C" void attend_backward_##NAME(                                                                               \
-      int64_t tanh, int64_t n, int64_t B, int64_t L, int64_t A, int64_t D, const int64_t* ptr, const int64_t* rows,     \
-      const T* grid, const T* projection, const T* query, int64_t query_stride, const T* score, const Wide<T>* alpha,   \
-      const T* grad_context, const Wide<T>* grad_alpha, Wide<T>* grad_scores, T* grad_query,                            \
-      int64_t grad_query_stride, int64_t threads) {                                                                     \
-    (tanh ? attend_backward<true, T> : attend_backward<false, T>)(                                                      \
-        n, B, L, A, D, ptr, rows, grid, projection, query, query_stride, score, alpha, grad_context, grad_alpha,        \
-        grad_scores, grad_query, grad_query_stride, threads);                                                           \
-  }                                                                                                                     \
-  extern "C" void attend_backward_shared_##NAME(                                                                        \
-      int64_t tanh, int64_t B, int64_t L, int64_t A, const int64_t* ptr, const int64_t* rows, const T* projection,      \
-      const T* query, int64_t query_stride, const T* score, const Wide<T>* grad_scores, T* grad_projection,             \
-      Wide<T>* grad_score, int64_t threads) {                                                                           \
-    (tanh ? attend_backward_shared<true, T> : attend_backward_shared<false, T>)(                                        \
-        B, L, A, ptr, rows, projection, query, query_stride, score, grad_scores, grad_projection, grad_score, threads); \
-  }                                                                                                                     \
-  extern "C" void cell_##NAME(int64_t n, int64_t H, T* state, int64_t state_stride, const T* word, const T* context,    \
-                              const Wide<T>* c_before, Wide<T>* c, T* h, int64_t threads) {                             \
-    cell<T>(n, H, state, state_stride, word, context, c_before, c, h, threads);                                         \
-  }                                                                                                                     \
-  extern "C" void cell_backward_##NAME(int64_t n, int64_t H, const T* activations, int64_t stride,                      \
-                                       const Wide<T>* c_before, const Wide<T>* c, const Wide<T>* grad_h,                \
-                                       Wide<T>* grad_c, T* grad_gates, int64_t grad_stride, int64_t threads) {          \
-    cell_backward<T>(n, H, activations, stride, c_before, c, grad_h, grad_c, grad_gates, grad_stride, threads);         \
-  }                                                                                                                     \
-  extern "C" void cross_entropy_##NAME(int64_t n, int64_t V, T* logits, const Wide<T>* bias, const int64_t* targets,    \
-                                       double smoothing, Wide<T>* nll, Wide<T>* sum_log_p, bool* correct,               \
-                                       int64_t threads) {                                                               \
-    cross_entropy<T>(n, V, logits, bias, targets, smoothing, nll, sum_log_p, correct, threads);                         \
+// Looked up by native.py: pointers to the instances, so that no parameter list is written twice.
+#define EXPORT(NAME, T)                                                               \
+  extern "C" {                                                                        \
+  void* attend_tanh_##NAME = (void*)attend<true, T>;                                  \
+  void* attend_relu_##NAME = (void*)attend<false, T>;                                 \
+  void* attend_backward_tanh_##NAME = (void*)attend_backward<true, T>;                \
+  void* attend_backward_relu_##NAME = (void*)attend_backward<false, T>;               \
+  void* attend_backward_shared_tanh_##NAME = (void*)attend_backward_shared<true, T>;  \
+  void* attend_backward_shared_relu_##NAME = (void*)attend_backward_shared<false, T>; \
+  void* cell_##NAME = (void*)cell<T>;                                                 \
+  void* cell_backward_##NAME = (void*)cell_backward<T>;                               \
+  void* cross_entropy_##NAME = (void*)cross_entropy<T>;                               \
   }
 
 EXPORT(float32, float)

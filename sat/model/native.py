@@ -1,8 +1,8 @@
 """The fast step's own kernels on CPUs: `native.cpp`, compiled on first use and called through ctypes.
 
-Surprising: not a PyTorch extension. Without PyTorch's headers the build takes seconds instead of most of a minute and needs
-a C++ compiler only; the finished library is kept in the user's cache. Where there is no compiler, `library` says why and
-`sat.model.torch_kernels` does the same work. The kernels mirror those of that module; shapes as in `native.cpp`.
+Surprising: not a PyTorch extension. Without PyTorch's headers the build takes seconds instead of most of a minute and
+needs a C++ compiler only; the finished library is kept in the user's cache. Where there is no compiler, `library` says
+why and `sat.model.torch_kernels` does the same work. The kernels mirror that module's; shapes as in `native.cpp`.
 """
 
 import ctypes
@@ -13,6 +13,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -25,9 +26,9 @@ FLAGS = "-std=c++17 -O3 -march=native -fopenmp -fno-math-errno -fno-trapping-mat
 
 @functools.cache
 def library() -> tuple[ctypes.CDLL | None, str]:
-    """The loaded library and where it is, or None and why there is none. Built once per source, compiler and kind of CPU.
+    """The loaded library and where it is, or None and why there is none. Built once per source, compiler, kind of CPU.
 
-    Processes that build at the same time do not disturb one another: each compiles its own file and renames it into place.
+    Processes that build at the same time do not disturb one another: each renames its own file into place.
     """
     compiler = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
@@ -58,19 +59,23 @@ def attend(seen: Seen, t: int, query: Tensor, alpha: Tensor, context: Tensor) ->
     """Fill `alpha` [n, L] and `context` [n, D] for the `query` [n, A] of the rows running at step t."""
     _, L, D = seen.grid.shape
     _call(
-        "attend", seen.grid.dtype, seen.tanh, len(query), seen.packing.images_running[t], L, query.shape[1], D,
-        *seen.packing.rows_by_image, seen.grid, seen.projection, query, query.stride(0), seen.score, alpha, context,
+        f"attend_{_score(seen.tanh)}", seen.grid.dtype, len(query), seen.packing.images_running[t], L,
+        query.shape[1], D, *seen.packing.rows_by_image, seen.grid, seen.projection, query, query.stride(0), seen.score,
+        alpha, context,
     )  # fmt: skip
 
 
 def attend_beams(grid: Tensor, prepared: Tensor, query: Tensor, score: Tensor, tanh: bool) -> tuple[Tensor, Tensor]:
-    """Context [B, k, D] and alpha [B, k, L] of k beams per image: `grid` [B, L, D], `prepared` [B, L, A], `query` [B, k, A]."""
+    """Context [B, k, D] and alpha [B, k, L] of `query` [B, k, A], k beams per image of `grid` [B, L, D].
+
+    `prepared` [B, L, A] is the projection as `prepare` left it, `score` [A] the score vector, `tanh` its non-linearity.
+    """
     (B, L, D), (_, k, A) = grid.shape, query.shape
     alpha = query.new_empty(B, k, L, dtype=torch.promote_types(grid.dtype, torch.float32))
     context = query.new_empty(B, k, D)
     rows = torch.arange(B * k + 1)
     tensors = (rows[::k].contiguous(), rows, grid.contiguous(), prepared.contiguous(), query.contiguous())
-    _call("attend", grid.dtype, tanh, B * k, B, L, A, D, *tensors, A, score.contiguous(), alpha, context)
+    _call(f"attend_{_score(tanh)}", grid.dtype, B * k, B, L, A, D, *tensors, A, score.contiguous(), alpha, context)
     return context, alpha
 
 
@@ -78,29 +83,32 @@ def attend_backward(
     seen: Seen, t: int, query: Tensor, alpha: Tensor, grad_context: Tensor, grad_alpha: Tensor,
     grad_scores: Tensor, grad_query: Tensor,
 ) -> None:  # fmt: skip
-    """Fill `grad_scores` [n, L] and `grad_query` [n, A] from `grad_context` [n, D] and the regulariser's `grad_alpha` [n, L]."""
+    """Fill `grad_scores` [n, L] and `grad_query` [n, A].
+
+    From `grad_context` [n, D] and the regulariser's `grad_alpha` [n, L]; `alpha` [n, L] is that of `attend`.
+    """
     _, L, D = seen.grid.shape
     _call(
-        "attend_backward", seen.grid.dtype, seen.tanh, len(query), seen.packing.images_running[t], L, query.shape[1], D,
-        *seen.packing.rows_by_image, seen.grid, seen.projection, query, query.stride(0), seen.score, alpha,
-        grad_context, grad_alpha, grad_scores, grad_query, grad_query.stride(0),
+        f"attend_backward_{_score(seen.tanh)}", seen.grid.dtype, len(query), seen.packing.images_running[t], L,
+        query.shape[1], D, *seen.packing.rows_by_image, seen.grid, seen.projection, query, query.stride(0), seen.score,
+        alpha, grad_context, grad_alpha, grad_scores, grad_query, grad_query.stride(0),
     )  # fmt: skip
 
 
 def attend_backward_shared(seen: Seen, query: Tensor, grad_scores: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of the projection [B, L, A] and of the score vector [A] from all words' `query` [M, A], `grad_scores` [M, L]."""
+    """Gradients of projection [B, L, A] and score vector [A] from all words' `query` [M, A], `grad_scores` [M, L]."""
     B, L, A = seen.projection.shape
     grad_projection = torch.empty_like(seen.projection)
     grad_score = grad_scores.new_empty(B, A)
     _call(
-        "attend_backward_shared", seen.grid.dtype, seen.tanh, B, L, A, *seen.packing.words_by_image, seen.projection,
-        query, query.stride(0), seen.score, grad_scores, grad_projection, grad_score,
+        f"attend_backward_shared_{_score(seen.tanh)}", seen.grid.dtype, B, L, A, *seen.packing.words_by_image,
+        seen.projection, query, query.stride(0), seen.score, grad_scores, grad_projection, grad_score,
     )  # fmt: skip
     return grad_projection, grad_score.sum(0)
 
 
 def cell(state: Tensor, word: Tensor, context: Tensor, c_before: Tensor, c: Tensor, h: Tensor) -> None:
-    """LSTM cell from the three shares [n, 4H] of its gates: fill `c` and `h` [n, H], leave the activations in `state`."""
+    """LSTM cell from three shares [n, 4H] of its gates: fill `c` and `h` [n, H], leave the activations in `state`."""
     n, H = c.shape
     _call("cell", h.dtype, n, H, state, state.stride(0), word, context, c_before, c, h)
 
@@ -117,7 +125,7 @@ def cell_backward(
 
 
 def cross_entropy(logits: Tensor, bias: Tensor, targets: Tensor, smoothing: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Of `logits` [n, V] + `bias` [V] against `targets` int64 [n]: nll [n], summed log-probabilities [n], hits (bool [n]).
+    """NLL [n], summed log-probabilities [n] and hits (bool [n]) of `logits` [n, V] + `bias` [V], `targets` int64 [n].
 
     `logits` become the gradient of the loss smoothed by `smoothing`.
     """
@@ -131,9 +139,19 @@ def cross_entropy(logits: Tensor, bias: Tensor, targets: Tensor, smoothing: floa
 def _call(name: str, dtype: torch.dtype, *arguments: Tensor | int | float) -> None:
     """Call a kernel: tensors as pointers (rows may be strided, columns are not), the number of threads last."""
     assert all(a.stride(-1) == 1 for a in arguments if isinstance(a, Tensor))
-    function = getattr(library()[0], f"{name}_{str(dtype).removeprefix('torch.')}")
     values = (a.data_ptr() if isinstance(a, Tensor) else a for a in (*arguments, torch.get_num_threads()))
-    function(*(ctypes.c_double(v) if isinstance(v, float) else ctypes.c_int64(v) for v in values))
+    _function(f"{name}_{str(dtype).removeprefix('torch.')}")(
+        *(ctypes.c_double(v) if isinstance(v, float) else ctypes.c_int64(v) for v in values)
+    )
+
+
+def _score(tanh: bool) -> str:
+    return "tanh" if tanh else "relu"
+
+
+@functools.cache
+def _function(symbol: str) -> Callable[..., None]:
+    return ctypes.CFUNCTYPE(None)(ctypes.c_void_p.in_dll(library()[0], symbol).value)
 
 
 def _cpu() -> str:

@@ -1,8 +1,8 @@
-"""Which (caption, word) pairs exist, and in which order the time loop meets them. Indices only: no weights, no features.
+"""Which (caption, word) pairs exist, and in which order the time loop meets them. Indices only: no weights.
 
-Captions are ragged, so `[B, K, T]` is mostly padding. Rows (captions) are sorted by length, longest first: the rows still
-running at step t are then a prefix, and all valid words form one packed time-major list without padding. The surprising part:
-images are re-ordered too, so that the images (and the caption slots of an image) still running are prefixes as well.
+Captions are ragged, so `[B, K, T]` is mostly padding. Rows (captions) are sorted by length, longest first: the rows
+still running at step t are then a prefix, and all valid words form one packed time-major list without padding.
+Surprising: images are re-ordered too, so that those still running (and the caption slots of each) are prefixes as well.
 """
 
 import itertools
@@ -61,7 +61,7 @@ class Packing:
 
     @cached_property
     def previous(self) -> Tensor:
-        """[M] where each word's row stood one step before: 0 .. N - 1 before the first step, else N + packed position."""
+        """[M] where each word's row stood one step before: its row before the first step, else N + packed position."""
         return self.word_row + self.word_row.new_tensor(
             [0, *(self.rows[0] + step.start for step in self.steps[:-1])]
         ).repeat_interleave(self.word_row.new_tensor(self.rows))
@@ -87,14 +87,15 @@ class Slots:
 
 
 def pack(captions: Tensor, lengths: Tensor) -> Packing:
-    """Plan the time loop over `captions` int64 [B, K, T + 1] (`<start>` first) with `lengths` int64 [B, K], 0 where there is none.
+    """Plan the time loop over `captions` int64 [B, K, T + 1] (`<start>` first) of `lengths` int64 [B, K], 0 for none.
 
-    Raises ValueError where a length does not fit the captions. The lengths are read on the CPU: one synchronisation per step.
+    Raises ValueError where a length does not fit the captions. Lengths are read on the CPU: one synchronisation a step.
     """
     device = captions.device
     lengths = lengths.cpu()
     if captions.dim() != 3 or lengths.shape != captions.shape[:2]:
-        raise ValueError(f"captions [B, K, T] and lengths [B, K] expected, got {list(captions.shape)} and {list(lengths.shape)}")
+        shapes = f"{list(captions.shape)} and {list(lengths.shape)}"
+        raise ValueError(f"captions [B, K, T] and lengths [B, K] expected, got {shapes}")
     if lengths.numel() and (lengths.max() >= captions.shape[2] or lengths.min() < 0):
         raise ValueError(f"lengths must be 0 .. {captions.shape[2] - 1} for captions of width {captions.shape[2]}")
 

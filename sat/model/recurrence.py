@@ -1,9 +1,9 @@
 """The fast time loop: soft attention and LSTM over packed rows, with a backward pass derived by hand.
 
-Surprising: the whole loop is one autograd function. Autograd would keep every intermediate [rows, L, A] and compute each
-weight gradient once per step; here a step keeps little, and each weight gradient is one matrix product after the loop.
-Equal to `sat.model.rollout.roll_out`, which tests hold it against. N rows, n of them running at step t, M packed words;
-H LSTM, A attention, D feature width, G width of the gate (0, 1 or D).
+Surprising: the whole loop is one autograd function. Autograd would keep every intermediate [rows, L, A] and compute
+each weight gradient once per step; here a step keeps little, and each weight gradient is one matrix product after the
+loop. N rows, n of them running at step t, M packed words, L locations; H LSTM, A attention, D feature width, G width of
+the gate (0, 1 or D).
 """
 
 from types import ModuleType
@@ -33,10 +33,11 @@ def recur(
     kernels: ModuleType, packing: Packing, tanh: bool, grid: Tensor, projection: Tensor, word_gates: Tensor,
     h: Tensor, c: Tensor, weights: Weights,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Run the loop over `packing` and return hidden states [M, H], gated contexts [M, D], alpha summed per row [N, L].
+    """Run the loop over `packing`; returns hidden states [M, H], gated contexts [M, D], alpha summed per row [N, L].
 
-    `grid` [B, L, D], `projection` [B, L, A], `word_gates` [M, 4H] (the words' share of the gates), h and c [N, H] before the
-    first step, c in float32 or wider as alpha; `kernels` is `sat.model.native` or `sat.model.torch_kernels`.
+    `grid` [B, L, D], `projection` [B, L, A], `word_gates` [M, 4H] (the words' share of the gates), h and c [N, H] from
+    before the first step; c and alpha in float32 or wider, all else in the type of the matrix products. `kernels` is
+    `sat.model.native` or `sat.model.torch_kernels`.
     """
     return _Recurrence.apply(kernels, packing, tanh, grid, projection, word_gates, h, c, *weights)
 
@@ -50,7 +51,7 @@ class _Recurrence(torch.autograd.Function):
         (i, f, g, o) = activations of (word gates + r_t + W_z y_t)
         c_t = f c_{t-1} + i g,  h_t = o tanh(c_t)
 
-    Backward, t from the last step to the first, with d x for d loss / d x; dh_t collects what the output layer and step t + 1 ask:
+    Backward, t from the last step to the first, d x for d loss / d x; dh_t is what output layer and step t + 1 ask:
 
         dc_t += dh_t o (1 - tanh^2 c_t);   do = dh_t tanh(c_t), di = dc_t g, dg = dc_t i, df = dc_t c_{t-1}
         d gates = (di i (1 - i), df f (1 - f), dg (1 - g^2), do o (1 - o));   dc_{t-1} = dc_t f
@@ -68,7 +69,8 @@ class _Recurrence(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, kernels, packing, tanh, grid, projection, word_gates, h, c, state_weight, gate_bias, context_weight, score):
+    def forward(ctx, kernels, packing, tanh, grid, projection, word_gates, h, c, *weights):
+        state_weight, gate_bias, context_weight, score = weights
         M, H, A = len(word_gates), h.shape[1], len(score)
         seen = Seen(packing, grid.contiguous(), kernels.prepare(projection, tanh), score, tanh)
         states = word_gates.new_empty(M, len(state_weight))
@@ -85,7 +87,8 @@ class _Recurrence(torch.autograd.Function):
             if len(gate_bias):
                 gate = s[:, 4 * H + A :].add_(gate_bias).sigmoid_()
                 torch.mul(contexts[step], gate, out=gated[step])
-            kernels.cell(s[:, : 4 * H], word_gates[step], gated[step] @ context_weight.t(), c[:n], cells[step], hidden[step])
+            context_gates = gated[step] @ context_weight.t()
+            kernels.cell(s[:, : 4 * H], word_gates[step], context_gates, c[:n], cells[step], hidden[step])
             h, c = hidden[step], cells[step]
         ctx.save_for_backward(
             grid, seen.projection, h_first, c_first, state_weight, context_weight, score,
@@ -104,7 +107,9 @@ class _Recurrence(torch.autograd.Function):
         grad_states, grad_scores = torch.empty_like(states), torch.empty_like(alphas)
         grad_contexts = torch.empty_like(contexts)
         grad_h, grad_c = torch.zeros_like(c_first), torch.zeros_like(c_first)
-        grad_alpha_sum = torch.zeros_like(alphas[: len(c_first)]) if grad_alpha_sum is None else grad_alpha_sum.contiguous()
+        if grad_alpha_sum is None:
+            grad_alpha_sum = torch.zeros_like(alphas[: len(c_first)])
+        grad_alpha_sum = grad_alpha_sum.contiguous()
         for t in reversed(range(len(packing.rows))):
             step, n = packing.steps[t], packing.rows[t]
             s, grad_s = states[step], grad_states[step]
@@ -135,7 +140,8 @@ class _Recurrence(torch.autograd.Function):
             None, None, None,
             _grad_grid(packing, grid, alphas, grad_contexts) if ctx.needs_input_grad[3] else None,
             grad_projection, grad_gates, grad_h.to(h_first.dtype), grad_c,
-            grad_states.t() @ before, grad_states[:, 4 * H + A :].sum(0), grad_gates.t() @ gated, grad_score.to(score.dtype),
+            grad_states.t() @ before, grad_states[:, 4 * H + A :].sum(0), grad_gates.t() @ gated,
+            grad_score.to(score.dtype),
         )  # fmt: skip
 
 

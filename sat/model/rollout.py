@@ -1,7 +1,7 @@
 """The time loop of training, over packed rows.
 
-Surprising: there are two. `step_by_step` is readable, differentiated by autograd and serves every setting; soft attention fed
-with the true words takes `fast`, which computes the same.
+Surprising: there are two. `step_by_step` is readable, differentiated by autograd and serves every setting; soft
+attention fed with the true words takes `fast`, which computes the same.
 """
 
 from typing import TYPE_CHECKING, NamedTuple
@@ -64,13 +64,13 @@ def fast(model: "Captioner", memory: "Memory", packing: Packing) -> Rollout:
         choose_kernels(model.compile, memory.grid), packing, model.attention.activation == "tanh",
         memory.grid, memory.projection, embedding(place, model.word_gates(vectors)), h.to(dtype), c, weights,
     )  # fmt: skip
-    return Rollout(vectors[place], hidden, context, alpha_sum, None, None)
+    return Rollout(embedding(place, vectors), hidden, context, alpha_sum, None, None)
 
 
 def step_by_step(model: "Captioner", memory: "Memory", packing: Packing, sampling_probability: float) -> Rollout:
     """Any attention, any words fed: one word after another."""
     h, c = (state[:, 0][packing.row_image] for state in model.init_state(memory))
-    exact = torch.rand(len(h), device=h.device) < 0.5  # hard attention: half the captions see alpha itself (section 4.1)
+    exact = torch.rand(len(h), device=h.device) < 0.5  # hard attention: half see alpha itself (paper, section 4.1)
     steps = []
     for t, words in enumerate(model.embed(packing.inputs).split(packing.rows)):
         n = len(words)

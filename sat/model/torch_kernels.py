@@ -49,7 +49,10 @@ def attend_backward(
     seen: Seen, t: int, query: Tensor, alpha: Tensor, grad_context: Tensor, grad_alpha: Tensor,
     grad_scores: Tensor, grad_query: Tensor,
 ) -> None:  # fmt: skip
-    """Fill `grad_scores` [n, L] and `grad_query` [n, A] from `grad_context` [n, D] and the regulariser's `grad_alpha` [n, L]."""
+    """Fill `grad_scores` [n, L] and `grad_query` [n, A].
+
+    From `grad_context` [n, D] and the regulariser's `grad_alpha` [n, L]; `alpha` [n, L] is that of `attend`.
+    """
     slots, B = seen.packing.slots(t), seen.packing.images_running[t]
     total = slots.collect(slots.spread(grad_context) @ seen.grid[:B].mT).to(alpha.dtype) + grad_alpha
     torch.mul(alpha, total - (alpha * total).sum(1, keepdim=True), out=grad_scores)
@@ -61,7 +64,7 @@ def attend_backward(
 
 
 def attend_backward_shared(seen: Seen, query: Tensor, grad_scores: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of the projection [B, L, A] and of the score vector [A] from all words' `query` [M, A], `grad_scores` [M, L]."""
+    """Gradients of projection [B, L, A] and score vector [A] from all words' `query` [M, A], `grad_scores` [M, L]."""
     grad_projection = torch.zeros_like(seen.projection, dtype=grad_scores.dtype)
     grad_score = grad_scores.new_zeros(len(seen.score))
     for t, step in enumerate(seen.packing.steps):
@@ -92,7 +95,7 @@ def _slope(seen: Seen, hidden: Tensor) -> Tensor:
 
 
 def cell(state: Tensor, word: Tensor, context: Tensor, c_before: Tensor, c: Tensor, h: Tensor) -> None:
-    """LSTM cell from the three shares [n, 4H] of its gates: fill `c` and `h` [n, H], leave the activations in `state`."""
+    """LSTM cell from three shares [n, 4H] of its gates: fill `c` and `h` [n, H], leave the activations in `state`."""
     gates = (state.to(c.dtype) + word + context).view(len(c), 4, -1)
     i, f, g, o = gates[:, 0].sigmoid(), gates[:, 1].sigmoid(), gates[:, 2].tanh(), gates[:, 3].sigmoid()
     torch.addcmul(i * g, f, c_before, out=c)
@@ -107,13 +110,14 @@ def cell_backward(
     i, f, g, o = activations.to(c.dtype).chunk(4, 1)
     y = c.tanh()
     grad_c += grad_h * o * (1 - y * y)
-    before = (i * (1 - i) * g * grad_c, f * (1 - f) * c_before * grad_c, i * (1 - g * g) * grad_c, o * (1 - o) * y * grad_h)
-    grad_gates.copy_(torch.cat(before, 1))
+    grad_i, grad_f = i * (1 - i) * g * grad_c, f * (1 - f) * c_before * grad_c
+    grad_g, grad_o = i * (1 - g * g) * grad_c, o * (1 - o) * y * grad_h
+    grad_gates.copy_(torch.cat([grad_i, grad_f, grad_g, grad_o], 1))
     grad_c *= f
 
 
 def cross_entropy(logits: Tensor, bias: Tensor, targets: Tensor, smoothing: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Of `logits` [n, V] + `bias` [V] against `targets` int64 [n]: nll [n], summed log-probabilities [n], hits (bool [n]).
+    """NLL [n], summed log-probabilities [n] and hits (bool [n]) of `logits` [n, V] + `bias` [V], `targets` int64 [n].
 
     `logits` become the gradient of the loss smoothed by `smoothing`.
     """
