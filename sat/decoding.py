@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 METHODS = ("beam", "greedy", "sample")
 CACHE_BYTES = {"cpu": 32 << 20}
-"""Attention's hidden layer of one step (images x slots x L x A, float32) may take this much; other devices: 1 GiB."""
+"""Where attention's hidden layer [images, slots, L, A] is written out, it may take this much; other devices: 1 GiB."""
 
 
 @dataclass(frozen=True)
@@ -120,6 +120,7 @@ def decode(
 ) -> list[list[Hypothesis]]:
     """The `n_best` captions of every image of `grid` [B, L, D], best first: finished ones, then unfinished ones.
 
+    `grid` is what `models` encode: features as stored, or uint8 pictures [B, 3, S, S] for `sat.model.end_to_end.EndToEnd`.
     Several models vote by the mean of their probabilities (float32); alphas are averaged too. An image gets fewer
     captions only where fewer exist. `<pad>` and `<start>` are never chosen, blocked words keep their share of the
     probability: scores are true log-probabilities. Equal scores go to the lower slot, then the lower word id, so
@@ -130,7 +131,7 @@ def decode(
     """
     models = list(models) if isinstance(models, (list, tuple)) else [models]
     _check(models, grid, options, image_ids)
-    memories = [model.encode(grid) for model in models]
+    memories = [model.encode(grid) for model in models]  # once per image, not per word
     uniforms = _uniforms(options, image_ids).to(grid.device) if options.method == "sample" else None
     size = _images_per_chunk(memories, options.width)
     captions = []
@@ -147,13 +148,16 @@ def _check(models: list, grid: Tensor, options: DecodeOptions, image_ids: Sequen
     if any(model.training for model in models):
         raise ValueError("a model is in training mode, dropout would change its captions; call model.eval() first")
     if grid.dim() not in (3, 4):
-        raise ValueError(f"grid must be [B, L, D] (pictures [B, 3, S, S] for an end-to-end model), got shape {tuple(grid.shape)}")
+        raise ValueError(f"grid must be [B, L, D], or pictures [B, 3, S, S] for EndToEnd; got shape {tuple(grid.shape)}")
     if options.method == "sample" and (image_ids is None or len(image_ids) != len(grid)):
         count = "none" if image_ids is None else len(image_ids)
         raise ValueError(f"sampling is seeded by image: image_ids must name the {len(grid)} images, got {count}")
 
 
 def _images_per_chunk(memories: list, width: int) -> int:
+    """Images searched together: all, unless attention writes out its hidden layer; then as many as its cache holds."""
+    if all(memory.prepared.numel() for memory in memories):
+        return len(memories[0].grid)  # the fused kernel serves: more rows make better matrix products
     cells, hidden = memories[0].projection.shape[1:]
     return max(1, CACHE_BYTES.get(memories[0].grid.device.type, 1 << 30) // max(1, 4 * width * cells * hidden))
 

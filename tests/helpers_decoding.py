@@ -27,6 +27,7 @@ def one_thread():
 class Memory(NamedTuple):
     grid: Tensor
     projection: Tensor
+    prepared: Tensor
 
 
 class State(NamedTuple):
@@ -45,7 +46,7 @@ class Toy:
         self.rows: list[int] = []
 
     def encode(self, grid):
-        return Memory(grid, grid)
+        return Memory(grid, grid, grid[:, :, :0])
 
     def init_state(self, memory):
         return State(memory.grid[:, :1, :1].long())

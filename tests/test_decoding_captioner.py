@@ -85,7 +85,7 @@ def test_the_benchmark_compares_equal_captions_and_writes_its_rows(tmp_path):
     from sat.bench.decode import run
 
     for preset in PRESETS:
-        rows = run(tmp_path / "rows.json", grids="2", images=3, rounds=1, preset=preset, width=64, vocab_size=300)
+        rows = run(tmp_path / "rows.json", grids="2x2", images=3, rounds=1, preset=preset, width=64, vocab_size=300)
         assert json.loads((tmp_path / "rows.json").read_text()) == rows
         assert [(row["grid"], row["precision"], row["identical"]) for row in rows] == [("2x2", "fp32", True)]
         assert rows[0]["ratio"] > 0 and 5 < rows[0]["words_per_caption"] < 25

@@ -17,6 +17,7 @@ from sat.bench.harness import alternated_medians, report
 from sat.config import PRESETS
 from sat.decoding import DecodeOptions, decode
 from sat.model.captioner import CLAMP, Captioner, Memory
+from sat.model.kernels import speed_up
 from sat.text import END, PAD, START
 
 LOGITS_STD = 6.0
@@ -25,7 +26,7 @@ LOGITS_STD = 6.0
 
 def run(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the rows to this file.")] = None,
-    grids: Annotated[str, typer.Option(help="Sides of the square grids, comma-separated.")] = "7,14",
+    grids: Annotated[str, typer.Option(help="Grids, comma-separated.")] = "7x7,14x14",
     images: Annotated[int, typer.Option(help="Images decoded.")] = 64,
     beam_size: Annotated[int, typer.Option(help="Beams per image.")] = 5,
     rounds: Annotated[int, typer.Option(help="Turns of both contenders; the medians count.")] = 3,
@@ -33,15 +34,18 @@ def run(
     width: Annotated[int, typer.Option(help="Width of embedding, LSTM and attention.")] = 512,
     vocab_size: Annotated[int, typer.Option(help="Words.")] = 10_000,
 ) -> list[dict]:
-    """Measure both in turn and compare their captions; one row per grid, float32."""
+    """Measure both in turn, on a GPU where there is one, and compare their captions; one row per grid, float32."""
     if preset not in PRESETS:
         raise ValueError(f"preset {preset!r} is unknown; choose from {', '.join(PRESETS)}")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    print(f"{preset} model, beam {beam_size}; {speed_up('auto', device)}", flush=True)
     options = DecodeOptions(beam_size=beam_size, max_length=30)
     rows = []
-    for side in map(int, grids.split(",")):
-        model = model_with_endings(preset, side * side, width, vocab_size)
-        grid = torch.randn(images, side * side, len(model.feature_mean)).exp()  # positive and skewed, as after a ReLU
-        rows.append({"grid": f"{side}x{side}", "precision": "fp32", **_compare(model, grid, options, rounds)})
+    for name in grids.split(","):
+        cells = math.prod(map(int, name.split("x")))
+        model = model_with_endings(preset, cells, width, vocab_size).to(device)
+        grid = torch.randn(images, cells, len(model.feature_mean)).exp().to(device)  # positive, skewed: as after a ReLU
+        rows.append({"grid": name, "precision": "fp32", **_compare(model, grid, options, rounds)})
     report(rows, json_file)
     return rows
 
@@ -56,7 +60,8 @@ def _compare(model: Captioner, grid: Tensor, options: DecodeOptions, rounds: int
     def one_by_one() -> None:
         captions["baseline"] = [search_one_image(model, image, options.beam_size, options.max_length) for image in grid]
 
-    seconds = alternated_medians({"ours": batched, "baseline": one_by_one}, rounds=rounds)
+    contenders = {"ours": batched, "baseline": one_by_one}
+    seconds = alternated_medians(contenders, rounds=rounds, device=grid.device.type)
     same = sum(mine == theirs for mine, theirs in zip(captions["ours"], captions["baseline"], strict=True))
     return {
         "images": len(grid),
@@ -79,7 +84,7 @@ def search_one_image(model: Captioner, grid: Tensor, beam_size: int, max_length:
     grid = ((grid - model.feature_mean) / model.feature_std).clamp(-CLAMP, CLAMP)
     h, c = (x[0].expand(live, -1) for x in model.init_state(Memory(grid[None], grid[None])))
     grid = grid.expand(live, -1, -1)  # [k, L, D]
-    sequences, totals = torch.full((live, 1), START), torch.zeros(live, 1)
+    sequences, totals = torch.full((live, 1), START, device=grid.device), torch.zeros(live, 1, device=grid.device)
     finished: list[tuple[float, list[int]]] = []
     for step in range(max_length):
         words = model.embed(sequences[:, -1])

@@ -1,4 +1,4 @@
-"""What all measurements share: alternated medians, the machine's matrix-product peak, peak memory, a table and a JSON file.
+"""What all measurements share: alternated medians, the machine's matrix-product peak, peak memory, a table as JSON too.
 
 Surprising: contenders take turns within one run, so that a slow minute of a shared machine hits all of them alike.
 """
@@ -44,7 +44,7 @@ def gemm_peak(dtype: torch.dtype, *, device: str = "cpu", size: int = 2048, seco
 
 
 def peak_memory_mb(function: Callable[[], object], device: str = "cpu") -> float:
-    """Highest memory in MB while `function` runs: of the GPU, or resident in this process (all of it, libraries included)."""
+    """Highest memory in MB while `function` runs: of the GPU, or resident in this process, libraries included."""
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats(device)
         function()

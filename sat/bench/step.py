@@ -1,8 +1,8 @@
 """Training step of this project against a straightforward per-caption loop, on this machine.
 
-The loop is written as a user would write it from the equations: 32 captions at a time, padded to the longest, one copy of
-the grid per caption, projected again at every word, full logits, standard Adam. Surprising: both train the same model on the same captions; what the
-ratio shows is work left out, not another result.
+The loop is written as a user would write it from the equations: 32 captions at a time, padded to the longest, one copy
+of the grid per caption, projected again at every word, full logits, standard Adam. Surprising: both train the same
+model on the same captions; what the ratio shows is work left out, not another result.
 """
 
 import itertools
@@ -32,7 +32,8 @@ GRIDS = {"7x7": 49, "14x14": 196}
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 COCO_WORDS = {
     7: 0.82, 8: 16.0, 9: 22.2, 10: 21.4, 11: 15.2, 12: 10.0, 13: 5.81, 14: 3.4, 15: 1.87, 16: 1.1, 17: 0.7, 18: 0.44,
-    19: 0.28, 20: 0.18, 21: 0.12, 22: 0.1, 23: 0.09, 24: 0.06, 25: 0.05, 26: 0.03, 28: 0.02, 30: 0.02, 36: 0.02, 44: 0.01,
+    19: 0.28, 20: 0.18, 21: 0.12, 22: 0.1, 23: 0.09, 24: 0.06, 25: 0.05, 26: 0.03,
+    28: 0.02, 30: 0.02, 36: 0.02, 44: 0.01,
 }  # fmt: skip
 """Words per caption of COCO val2017, in per cent: stands in where the captions themselves are not at hand."""
 
@@ -41,7 +42,7 @@ def run(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the rows to this file.")] = None,
     grids: Annotated[str, typer.Option(help="Grids, comma-separated: 7x7, 14x14.")] = "7x7,14x14",
     precisions: Annotated[str, typer.Option(help="Precisions, comma-separated: fp32, bf16.")] = "fp32,bf16",
-    rounds: Annotated[int, typer.Option(help="Turns of both contenders, each on another batch; the medians count.")] = 3,
+    rounds: Annotated[int, typer.Option(help="Turns of both contenders, each on another batch; medians count.")] = 3,
 ) -> list[dict]:
     """Measure both in turn, on a GPU where there is one; one row per precision and grid."""
     chosen = grids.split(","), precisions.split(",")
@@ -117,7 +118,7 @@ class PerCaptionLoop(nn.Module):
         self.dropout, self.vocabulary = nn.Dropout(0.5), nn.Linear(WIDTH, VOCABULARY)
 
     def forward(self, grid: Tensor, captions: Tensor, lengths: Tensor) -> Tensor:
-        """Loss of `captions` [N, T + 1] of `lengths` [N], each with its own copy of the `grid` [N, L, D]; padding is masked."""
+        """Loss of `captions` [N, T + 1] of `lengths` [N], each with its own copy of the `grid` [N, L, D]."""
         words = self.embedding(captions)
         h, c = self.init_h(grid.mean(1)), self.init_c(grid.mean(1))
         logits, alphas = [], []
