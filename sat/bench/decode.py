@@ -1,10 +1,12 @@
 """Beam search over many images at once against one image at a time, as popular implementations do it.
 
-Surprising: the model is not trained but made to behave like one. Plain random weights give nearly equal words and
-captions that never end: rounding would choose them. Here the words are peaked and a hidden unit counts up to `<end>`.
+The latter runs in a process of its own, with PyTorch's default settings. Surprising: the model is not trained but made
+to behave like one. Plain random weights give nearly equal words and captions that never end: rounding would choose
+them. Here the words are peaked and a hidden unit counts up to `<end>`.
 """
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -13,7 +15,7 @@ import typer
 from torch import Tensor
 from torch.nn import functional
 
-from sat.bench.harness import alternated_medians, report
+from sat.bench.harness import InOwnProcess, alternated_medians, report
 from sat.config import PRESETS
 from sat.decoding import DecodeOptions, decode
 from sat.model.captioner import CLAMP, Captioner, Memory
@@ -51,28 +53,32 @@ def run(
 
 
 def _compare(model: Captioner, grid: Tensor, options: DecodeOptions, rounds: int) -> dict:
-    captions: dict[str, list[list[int]]] = {}
-
-    def batched() -> None:
-        captions["ours"] = [found[0].tokens for found in decode(model, grid, options)]
-
-    @torch.inference_mode()
-    def one_by_one() -> None:
-        captions["baseline"] = [search_one_image(model, image, options.beam_size, options.max_length) for image in grid]
-
-    contenders = {"ours": batched, "baseline": one_by_one}
+    one_by_one = InOwnProcess(one_image_at_a_time, model, grid, options, device=grid.device.type)
+    contenders = {"ours": lambda: decode(model, grid, options), "baseline": one_by_one}
     seconds = alternated_medians(contenders, rounds=rounds, device=grid.device.type)
-    same = sum(mine == theirs for mine, theirs in zip(captions["ours"], captions["baseline"], strict=True))
+    captions = [found[0].tokens for found in decode(model, grid, options)]
+    same = sum(mine == theirs for mine, theirs in zip(captions, one_by_one(), strict=True))
+    one_by_one.close()
     return {
         "images": len(grid),
         "beam": options.beam_size,
-        "words_per_caption": sum(map(len, captions["ours"])) / len(grid),
+        "words_per_caption": sum(map(len, captions)) / len(grid),
         "images_per_s": len(grid) / seconds["ours"],
         "baseline_images_per_s": len(grid) / seconds["baseline"],
         "ratio": seconds["baseline"] / seconds["ours"],
         "same_captions": same,
         "identical": same == len(grid),
     }
+
+
+def one_image_at_a_time(model: Captioner, grid: Tensor, options: DecodeOptions) -> Callable[[], list[list[int]]]:
+    """A function that finds the caption of every image of `grid` [B, L, D], one after another."""
+
+    @torch.inference_mode()
+    def search() -> list[list[int]]:
+        return [search_one_image(model, image, options.beam_size, options.max_length) for image in grid]
+
+    return search
 
 
 def search_one_image(model: Captioner, grid: Tensor, beam_size: int, max_length: int) -> list[int]:

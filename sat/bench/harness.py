@@ -1,13 +1,16 @@
 """What all measurements share: alternated medians, the machine's matrix-product peak, peak memory, a table as JSON too.
 
-Surprising: contenders take turns within one run, so that a slow minute of a shared machine hits all of them alike.
+Surprising: contenders take turns within one run, so that a slow minute of a shared machine hits all of them alike; and
+what we are compared with runs in a process of its own, so that none of our settings (oneDNN, malloc) reaches it.
 """
 
 import json
+import multiprocessing
 import resource
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
@@ -27,6 +30,43 @@ def alternated_medians(
             if turn >= warmup:
                 seconds[name].append(time.perf_counter() - begin)
     return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+class InOwnProcess:
+    """A function in a fresh interpreter, called from here: it sees PyTorch as it comes.
+
+    `make(*arguments)` is called there and returns the function; both are defined at the top of a module, tensors are
+    shared. A call returns what the function returns; EOFError if it failed there (its traceback is printed).
+    """
+
+    def __init__(self, make: Callable[..., Callable[[], object]], *arguments: object, device: str = "cpu"):
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, make, arguments, device), daemon=True)
+        self._process.start()
+        theirs.close()
+        self._pipe.recv()  # ready
+
+    def __call__(self) -> object:
+        self._pipe.send(None)
+        return self._pipe.recv()
+
+    def close(self) -> None:
+        """End the process."""
+        self._pipe.close()
+        self._process.join()
+
+
+def _serve(pipe: Connection, make: Callable, arguments: tuple, device: str) -> None:
+    function, result = make(*arguments), None
+    try:
+        while True:
+            pipe.send(result)
+            pipe.recv()
+            result = function()
+            _synchronise(device)
+    except EOFError:
+        return  # the other side is done
 
 
 def gemm_peak(dtype: torch.dtype, *, device: str = "cpu", size: int = 2048, seconds: float = 1.0) -> float:

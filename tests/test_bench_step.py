@@ -1,0 +1,98 @@
+"""`sat bench step` compares like with like: its per-caption loop computes the very loss and gradients of our step."""
+
+import json
+
+import pytest
+import torch
+
+from sat.bench import step
+from sat.bench.harness import InOwnProcess
+from sat.config import PRESETS
+from sat.model.captioner import Captioner
+from sat.model.loss import total_loss
+
+OURS = {
+    "embedding": "embedding", "project": "attention.project", "query": "attention.query", "score": "attention.score",
+    "init_h": "init_h", "init_c": "init_c", "gate": "gate", "vocabulary": "vocabulary",
+}  # fmt: skip
+
+
+def test_the_loop_computes_our_loss_and_gradients(monkeypatch):
+    for name, value in dict(VOCABULARY=23, WIDTH=6, FEATURES=7).items():
+        monkeypatch.setattr(step, name, value)
+    torch.manual_seed(0)
+    model = Captioner(
+        vocab_size=23, grid_size=5, feature_dim=7, embedding_dim=6, lstm_dim=6, attention_dim=6,
+        dropout=0.0, **PRESETS["tutorial"],
+    ).double()  # fmt: skip
+    loop = step.PerCaptionLoop().double().eval()
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, parameter in loop.named_parameters():
+            layer, _, kind = name.rpartition(".")
+            if layer == "cell":
+                parameter.copy_(_cell(parameters, kind))
+            elif (ours := parameters.get(f"{OURS[layer]}.{kind}")) is not None:
+                parameter.copy_(ours)
+            else:
+                parameter.zero_()  # biases that ours leaves out, as they change nothing
+    grid = torch.rand(3, 5, 7).double()
+    captions, lengths = torch.randint(4, 23, (3, 2, 6)), torch.tensor([[5, 2], [1, 4], [3, 3]])
+    sums = model(grid, captions, lengths)
+    ours = total_loss(sums, sums.tokens, sums.captions)
+    theirs = loop(grid.repeat_interleave(2, 0), captions.flatten(0, 1), lengths.flatten())
+    assert theirs.item() == pytest.approx(ours.item(), rel=1e-9)
+    ours.backward()
+    theirs.backward()
+    for name in ("project.weight", "query.weight", "gate.weight", "vocabulary.weight", "embedding.weight"):
+        layer, _, kind = name.rpartition(".")
+        expected = parameters[f"{OURS[layer]}.{kind}"].grad
+        assert torch.allclose(dict(loop.named_parameters())[name].grad, expected, rtol=1e-9, atol=1e-12), name
+
+
+def _cell(parameters: dict, kind: str) -> torch.Tensor:
+    """Ours keeps the gates' shares of word, context and state apart; order of gates is the same."""
+    if kind == "weight_ih":
+        return torch.cat([parameters["word_gates.weight"], parameters["context_gates.weight"]], 1)
+    return {
+        "weight_hh": parameters["state_gates.weight"],
+        "bias_ih": parameters["word_gates.bias"],
+        "bias_hh": torch.zeros_like(parameters["word_gates.bias"]),
+    }[kind]
+
+
+def test_the_rows_hold_both_speeds_and_their_ratio(tmp_path):
+    rows = step.run(tmp_path / "rows.json", grids="7x7", precisions="fp32", rounds=1)
+    assert json.loads((tmp_path / "rows.json").read_text()) == rows
+    (row,) = rows
+    assert (row["grid"], row["precision"]) == ("7x7", "fp32")
+    assert row["ratio"] == pytest.approx(row["captions_per_s"] / row["baseline_captions_per_s"])
+    assert row["ratio"] == row["ratio_same_precision"] > 1
+    assert 0 < row["gflops_per_s"] and 0 < row["peak_gflops_per_s"] and 100 < row["peak_memory_mb"]
+
+
+def test_a_function_in_its_own_process_sees_none_of_our_settings_and_ends_with_us():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        threads = InOwnProcess(make_counter, 41)
+        assert [threads(), threads()] == [(42, before), (43, before)]
+    finally:
+        torch.set_num_threads(before)
+        threads.close()
+
+
+def make_counter(count: int):
+    def next_count():
+        nonlocal count
+        count += 1
+        return count, torch.get_num_threads()
+
+    return next_count
+
+
+def test_unknown_grids_and_precisions_are_refused_with_the_choices():
+    with pytest.raises(ValueError, match="9x9 is unknown; choose from 7x7, 14x14"):
+        step.run(grids="7x7,9x9")
+    with pytest.raises(ValueError, match="fp8 is unknown; choose from fp32, bf16"):
+        step.run(precisions="fp8")
