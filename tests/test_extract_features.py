@@ -95,14 +95,14 @@ def grids_of(manifest) -> dict[str, np.ndarray]:
 
 
 def expected_grids(made, keys) -> dict[str, np.ndarray]:
-    """Independent: Pillow, then the plain encoder in fp32, one picture at a time."""
+    """Independent: the plain encoder in fp32, one picture at a time (test_images compares `fit` with Pillow)."""
     encoder = load_encoder(made / "weights.safetensors", STAGE)
     grids = {}
     for key in keys:
         (path,) = (made / "coco" / "images").glob(f"*/{int(key):06d}.jpg")
-        pixels = np.asarray(Image.open(path).resize((SIZE, SIZE), Image.Resampling.BICUBIC))
+        pixels = fit(Image.open(path), SIZE)
         with torch.inference_mode():
-            grids[key] = encoder(normalise(torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None]))[0].numpy()
+            grids[key] = encoder(normalise(torch.from_numpy(pixels).permute(2, 0, 1)[None]))[0].numpy()
     return grids
 
 

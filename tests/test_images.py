@@ -199,7 +199,8 @@ def test_squash_keeps_the_whole_picture_and_center_crop_its_middle_square():
     squashed, cropped = fit(wide, 32, "squash"), fit(wide, 32, "center_crop")
     assert squashed[16, 2].argmax() == 0 and squashed[16, 16].argmax() == 1 and squashed[16, 29].argmax() == 2
     assert (cropped[..., 1] > 200)[:, 2:-2].all()
-    assert np.array_equal(fit(RGB, 40), np.asarray(RGB.resize((40, 40), Image.Resampling.BICUBIC)))
+    by_pillow = np.asarray(RGB.resize((40, 40), Image.Resampling.BICUBIC)).astype(int)
+    assert abs(fit(RGB, 40) - by_pillow).max() <= 1
     with pytest.raises(ValueError, match="choose one of squash, center_crop"):
         fit(RGB, 32, "stretch")
 
