@@ -1,10 +1,10 @@
-"""The benchmarks of plan and loader give the rows they promise, here on data that takes seconds."""
+"""The benchmarks of plan, loader and features give the rows they promise, here on data that takes seconds."""
 
 import json
 
 import pytest
 
-from sat.bench import loader, plan
+from sat.bench import features, loader, plan
 
 
 def test_the_plan_of_a_billion_samples_is_quick_small_and_balanced(tmp_path):
@@ -35,3 +35,11 @@ def test_the_loader_benchmark_compares_three_readers_of_the_same_shards(tmp_path
     for row in rows:
         assert min(row[f"{name}samples_per_s"] for name in ("", "raw_", "webdataset_")) > 0
     assert list(tmp_path.iterdir()) == [tmp_path / "loader.json"], "the shards are removed"
+
+
+def test_the_features_benchmark_compares_the_job_with_network_and_naive_loop(tmp_path):
+    (row,) = features.run(images=8, size=64, batch_size=4, rounds=1, json_file=tmp_path / "features.json")
+    assert json.loads((tmp_path / "features.json").read_text()) == [row]
+    rates = [row[f"{name}_images_per_s"] for name in ("job", "bare", "naive")]
+    assert min(rates) > 0
+    assert [row["job_of_bare"], row["job_of_naive"]] == pytest.approx([rates[0] / rates[1], rates[0] / rates[2]])
