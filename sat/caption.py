@@ -53,14 +53,20 @@ def main(
     model: Annotated[Path, typer.Option(help="run folder or folder with model.safetensors")] = Path("runs/demo"),
     weights: Annotated[Path, typer.Option(help="encoder weights, or a folder that holds them")] = Path("weights"),
     out: Annotated[Path, typer.Option(help="where captions.json and the attention pictures go")] = Path("captions"),
-    beam_size: Annotated[int, typer.Option(help="beams per picture")] = 3,
+    beam_size: Annotated[int, typer.Option(help="beams per picture; default: the run's setting")] = 0,
     limit: Annotated[int, typer.Option(help="caption at most so many pictures; 0: all")] = 0,
 ) -> None:
     """Caption picture files; one PNG each shows the attention of every word."""
     files = expand(pictures)[: limit or None]
     trained = load_model(best_folder(model))
     encoder = None if trained.config.encoder.train else find_encoder(trained, weights)
-    options = DecodeOptions(method="beam", beam_size=beam_size, max_length=trained.config.eval.max_length, keep_attention=True)
+    wanted = trained.config.eval
+    options = DecodeOptions(
+        beam_size=beam_size or wanted.beam_size,
+        max_length=wanted.max_length,
+        length_penalty=wanted.length_penalty,
+        keep_attention=True,
+    )
     out.mkdir(parents=True, exist_ok=True)
     written, unreadable = [], []
     for path in files:
@@ -70,7 +76,7 @@ def main(
             unreadable.append(f"{path}: {error}")
             continue
         caption = trained.tokenizer.decode(hypothesis.tokens)
-        written.append({"file": str(path), "caption": caption, "log_probability": hypothesis.score})
+        written.append({"file": str(path), "caption": caption, "score": hypothesis.score})
         print(f"{path}: {caption}")
         if hypothesis.alphas is not None:
             words = [trained.tokenizer.decode([token]) for token in hypothesis.tokens]

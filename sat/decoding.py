@@ -158,8 +158,8 @@ def _images_per_chunk(memories: list, width: int) -> int:
     """Images searched together: all, unless attention writes out its hidden layer; then as many as its cache holds."""
     if all(memory.prepared.numel() for memory in memories):
         return len(memories[0].grid)  # the fused kernel serves: more rows make better matrix products
-    cells, hidden = memories[0].projection.shape[1:]
-    return max(1, CACHE_BYTES.get(memories[0].grid.device.type, 1 << 30) // max(1, 4 * width * cells * hidden))
+    hidden = max(math.prod(memory.projection.shape[1:]) for memory in memories)  # L * A; 0 without attention
+    return max(1, CACHE_BYTES.get(memories[0].grid.device.type, 1 << 30) // max(1, 4 * width * hidden))
 
 
 def _search(models: list, memories: list, options: DecodeOptions, uniforms: Tensor | None) -> list[list[Hypothesis]]:

@@ -126,7 +126,8 @@ def main(
 ) -> None:
     """Score a trained model; writes RUN/evaluation-SPLIT.json and RUN/captions-SPLIT.json.
 
-    Under `accelerate launch` the images are shared by all ranks; the scores do not depend on how many there are.
+    Under `accelerate launch` the images are shared by all ranks; the scores do not depend on how many there are (but
+    for hard attention that samples its locations).
     """
     trained = [load_model(best_folder(folder)) for folder in [run, *(also or [])]]
     config = trained[0].config
@@ -138,7 +139,9 @@ def main(
         if model.tokenizer.digest != trained[0].tokenizer.digest:
             raise ValueError(f"the ensemble's models have different vocabularies ({run} and {also}); they cannot vote on words")
     runtime = start(config.train.precision if torch.cuda.is_available() or config.train.precision != "fp16" else "bf16")
-    speed_up(config.train.compile, runtime.device)
+    kernels = speed_up(config.train.compile, runtime.device)
+    if runtime.is_main:
+        print(kernels, flush=True)
     models = [each.model.to(runtime.device) for each in trained]
     result = evaluate(models, manifest, split, trained[0].tokenizer, config, runtime, reading_options(config))
 

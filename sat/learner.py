@@ -17,7 +17,7 @@ from sat.data.manifest import load_statistics
 from sat.export import build_captioner
 from sat.model.encoder import load_encoder
 from sat.model.end_to_end import EndToEnd, feature_statistics
-from sat.optim import build_optimizer, learning_rate, weight_average
+from sat.optim import WeightAverage, build_optimizer, learning_rate
 from sat.runtime import Runtime
 from sat.training_data import TrainingData
 from sat.word_vectors import load_word_vectors
@@ -32,7 +32,7 @@ class Learner:
     module: nn.Module
     """The same model, unwrapped."""
     optimizer: torch.optim.Optimizer
-    average: nn.Module | None
+    average: WeightAverage | None
     """Exponential moving average of the weights, or None."""
     config: settings.Config
     total_steps: int
@@ -55,11 +55,16 @@ class Learner:
 
     def after_step(self) -> None:
         if self.average is not None:
-            self.average.update_parameters(self.module)
+            self.average.update(self.module)
 
 
 def build_learner(config: settings.Config, data: TrainingData, runtime: Runtime) -> Learner:
     """A fresh learner; the weights are a function of the seed alone. All ranks enter."""
+    if runtime.deepspeed and config.encoder.train and config.train.precision != "fp32":
+        raise ValueError(
+            f"encoder.train under DeepSpeed in {config.train.precision} would round the encoder's BatchNorms; "
+            "use train.precision=fp32, or launch without DeepSpeed"
+        )
     torch.manual_seed(config.train.seed)
     module = build_model(config, data, runtime).to(runtime.device)
     optimizer = build_optimizer(
@@ -77,7 +82,7 @@ def build_learner(config: settings.Config, data: TrainingData, runtime: Runtime)
         clip_norm=config.train.clip_norm,
     )
     module = runtime.unwrap(model)
-    average = weight_average(module, config.train.ema) if config.train.ema else None
+    average = WeightAverage(module, config.train.ema) if config.train.ema else None
     return Learner(model, module, wrapped, average, config, data.total_steps)
 
 

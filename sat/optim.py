@@ -4,6 +4,7 @@ The surprise: the rate is a pure function of the step, set on the groups before 
 that a resumed run, or one with another number of ranks, gets wrong.
 """
 
+import copy
 import math
 
 import torch
@@ -46,11 +47,24 @@ def learning_rate(step: int, *, peak: float, warmup_steps: int, total_steps: int
     return peak * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
 
 
-def weight_average(module: nn.Module, decay: float) -> torch.optim.swa_utils.AveragedModel:
-    """A copy of `module` that follows it: after each update, average <- decay * average + (1 - decay) * weights.
+class WeightAverage(nn.Module):
+    """A copy of a module that follows it: at each update, average <- decay * average + (1 - decay) * weights.
 
-    Buffers are copied from the module, so the copy can be scored as it stands.
+    In float32 also where the weights are bf16 (DeepSpeed): steps of 1 - decay would be lost in rounding. The first
+    update takes the weights as they are. Buffers are copied, so `module` can be scored as it stands.
     """
-    from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-    return AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(decay))
+    def __init__(self, module: nn.Module, decay: float):
+        super().__init__()
+        self.module, self.decay = copy.deepcopy(module).float().requires_grad_(False), decay
+        self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
+
+    @torch.no_grad()
+    def update(self, module: nn.Module) -> None:
+        """Follow `module`, of which this is a copy."""
+        decay = self.decay if self.updates else 0.0
+        weights = [weight.float() for weight in module.parameters()]
+        torch._foreach_lerp_(list(self.module.parameters()), weights, 1 - decay)
+        for mine, theirs in zip(self.module.buffers(), module.buffers(), strict=True):
+            mine.copy_(theirs)
+        self.updates += 1

@@ -120,9 +120,9 @@ def take_step(config, learner: Learner, batches: list[CaptionBatch], step: int, 
         meter.add(sums)
     meter.gradient_norm = runtime.step(learner.model, learner.optimizer, config.train.clip_norm)
     learner.after_step()
-    if config.model.attention == "hard":
+    if config.model.attention == "hard" and tokens:
         nll = runtime.sum_over_ranks([meter.nll_of_last(len(batches))])[0]
-        learner.module.update_baseline(nll / max(tokens, 1))
+        learner.module.update_baseline(nll / tokens)
     meter.count(tokens, captions, rate, bad=sum(batch.bad for batch in batches))
     return stop > 0
 
@@ -186,8 +186,8 @@ def log_step(step: int, learner: Learner, meter: Meter, run: Run, bar: tqdm) -> 
     bar.set_postfix_str(f"nll {values['nll_per_token']:.3f}, {values['captions_per_s']:.0f} captions/s", refresh=False)
     if not (math.isfinite(values["nll_per_token"]) and math.isfinite(values["gradient_norm"])):
         raise RuntimeError(
-            f"step {step}: NLL {values['nll_per_token']}, gradient norm {values['gradient_norm']}; the last checkpoint is from "
-            "before; lower train.learning_rate, lengthen train.warmup_steps, or use train.precision=fp32"
+            f"step {step}: NLL {values['nll_per_token']}, gradient norm {values['gradient_norm']}; a checkpoint written "
+            "since the last log line may hold it too; lower train.learning_rate, lengthen train.warmup_steps, or use train.precision=fp32"
         )
 
 

@@ -32,7 +32,7 @@ class Coverage:
 def load_word_vectors(path: str | Path, tokenizer: CaptionTokenizer, embedding: nn.Embedding, tune: bool) -> Coverage:
     """Copy the vectors of the tokenizer's words into `embedding` [V, E]; `tune` says whether training changes them.
 
-    The special tokens keep their initial vectors. Raises ValueError naming file and line for a vector that is not E numbers,
+    The special tokens keep their initial vectors, for good where `tune` is false. Raises ValueError naming file and line for a vector that is not E numbers,
     and when no word at all was found.
     """
     ids = {word: index for index, word in enumerate(tokenizer.words)}
@@ -62,12 +62,14 @@ def _vectors(path: Path, dim: int, wanted: dict[str, int]) -> Iterator[tuple[str
         raise ValueError(f"model.word_vectors: no file {path}")
     with open(path, encoding="utf-8", errors="replace") as file:
         for number, line in enumerate(file, start=1):
-            word, *values = line.rstrip().split(" ")
-            if number == 1 and len(values) == 1 and word.isdigit() and values[0].isdigit():
+            fields = line.strip(" \r\n").split(" ")
+            if fields == [""] or (number == 1 and len(fields) == 2 and all(field.isdigit() for field in fields)):
                 continue
-            if len(values) != dim:
+            parts, values = fields[:-dim], fields[-dim:]
+            word = " ".join(parts)  # the GloVe files of the web have words with spaces
+            if not parts or any(map(_is_number, parts[1:])):
                 raise ValueError(
-                    f"{path}, line {number} ({word[:20]!r}): {len(values)} numbers, but model.embedding_dim is {dim}; give a "
+                    f"{path}, line {number} ({fields[0][:20]!r}): {len(fields) - 1} numbers, but model.embedding_dim is {dim}; give a "
                     "file of that width or set model.embedding_dim"
                 )
             if word in wanted:
@@ -78,3 +80,11 @@ def _vectors(path: Path, dim: int, wanted: dict[str, int]) -> Iterator[tuple[str
                 if not vector.isfinite().all():
                     raise ValueError(f"{path}, line {number} ({word[:20]!r}): its numbers are not all finite")
                 yield word, vector
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from sat.model.captioner import Captioner
-from sat.optim import build_optimizer, learning_rate, weight_average
+from sat.optim import WeightAverage, build_optimizer, learning_rate
 
 
 def captioner() -> Captioner:
@@ -54,11 +54,23 @@ def test_the_rate_rises_to_its_peak_and_falls_to_almost_zero(warmup, more, peak)
 def test_the_average_follows_the_weights_by_its_decay_and_copies_buffers():
     module = captioner()
     first = module.vocabulary.weight.detach().clone()
-    average = weight_average(module, decay=0.9)
-    average.update_parameters(module)  # the first update takes the weights as they are
+    average = WeightAverage(module, decay=0.9)
+    average.update(module)  # the first update takes the weights as they are
     with torch.no_grad():
         module.vocabulary.weight += 1
         module.feature_mean += 2
-    average.update_parameters(module)
+    average.update(module)
     torch.testing.assert_close(average.module.vocabulary.weight, first + 0.1)
     assert torch.equal(average.module.feature_mean, module.feature_mean)
+
+
+def test_the_average_of_bf16_weights_arrives_where_they_stay():
+    module = torch.nn.Linear(2, 2).bfloat16()
+    torch.nn.init.constant_(module.weight, 1.0)
+    average = WeightAverage(module, decay=0.99)
+    average.update(module)
+    torch.nn.init.constant_(module.weight, 1.0078125)  # the next number of bf16
+    for _ in range(1000):
+        average.update(module)
+    assert average.module.weight.dtype == torch.float32
+    torch.testing.assert_close(average.module.weight, module.weight.float(), rtol=0, atol=1e-5)

@@ -45,6 +45,13 @@ def test_words_without_a_vector_look_like_the_others_and_are_the_same_every_time
     assert 95 < square[0] < 107 and square[1:].tolist() == [1, -5]
 
 
+def test_words_with_spaces_and_blank_lines_are_no_broken_lines(tmp_path):
+    text = ". . . 7 7 7\nred 1 2 3\nat name@domain.com 1 1 1\n\n"
+    table = embedding()
+    coverage = load_word_vectors(write(tmp_path / "v.txt", text), TOKENIZER, table, True)
+    assert coverage.found == 1 and table.weight[TOKENIZER.words.index("red")].tolist() == [1, 2, 3]
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [

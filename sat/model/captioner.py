@@ -121,7 +121,8 @@ class Captioner(nn.Module):
             raise ValueError(f"grid [B, {self.grid_size}, {len(self.feature_mean)}] expected, got {list(grid.shape)}")
         grid = self._standardised(grid, order)
         projection = self.attention.project(grid) if self.attention else grid[:, :, :0]
-        serves = self.attention and not torch.is_grad_enabled() and choose_kernels(self.compile, grid) is native
+        softly = self.kind == "soft" or self.hard_inference == "expectation"
+        serves = self.attention and softly and not torch.is_grad_enabled() and choose_kernels(self.compile, grid) is native
         prepared = native.prepare(projection, self.attention.activation == "tanh") if serves else grid[:, :, :0]
         return Memory(grid, projection, prepared)
 

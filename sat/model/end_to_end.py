@@ -20,8 +20,16 @@ class EndToEnd(nn.Module):
         self.encoder, self.captioner = encoder, captioner
 
     def forward(self, images: Tensor, captions: Tensor, lengths: Tensor, sampling_probability: float = 0.0) -> LossSums:
-        """`images` uint8 [B, 3, S, S]; the rest as `Captioner.forward`."""
-        return self.captioner(self.grid(images), captions, lengths, sampling_probability)
+        """`images` uint8 [B, 3, S, S]; the rest as `Captioner.forward`. Pictures without captions are not looked at."""
+        shown = lengths.amax(1) > 0
+        if shown.any():
+            grid = self.grid(images[shown])
+        else:  # every parameter is still reached, as by the other ranks, but no BatchNorm moves
+            mode, shown = self.encoder.training, slice(1)
+            self.encoder.eval()
+            grid = self.grid(images[shown])
+            self.encoder.train(mode)
+        return self.captioner(grid, captions[shown], lengths[shown], sampling_probability)
 
     def grid(self, images: Tensor) -> Tensor:
         """uint8 [B, 3, S, S] -> grid [B, L, D] in the encoder's type."""

@@ -36,7 +36,7 @@ def choose_kernels(compile: str, like: Tensor) -> ModuleType:
 def speed_up(compile: str, device: torch.device | str) -> str:
     """Build the kernels, route matrix products and tune malloc before the first step; returns one line for the log."""
     if torch.device(device).type != "cpu":
-        return "time loop in PyTorch kernels"
+        return "soft attention in PyTorch kernels"
     _keep_freed_memory()
     if compile == "never":
         loop = "PyTorch kernels (train.compile=never)"
@@ -44,7 +44,7 @@ def speed_up(compile: str, device: torch.device | str) -> str:
         loop = f"native kernels from {native.library()[1]}"
     else:
         loop = f"PyTorch kernels ({native.library()[1]})"
-    return f"time loop in {loop}; fp32 products by {_route_fp32_products()}"
+    return f"soft attention in {loop}; fp32 products by {_route_fp32_products()}"
 
 
 def _keep_freed_memory() -> None:

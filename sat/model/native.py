@@ -5,6 +5,7 @@ needs a C++ compiler only; the finished library is kept in the user's cache. Whe
 why and `sat.model.torch_kernels` does the same work. The kernels mirror that module's; shapes as in `native.cpp`.
 """
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -13,6 +14,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,9 +28,10 @@ FLAGS = "-std=c++17 -O3 -march=native -fopenmp -fno-math-errno -fno-trapping-mat
 
 @functools.cache
 def library() -> tuple[ctypes.CDLL | None, str]:
-    """The loaded library and where it is, or None and why there is none. Built once per source, compiler, kind of CPU.
+    """The loaded library and where it is from, or None and why there is none.
 
-    Processes that build at the same time do not disturb one another: each renames its own file into place.
+    Built once per source, compiler and kind of CPU. Processes that build at the same time do not disturb one another:
+    each renames its own file into place. A file that cannot be loaded is built anew.
     """
     compiler = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
@@ -38,14 +41,17 @@ def library() -> tuple[ctypes.CDLL | None, str]:
         version = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=60).stdout
         identity = "\n".join([source.read_text(), compiler, version, *FLAGS, _cpu()])
         path = _cache_folder() / f"kernels-{hashlib.sha256(identity.encode()).hexdigest()[:24]}.so"
-        if not path.exists():
-            partial = path.with_suffix(f".{platform.node()}-{os.getpid()}.tmp")
-            command = [compiler, *FLAGS, str(source), "-o", str(partial)]
-            result = subprocess.run(command, capture_output=True, text=True, timeout=300)
-            if result.returncode:
-                return None, f"{' '.join(command)} failed: {result.stderr.strip()[-500:]}"
-            os.replace(partial, path)
-        return ctypes.CDLL(str(path)), str(path)
+        if path.exists():
+            with contextlib.suppress(OSError):
+                return ctypes.CDLL(str(path)), str(path)
+        begin = time.perf_counter()
+        partial = path.with_suffix(f".{platform.node()}-{os.getpid()}.tmp")
+        command = [compiler, *FLAGS, str(source), "-o", str(partial)]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        if result.returncode:
+            return None, f"{' '.join(command)} failed: {result.stderr.strip()[-500:]}"
+        os.replace(partial, path)
+        return ctypes.CDLL(str(path)), f"{path}, built in {time.perf_counter() - begin:.0f} s"
     except (OSError, subprocess.SubprocessError) as error:
         return None, f"building them with {compiler} failed: {error}"
 

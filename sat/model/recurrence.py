@@ -91,7 +91,7 @@ class _Recurrence(torch.autograd.Function):
             kernels.cell(s[:, : 4 * H], word_gates[step], context_gates, c[:n], cells[step], hidden[step])
             h, c = hidden[step], cells[step]
         ctx.save_for_backward(
-            grid, seen.projection, h_first, c_first, state_weight, context_weight, score,
+            seen.grid, seen.projection, h_first, c_first, state_weight, context_weight, score,
             states, hidden, cells, contexts, gated, alphas,
         )  # fmt: skip
         ctx.kernels, ctx.packing, ctx.tanh, ctx.gate_width = kernels, packing, tanh, len(gate_bias)
