@@ -19,7 +19,7 @@ from helpers_shards import make_feature_dataset, self_describing_captions
 from sat.data import cache, retry
 from sat.data.cache import FolderStore, RemoteStore, make_store
 from sat.data.loader import evaluation_batches, read_references, training_batches
-from sat.data.manifest import load_manifest
+from sat.data.manifest import load_manifest, load_statistics
 from sat.data.plan import Cursor
 from sat.text import build_tokenizer
 
@@ -42,11 +42,11 @@ def short_pauses(monkeypatch):
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Serves a folder, without ranges; `trouble(path, times asked for)` is None, "slow", "cut" or an error code."""
+    """Serves a folder, without ranges; `trouble(path, times asked for)` is None, "slow", "cut", "down" or an error code."""
 
     def __init__(self, folder, trouble):
         super().__init__(("127.0.0.1", 0), functools.partial(Handler, directory=str(folder)))
-        self.trouble, self.gets = trouble, Counter()
+        self.trouble, self.gets, self.heads = trouble, Counter(), Counter()
         self.url = f"http://127.0.0.1:{self.server_port}"
 
 
@@ -54,11 +54,18 @@ class Handler(http.server.SimpleHTTPRequestHandler):
     def log_message(self, *arguments):
         pass
 
+    def do_HEAD(self):
+        self.server.heads[self.path] += 1
+        if self.server.trouble(self.path, self.server.heads[self.path]) == "down":
+            self.send_error(503)
+        else:
+            super().do_HEAD()
+
     def do_GET(self):
         self.server.gets[self.path] += 1
         self.what = self.server.trouble(self.path, self.server.gets[self.path])
-        if isinstance(self.what, int):
-            self.send_error(self.what)
+        if isinstance(self.what, int) or self.what == "down":
+            self.send_error(503 if self.what == "down" else self.what)
         else:
             super().do_GET()
 
@@ -124,17 +131,34 @@ def only_shards(what, times):
     return lambda path, count: what if path.endswith(".tar") and count <= times else None
 
 
-@pytest.mark.parametrize("what, times", [(None, 0), ("slow", 99), (503, 2), ("cut", 2)])
+@pytest.mark.parametrize("what, times", [(None, 0), ("slow", 99), (503, 2), ("cut", 2), ("down", 2)])
 def test_training_over_a_bad_http_server_gives_the_same_batches(root, serve, epoch, tmp_path, what, times):
     expected = epoch(root)
-    server = serve(only_shards(what, times))
+    server = serve(lambda path, count: what if count <= times else None)
     found = epoch(server.url, tmp_path)
     assert_same(found, expected)
-    tries = 1 + (times if what in (503, "cut") else 0)
-    assert {server.gets[f"/{shard.name}"] for shard in shards_of(root)} == {tries}
+    assert len(load_statistics(load_manifest(server.url))) == 3
+    tries = 1 + (0 if what in (None, "slow") else times)
+    once = [shard.name for shard in shards_of(root)] + ["samples.parquet", "statistics.safetensors"]
+    assert {server.gets[f"/{name}"] for name in once} == {tries}
     for path in tmp_path.glob("*.tar"):
         assert hashlib.sha256(path.read_bytes()).hexdigest() == path.stem
     assert len(cached(tmp_path)) == len(shards_of(root)) and not list(tmp_path.glob("*.part"))
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "shards.parquet"])
+def test_a_server_that_stays_down_is_not_taken_for_damage(serve, name):
+    server = serve(lambda path, count: "down" if path == f"/{name}" else None)
+    with pytest.raises(retry.StillFailing, match=rf"{name}: .*\(after 5 attempts\)"):
+        load_manifest(server.url)
+    assert server.gets[f"/{name}"] == retry.ATTEMPTS
+
+
+def test_a_file_that_is_not_there_is_asked_for_once(serve, tmp_path):
+    server = serve(folder=tmp_path)
+    with pytest.raises(ValueError, match="not a finished data set"):
+        load_manifest(server.url)
+    assert server.gets["/manifest.json"] <= 2, "the size is asked for, and the file"
 
 
 def test_a_second_epoch_asks_the_server_for_no_shard_again(root, serve, epoch, tmp_path):

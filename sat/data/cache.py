@@ -19,8 +19,8 @@ from typing import BinaryIO
 import fsspec
 import pyarrow as pa
 
-from sat.data.manifest import SAMPLES, Manifest, ShardInfo
-from sat.data.retry import retrying
+from sat.data.manifest import SAMPLES, Manifest, ShardInfo, check_root
+from sat.data.retry import remote_error, retrying
 
 CHUNK = 4 << 20
 """Bytes read from a remote file at once."""
@@ -154,7 +154,7 @@ class RemoteStore:
         try:
             os.ftruncate(descriptor, 0)  # what a killed process left
             reserve(descriptor)
-            retrying(lambda: _download(url, size, sha256, descriptor), url, self._count, _is_transient)
+            retrying(lambda: _download(url, size, sha256, descriptor), url, self._count, remote_error)
             os.fsync(descriptor)
             os.rename(part, path)
         except BaseException as error:
@@ -204,21 +204,16 @@ ShardStore = FolderStore | RemoteStore
 def make_store(root: str, cache_dir: str = "", cache_gb: float = 50.0) -> ShardStore:
     """The store of a data set's root: a folder, `file://` or another fsspec URL.
 
-    cache_dir: where remote shards are kept; empty: a folder under the user's cache. Raises ValueError for `pipe:` URLs.
+    cache_dir: where remote shards are kept; empty: a folder under the user's cache. Raises ValueError as
+    `check_root` does.
     """
-    refuse_pipes(root)
+    check_root(root)
     if root.startswith("file://"):
         return FolderStore(root.removeprefix("file://"))
     if "://" not in root:
         return FolderStore(root)
     default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "show-attend-and-tell"
     return RemoteStore(root, cache_dir or str(default), int(cache_gb * 1e9))
-
-
-def refuse_pipes(root: str) -> None:
-    """ValueError for a URL that some readers of shards would hand to a shell."""
-    if root.startswith("pipe:"):
-        raise ValueError(f"{root!r}: pipe: URLs run a shell command and are refused; give a folder or an fsspec URL")
 
 
 def _download(url: str, size: int, sha256: str, descriptor: int) -> None:
@@ -245,10 +240,6 @@ def _open_url(url: str) -> BinaryIO:
         # The default of 5 minutes for the whole file would end every long download.
         options["client_kwargs"] = {"timeout": aiohttp.ClientTimeout(total=None, sock_read=READ_TIMEOUT_S)}
     return fsspec.open(url, "rb", **options).open()
-
-
-def _is_transient(error: Exception) -> bool:
-    return not isinstance(error, (FileNotFoundError, PermissionError, ValueError))
 
 
 def _is_at(descriptor: int, path: Path) -> bool:

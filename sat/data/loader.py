@@ -159,11 +159,11 @@ def read_references(
     manifest: Manifest, split: str, cache_dir: str = "", cache_gb: float = 50.0
 ) -> dict[str, list[str]]:
     """image_id -> its captions as they were given, in the shards' order. Raises ValueError for an unknown split."""
-    store = make_store(manifest.root, cache_dir, cache_gb)
+    reader = _open_reader(manifest, cache_dir, cache_gb, check=False)
     references: dict[str, list[str]] = {}
     for shard in choose_shards(manifest, [split], run_length=1, main=True).shards.tolist():
-        rows = store.rows(manifest, shard)
-        references.update(zip(rows["image_id"].to_pylist(), rows["captions"].to_pylist(), strict=True))
+        rows = reader.rows(shard)
+        references.update(zip(rows.image_ids, rows.captions.to_pylist(), strict=True))
     return references
 
 

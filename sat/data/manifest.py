@@ -13,8 +13,9 @@ the table.
 
 import hashlib
 import json
+import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import BinaryIO
@@ -24,6 +25,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+
+from sat.data.retry import Result, StillFailing, io_error, remote_error, retrying
+
+logger = logging.getLogger(__name__)
 
 SCHEMA = 1
 MANIFEST, SAMPLES, SHARDS, STATISTICS = "manifest.json", "samples.parquet", "shards.parquet", "statistics.safetensors"
@@ -56,6 +61,10 @@ SHARDS_SCHEMA = pa.schema(
         ("rows_sha256", pa.binary(32)),
     ]
 )
+
+
+class Damaged(ValueError):
+    """A file that is not as it was written; over a network it is asked for again, because an answer can be cut."""
 
 
 @dataclass(frozen=True)
@@ -154,11 +163,12 @@ def load_manifest(root: str | os.PathLike) -> Manifest:
     damaged.
     """
     root = os.fspath(root).rstrip("/")
+    check_root(root)
     try:
-        document = unseal(read_file(root, MANIFEST))
+        document = _read_checked(root, MANIFEST, unseal)
     except FileNotFoundError:
         raise ValueError(f"{root}: not a finished data set (no {MANIFEST}); finish its preprocessing first") from None
-    except ValueError as error:
+    except Damaged as error:
         raise ValueError(
             f"{root}/{MANIFEST}: damaged ({error}); run preprocessing.verify_shards with --repair"
         ) from None
@@ -210,13 +220,16 @@ def seal(document: dict) -> bytes:
 
 
 def unseal(blob: bytes) -> dict:
-    """The document in a sealed file; ValueError when one bit differs from what `seal` wrote."""
-    document = json.loads(blob)
+    """The document in a sealed file; Damaged (a ValueError) when one bit differs from what `seal` wrote."""
+    try:
+        document = json.loads(blob)
+    except ValueError as error:
+        raise Damaged(str(error)) from None
     if not isinstance(document, dict) or "checksum" not in document:
-        raise ValueError("it has no checksum")
+        raise Damaged("it has no checksum")
     document.pop("checksum")
     if seal(document) != blob:
-        raise ValueError("its checksum does not fit")
+        raise Damaged("its checksum does not fit")
     return document
 
 
@@ -250,6 +263,17 @@ def dataset_digest(kind: str, fingerprint: dict, shards: pa.Table) -> str:
     return digest.hexdigest()
 
 
+def check_root(root: str) -> None:
+    """ValueError for a URL that fsspec cannot open, and for one that some readers of shards would hand to a shell."""
+    if root.startswith("pipe:"):
+        raise ValueError(f"{root!r}: pipe: URLs run a shell command and are refused; give a folder or an fsspec URL")
+    for protocol in root.partition("://")[0].split("::") if "://" in root else ():
+        try:
+            fsspec.get_filesystem_class(protocol)
+        except (ValueError, ImportError) as error:
+            raise ValueError(f"{root}: {error}; give a folder or a URL that fsspec opens here") from None
+
+
 def open_file(root: str, name: str) -> BinaryIO:
     """Open ROOT/NAME for reading in binary; ROOT is a folder or an fsspec URL."""
     if "://" in root:
@@ -264,12 +288,16 @@ def read_file(root: str, name: str) -> bytes:
 
 
 def file_size(root: str, name: str) -> int | None:
-    """Size of ROOT/NAME in bytes, None when it does not exist."""
-    try:
+    """Size of ROOT/NAME in bytes, None when it does not exist. Tried again as reading is."""
+
+    def size() -> int:
         if "://" in root:
             filesystem, path = fsspec.core.url_to_fs(f"{root}/{name}")
             return filesystem.size(path)
         return os.stat(os.path.join(root, name)).st_size
+
+    try:
+        return _retrying(root, name, size)
     except FileNotFoundError:
         return None
 
@@ -280,15 +308,36 @@ def _canonical(document: dict) -> bytes:
 
 def _read_recorded(root: str, name: str, files: dict) -> bytes:
     """A file whose sha256 stands in the manifest; ValueError when it is missing or another."""
+
+    def check(blob: bytes) -> bytes:
+        if hashlib.sha256(blob).hexdigest() != files[name]["sha256"]:
+            raise Damaged(
+                f"{root}/{name}: not the bytes that were written; run preprocessing.verify_shards with --repair"
+            )
+        return blob
+
     try:
-        blob = read_file(root, name)
+        return _read_checked(root, name, check)
     except FileNotFoundError:
         raise ValueError(f"{root}/{name} is missing; run preprocessing.verify_shards with --repair") from None
-    if hashlib.sha256(blob).hexdigest() != files[name]["sha256"]:
-        raise ValueError(
-            f"{root}/{name}: not the bytes that were written; run preprocessing.verify_shards with --repair"
-        )
-    return blob
+
+
+def _read_checked(root: str, name: str, check: Callable[[bytes], Result]) -> Result:
+    """`check` of the bytes of ROOT/NAME, which raises Damaged for other bytes than were written."""
+    try:
+        return _retrying(root, name, lambda: check(read_file(root, name)))
+    except StillFailing as error:
+        raise error.__cause__ if isinstance(error.__cause__, Damaged) else error
+
+
+def _retrying(root: str, name: str, operation: Callable[[], Result]) -> Result:
+    def is_transient(error: Exception) -> object:
+        return (isinstance(error, Damaged) or remote_error(error)) if "://" in root else io_error(error)
+
+    def report() -> None:
+        logger.warning("%s/%s: reading failed and is tried again", root, name)
+
+    return retrying(operation, f"{root}/{name}", report, is_transient)
 
 
 @lru_cache(maxsize=16)

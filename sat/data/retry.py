@@ -31,6 +31,15 @@ def io_error(error: BaseException) -> OSError | None:
     return None
 
 
+def remote_error(error: BaseException) -> bool:
+    """Whether a remote file may be read another time: after all but plain answers, such as that it is not there."""
+    if isinstance(error, FileNotFoundError):  # over HTTP fsspec says so whatever went wrong, and keeps the reason
+        cause = error.__cause__
+        server = type(cause).__module__.startswith("aiohttp") and getattr(cause, "status", 500) not in (403, 404, 410)
+        return server or isinstance(cause, TimeoutError)
+    return not isinstance(error, (PermissionError, ValueError, ImportError, StillFailing))
+
+
 def retrying(
     operation: Callable[[], Result],
     what: str,
