@@ -1,6 +1,8 @@
 """The contract on disk: what is opened is what was written, or an error that names the file."""
 
+import errno
 import hashlib
+import os
 import pickle
 import random
 
@@ -9,6 +11,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from sat.data import manifest as manifest_module
+from sat.data import retry
+from sat.data.loader import read_references
 from sat.data.manifest import (
     MANIFEST,
     NPY_HEADER,
@@ -94,7 +99,7 @@ def test_any_flipped_bit_of_the_tables_is_an_error_or_changes_no_value(root, nam
     blob = (root / name).read_bytes()
     rows = [load_manifest(root).rows(i) for i in range(4)]
     generator = random.Random(7)
-    for _ in range(60):
+    for _ in range(300):
         place = generator.randrange(len(blob) * 8)
         damaged = bytearray(blob)
         damaged[place // 8] ^= 1 << place % 8
@@ -123,6 +128,41 @@ def test_a_missing_or_cut_file_is_named(root):
     (root / SAMPLES).write_bytes((root / SAMPLES).read_bytes()[:-1])
     with pytest.raises(ValueError, match=SAMPLES):
         load_manifest(root)
+
+
+def test_a_protocol_that_nobody_knows_is_not_called_damage():
+    with pytest.raises(ValueError, match="nosuch://set: Protocol not known: nosuch; give a folder or a URL") as caught:
+        load_manifest("nosuch://set")
+    assert "repair" not in str(caught.value)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE])
+def test_what_is_read_at_the_start_is_tried_again_too(root, monkeypatch, code, caplog):
+    def read():
+        manifest = load_manifest(root)
+        check_files(manifest)
+        return manifest.digest, load_statistics(manifest)["mean"].tolist(), read_references(manifest, "train")
+
+    expected = read()
+    monkeypatch.setattr(retry, "FIRST_PAUSE_S", 0.001)
+    calls = {}
+
+    def often_failing(function, at):
+        def call(*arguments):
+            name = str(arguments[at]).rpartition("/")[2]
+            calls[function, name] = calls.get((function, name), 0) + 1
+            if calls[function, name] % 3:
+                raise OSError(code, os.strerror(code))
+            return function(*arguments)
+
+        return call
+
+    monkeypatch.setattr(manifest_module, "open_file", often_failing(manifest_module.open_file, 1))
+    monkeypatch.setattr(os, "stat", often_failing(os.stat, 0))
+    assert read() == expected
+    assert {name for _, name in calls} >= {"manifest.json", "shards.parquet", "samples.parquet", "train-000001.tar"}
+    assert "manifest.json: reading failed and is tried again" in caplog.text
 
 
 def test_every_value_of_a_row_is_covered_by_the_digest():

@@ -18,19 +18,10 @@ import torch
 import xxhash
 from helpers_shards import make_feature_dataset, self_describing_captions
 
-from sat.data import manifest as manifest_module
 from sat.data import retry
 from sat.data.cache import make_store
-from sat.data.loader import read_references, training_batches
-from sat.data.manifest import (
-    NPY_HEADER,
-    SAMPLES_SCHEMA,
-    TAR_BLOCK,
-    Manifest,
-    check_files,
-    load_manifest,
-    load_statistics,
-)
+from sat.data.loader import training_batches
+from sat.data.manifest import NPY_HEADER, SAMPLES_SCHEMA, TAR_BLOCK, Manifest, load_manifest
 from sat.data.plan import Cursor
 from sat.data.reader import BadSample, SampleReader
 from sat.text import build_tokenizer
@@ -265,12 +256,6 @@ def test_pipe_urls_are_refused_by_name(pristine, tokenizer, tmp_path):
     assert not (tmp_path / "executed").exists()
 
 
-def test_a_protocol_that_nobody_knows_is_not_called_damage():
-    with pytest.raises(ValueError, match="nosuch://set: Protocol not known: nosuch; give a folder or a URL") as caught:
-        load_manifest("nosuch://set")
-    assert "repair" not in str(caught.value)
-
-
 @pytest.fixture
 def failing_reads(monkeypatch):
     """Make os.preadv fail with an error number, `fail(code, how_often)` of every three times; returns the failures."""
@@ -303,34 +288,6 @@ def test_reads_that_fail_two_of_three_times_give_the_same_bytes_and_are_counted(
     assert all(torch.equal(a.grid, b.grid) and a.keys == b.keys for a, b in zip(found, expected, strict=True))
     assert sum(b.retries for b in found) == len(failures) >= 6
     assert f"{len(failures)} reads failed and were repeated with success" in caplog.text
-
-
-@pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE])
-def test_what_is_read_at_the_start_is_tried_again_too(pristine, monkeypatch, code, caplog):
-    def read():
-        manifest = load_manifest(pristine)
-        check_files(manifest)
-        return manifest.digest, load_statistics(manifest)["mean"].tolist(), read_references(manifest, "train")
-
-    expected = read()
-    monkeypatch.setattr(retry, "FIRST_PAUSE_S", 0.001)
-    calls = {}
-
-    def often_failing(function, at):
-        def call(*arguments):
-            name = str(arguments[at]).rpartition("/")[2]
-            calls[function, name] = calls.get((function, name), 0) + 1
-            if calls[function, name] % 3:
-                raise OSError(code, os.strerror(code))
-            return function(*arguments)
-
-        return call
-
-    monkeypatch.setattr(manifest_module, "open_file", often_failing(manifest_module.open_file, 1))
-    monkeypatch.setattr(os, "stat", often_failing(os.stat, 0))
-    assert read() == expected
-    assert {name for _, name in calls} >= {"manifest.json", "shards.parquet", "samples.parquet", "train-000001.tar"}
-    assert "manifest.json: reading failed and is tried again" in caplog.text
 
 
 def test_a_stale_handle_is_opened_anew(pristine, monkeypatch):
