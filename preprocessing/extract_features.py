@@ -17,7 +17,7 @@ from typing import Annotated
 
 import typer
 
-from preprocessing.console import Step, progress_line, run
+from preprocessing.console import Step, available_cores, progress_line, run
 from preprocessing.extractor import Extractor
 from preprocessing.finalize import finalize
 from preprocessing.grids import merge_statistics
@@ -35,22 +35,22 @@ _extractor: Extractor | None = None
 """Of a worker process; made by `_start_worker`."""
 
 
-def extract_stripe(plan: Plan, *, stripe: str = "0/1", processes: int = 0, num_workers: int = 0) -> Summary:
-    """Write the shards of a stripe on this machine; 0 processes: two per GPU, or one on a CPU; 0 workers: by cores.
+def extract_stripe(plan: Plan, *, stripe: str = "0/1", num_workers: int = 0, decode_threads: int = 0) -> Summary:
+    """Write the shards of a stripe on this machine; 0 workers: two per GPU, or one on a CPU; 0 threads: by cores.
 
     torch is not even imported when all shards stand. Raises what `Extractor.build` and `run_shards` raise.
     """
     index, count = parse_stripe(stripe)
     shards = plan.shards[index::count]
-    devices = ["cpu"] if all(is_finished(plan.root, s, plan.digest) for s in shards) else _devices(processes)
-    workers = num_workers or max(1, (os.cpu_count() or 1) // len(devices))
+    devices = ["cpu"] if all(is_finished(plan.root, s, plan.digest) for s in shards) else _devices(num_workers)
+    threads = decode_threads or max(1, available_cores() // len(devices))
     with progress_line(sum(shard.samples for shard in shards), "feature shards") as advance:
         if len(devices) == 1:
-            return _extract_here(plan, stripe, devices[0], workers, advance)
+            return _extract_here(plan, stripe, devices[0], threads, advance)
         places = get_context("spawn").Queue()
         for place in zip(devices, _core_groups(len(devices)), strict=True):
             places.put(place)
-        with process_pool(len(devices), _start_worker, (plan, places, workers)) as pool:
+        with process_pool(len(devices), _start_worker, (plan, places, threads)) as pool:
             options = {"stripe": stripe, "slots": len(devices)}
             return run_shards(plan, _build, pool, **options, progress=lambda images, built: advance(images))
 
@@ -61,25 +61,25 @@ def finalize_features(plan: Plan) -> Manifest:
     return finalize(plan, lambda sidecars: merge_statistics(sidecars, splits, dim, scale_of(plan)))
 
 
-def _extract_here(plan: Plan, stripe: str, device: str, workers: int, advance: Callable[[int], None]) -> Summary:
+def _extract_here(plan: Plan, stripe: str, device: str, threads: int, advance: Callable[[int], None]) -> Summary:
     def reused(images: int, built: bool) -> None:
         advance(0 if built else images)  # the extractor has told of the built ones, batch by batch
 
     with (
-        Extractor(plan, source_of(plan), scale_of(plan), device, workers) as extractor,
+        Extractor(plan, source_of(plan), scale_of(plan), device, threads) as extractor,
         ThreadPoolExecutor(SHARDS_UNDER_WAY, thread_name_prefix="shard") as pool,
     ):
         extractor.progress = advance
         return run_shards(plan, extractor.build, pool, stripe=stripe, slots=SHARDS_UNDER_WAY, progress=reused)
 
 
-def _start_worker(plan: Plan, places: Queue, workers: int) -> None:
+def _start_worker(plan: Plan, places: Queue, threads: int) -> None:
     """Take a device and a group of cores (before torch counts them), in a worker process."""
     global _extractor
     device, cores = places.get()
     if device == "cpu":
         os.sched_setaffinity(0, cores)
-    _extractor = Extractor(plan, source_of(plan), scale_of(plan), device, workers)
+    _extractor = Extractor(plan, source_of(plan), scale_of(plan), device, threads)
 
 
 def _build(plan: Plan, shard: PlannedShard) -> dict:
@@ -87,14 +87,14 @@ def _build(plan: Plan, shard: PlannedShard) -> dict:
     return _extractor.build(plan, shard)
 
 
-def _devices(processes: int) -> list[str]:
+def _devices(num_workers: int) -> list[str]:
     """The device of each process."""
     import torch
 
     if not torch.cuda.is_available():
-        return ["cpu"] * (processes or 1)
+        return ["cpu"] * (num_workers or 1)
     gpus = torch.cuda.device_count()
-    return [f"cuda:{index % gpus}" for index in range(processes or SHARDS_UNDER_WAY * gpus)]
+    return [f"cuda:{index % gpus}" for index in range(num_workers or SHARDS_UNDER_WAY * gpus)]
 
 
 def _core_groups(count: int) -> list[list[int]]:
@@ -118,8 +118,8 @@ def main(
     compute: Annotated[str, typer.Option(help="arithmetic of the network: auto, bf16 or fp32")] = "auto",
     batch_size: Annotated[int, typer.Option(min=1, help="pictures per pass through the network")] = 32,
     statistics_split: Annotated[list[str], typer.Option(help="split the statistics are taken from")] = ["train"],
-    processes: Annotated[int, typer.Option(min=0, help="0: two per GPU, one on a CPU")] = 0,
-    num_workers: Annotated[int, typer.Option(min=0, help="decoding threads per process; 0: by cores")] = 0,
+    num_workers: Annotated[int, typer.Option(min=0, help="processes; 0: two per GPU, one on a CPU")] = 0,
+    decode_threads: Annotated[int, typer.Option(min=0, help="per process; 0: by cores")] = 0,
     stripe: Annotated[str, typer.Option(help="I/N: every N-th shard from number I, counted from 0")] = "0/1",
     step: Annotated[Step, typer.Option(help="part of the job to run")] = Step.ALL,
     overwrite: Annotated[bool, typer.Option(help="delete a data set that was planned otherwise")] = False,
@@ -128,6 +128,8 @@ def main(
     if step in (Step.ALL, Step.PLAN):
         if images is None:
             raise ValueError("planning needs --images")
+        if step == Step.PLAN and compute == "auto":
+            raise ValueError("another machine may do the work: choose what it computes in, --compute bf16 or fp32")
         found = find_weights(weights, weights_dir)
         shape = {"size": size, "stage": stage, "dtype": dtype, "geometry": geometry, "compute": compute}
         splits = tuple(statistics_split)
@@ -140,7 +142,7 @@ def main(
         )
     if step in (Step.ALL, Step.SHARDS):
         plan = load_plan(out)
-        print(f"{out}: {extract_stripe(plan, stripe=stripe, processes=processes, num_workers=num_workers).line()}")
+        print(f"{out}: {extract_stripe(plan, stripe=stripe, num_workers=num_workers, decode_threads=decode_threads).line()}")
     if step == Step.FINALIZE or (step == Step.ALL and stripe == "0/1"):
         manifest = finalize_features(load_plan(out))
         print(f"{out}: data set {manifest.digest[:12]} of {manifest.splits}")

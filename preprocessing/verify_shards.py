@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from preprocessing.console import progress_line, run
+from preprocessing.console import available_cores, progress_line, run
 from preprocessing.extract_features import extract_stripe, finalize_features
 from preprocessing.finalize import finalize
 from preprocessing.plan import load_plan
@@ -68,10 +68,10 @@ def main(
         Path | None, typer.Option(help="with --repair: where the pictures or image shards are now")
     ] = None,
     weights: Annotated[Path | None, typer.Option(help="with --repair: where the encoder weights are now")] = None,
-    num_workers: Annotated[int, typer.Option(min=1, help="hashing threads")] = os.cpu_count() or 1,
+    num_workers: Annotated[int, typer.Option(min=0, help="hashing threads, and processes of a repair; 0: by cores")] = 0,
 ) -> None:
     """Check data sets against what was recorded; exit status 1 when a fault is left at the end."""
-    left = 0
+    left, num_workers = 0, num_workers or available_cores()
     for root in folders:
         report = _check(root, num_workers)
         if report.faults and repair_faults:

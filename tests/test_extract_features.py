@@ -209,7 +209,7 @@ def test_several_processes_share_the_shards(made, tmp_path):
     done = run_program(
         "extract_features",
         *("--images", made / "images", "--out", tmp_path, "--weights", made / "weights.safetensors"),
-        *(*OPTIONS, "--processes", 2),
+        *(*OPTIONS, "--num-workers", 2),
     )
     assert "4 shards written, 0 reused: 17 images" in done.stdout
     grids = grids_of(load_manifest(tmp_path))

@@ -83,6 +83,26 @@ def test_killed_and_requeued_tasks_end_in_the_same_data_set(slurm, coco, tmp_pat
     assert snapshot(out) == snapshot(tmp_path / "undisturbed")
 
 
+def test_a_task_that_names_an_error_is_not_queued_again(slurm, coco, tmp_path):
+    slurm.run("scontrol", "update", "PartitionName=main", "State=DOWN")
+    command = ["bash", str(ROOT / "slurm/preprocess.sh"), "1", "shard_images", *coco, f"--out={tmp_path}/shards"]
+    said = slurm.run(*command, cwd=tmp_path)
+    (array,) = re.search(r"array job (\d+) of 1 tasks", said).groups()
+    (tmp_path / "images").rename(tmp_path / "moved")
+    slurm.run("scontrol", "update", "PartitionName=main", "State=UP")
+    assert slurm.wait_for(f"{array}_0", "FAILED", timeout=60)["Restarts"] == "0"
+    (log,) = tmp_path.glob(f"shard_images-{array}-0.out")
+    assert log.read_text().splitlines()[-1].startswith("error: ")
+
+
+@pytest.mark.parametrize("stripes", ["0", "100000", "many"])
+def test_impossible_numbers_of_stripes_are_refused_before_planning(slurm, tmp_path, stripes):
+    command = ["bash", str(ROOT / "slurm/preprocess.sh"), stripes, "shard_images", f"--out={tmp_path}/shards"]
+    result = subprocess.run(command, env=slurm.env, capture_output=True, text=True)
+    assert result.returncode == 2 and "expected a number from 1 to 1001" in result.stderr
+    assert not (tmp_path / "shards").exists()
+
+
 @pytest.fixture
 def experiment(tmp_path):
     """A configuration file for 20 tiny feature grids and a tiny model."""
