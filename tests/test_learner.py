@@ -1,4 +1,4 @@
-"""What a training moves, keeps and hands on: end to end from pictures, frozen features, average, sampling, word vectors."""
+"""What a training moves, keeps and hands on: from pictures and from features, average, sampling, word vectors."""
 
 import json
 import signal
@@ -28,8 +28,9 @@ from sat.training_data import open_data, reading_options
 from tests.helpers_shards import make_coco, make_feature_dataset
 
 SMALL = [
-    "data.num_workers=0", "data.captions_per_image=2", "model.lstm_dim=8", "model.embedding_dim=6", "model.attention_dim=5",
-    "train.epochs=1", "train.global_batch=6", "train.warmup_steps=1", "train.precision=fp32", "train.log_every=1",
+    "data.num_workers=0", "data.captions_per_image=2",
+    "model.lstm_dim=8", "model.embedding_dim=6", "model.attention_dim=5", "train.epochs=1",
+    "train.global_batch=6", "train.warmup_steps=1", "train.precision=fp32", "train.log_every=1",
     "eval.metrics=[CIDEr]", "eval.beam_size=2", "eval.max_length=6", "tracking.mlflow_uri=none",
 ]  # fmt: skip
 
@@ -211,7 +212,8 @@ def test_the_average_is_what_is_saved_scored_and_exported(features, alone, tmp_p
         torch.testing.assert_close(exported[name].double(), expected, rtol=0, atol=1e-6)
         assert (expected - third).abs().max() > 1e-4, name
         assert torch.equal(kept[name], exported[name]) and torch.equal(scored[0][name], exported[name]), name
-    assert_equal(saved(tmp_path / "run", 3), weights[-1] | {k: v for k, v in exported.items() if k.startswith("feature_")})
+    buffers = {name: value for name, value in exported.items() if name.startswith("feature_")}
+    assert_equal(saved(tmp_path / "run", 3), weights[-1] | buffers)
 
 
 def test_a_stopped_training_goes_on_with_its_average(features, alone, tmp_path):

@@ -75,6 +75,24 @@ def test_deepspeed_takes_the_same_steps(config, alone):
     torch.testing.assert_close(split["weights"], alone["weights"], rtol=0, atol=2e-5)
 
 
+def moving_average(values: torch.Tensor) -> torch.Tensor:
+    """0.9 b + 0.1 v over `values` [steps], from zero."""
+    averages = [0.0]
+    for value in values.tolist():
+        averages.append(0.9 * averages[-1] + 0.1 * value)
+    return torch.tensor(averages[1:]).double()
+
+
+def test_hard_attentions_baseline_follows_the_global_loss_on_every_rank(config):
+    found = steps(config, 2, "ddp", "model.attention=hard", "train.accumulation_steps=2")
+    expected = moving_average(found["lines"][:, 0])
+    torch.testing.assert_close(found["baselines"], expected[:, None].expand(-1, 2), rtol=1e-5, atol=0)
+    parts = found["micro_batches"]  # [steps, 2 ranks x 2]
+    assert parts.shape == (STEPS, 4)
+    for other in (*parts.t(), parts[:, :2].mean(1), parts[:, 2:].mean(1), parts.mean(1)):
+        assert (moving_average(other) / expected - 1).abs().max() > 1e-4  # none of these would have passed
+
+
 @pytest.fixture(scope="module")
 def trained(config):
     launch(["-m", "sat.train", str(config), "tracking.mlflow_uri=none"], 2)

@@ -28,23 +28,38 @@ def gradients_are_kept(learner, kept: list[torch.Tensor]):
     learner.optimizer.optimizer.register_step_pre_hook(hook)
 
 
+def losses_are_kept(learner, kept: list[float]):
+    """Write down this rank's NLL per token of each micro-batch."""
+
+    def hook(_module, _arguments, sums):
+        kept.append(float(sums.nll / sums.tokens.clamp_min(1)))
+
+    learner.module.register_forward_hook(hook)
+
+
 def main() -> None:
     config = settings.load(sys.argv[1], sys.argv[4:])
     runtime = start(config.train.precision)
     data = open_data(config)
     learner = build_learner(config, data, runtime)
     run, meter, kept, lines, weights = Run(Path(config.train.run_dir), runtime, None), Meter(), [], [], []
+    losses, micro_batches, baselines = [], [], []
+    losses_are_kept(learner, losses)
     if not runtime.deepspeed:
         gradients_are_kept(learner, kept)
     cursor = Cursor.start(data.sources, config.train.seed)
     for step, batches in zip(range(int(sys.argv[2])), steps_from(config, data, cursor, runtime, meter), strict=False):
         take_step(config, learner, batches, step, run, meter)
         line = meter.line(runtime)
+        micro_batches.append(torch.tensor(runtime.gather(losses[-len(batches) :])).double().flatten())
+        if config.model.attention == "hard":
+            baselines.append(torch.tensor(runtime.gather(float(learner.module.reward_baseline))).double())
         lines.append(torch.tensor([line["nll_per_token"], line["penalty_per_caption"], line["gradient_norm"]]).double())
         weights.append(torch.cat([parameter.detach().flatten().float() for parameter in learner.module.parameters()]))
     if runtime.is_main:
-        found = {"lines": torch.stack(lines), "weights": torch.stack(weights)}
-        save_file(found | ({"gradients": torch.stack(kept)} if kept else {}), sys.argv[3])
+        found = {"lines": lines, "weights": weights, "gradients": kept}
+        found |= {"baselines": baselines, "micro_batches": micro_batches}
+        save_file({name: torch.stack(values) for name, values in found.items() if values}, sys.argv[3])
     runtime.leave()
 
 
