@@ -1,8 +1,9 @@
 """Measure the loader against a raw sequential read of the same files and against stock webdataset, in one run.
 
 Surprising: the loader's figure is that of whole training batches (a new order, every byte checked, captions as token
-ids), the raw read only brings the files' bytes to memory, into one buffer of a batch's size. "dropped" means dropped
-from this machine's page cache; a host's may remain.
+ids), the raw read only brings the files' bytes to memory: into as many buffers of a batch's size as the loader goes
+through in turn, so that neither gains by what the CPU's cache still holds. "dropped" means dropped from this machine's
+page cache; a host's may remain.
 """
 
 import itertools
@@ -13,7 +14,11 @@ import time
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import typer
+import xxhash
+
+from sat.data.loader import SLOTS
 
 GRIDS = {"7x7": (7, 2048), "14x14": (14, 768)}
 """Side of the grid and the number of samples written, about 400 and 600 MB."""
@@ -27,7 +32,7 @@ def run(
     folder: Annotated[
         Path | None, typer.Option(help="where to write 1 GB of shards; default: a temporary folder")
     ] = None,
-    rounds: Annotated[int, typer.Option(help="runs of each contender; the median counts")] = 3,
+    rounds: Annotated[int, typer.Option(help="runs of each contender; the median counts")] = 5,
     json_file: Annotated[Path | None, typer.Option("--json", help="write the rows to this file")] = None,
 ) -> list[dict]:
     """Samples/s of our loader, a raw read and stock webdataset: two grids, 0 and 2 workers, cache warm and dropped."""
@@ -48,8 +53,6 @@ def run(
 
 def write_shards(root: Path, side: int, samples: int, shard_size: int = 256) -> None:
     """A finished feature data set of random fp16 grids, by the writer that preprocessing uses."""
-    import numpy as np
-
     from preprocessing.finalize import finalize
     from preprocessing.grids import npy_bytes
     from preprocessing.plan import Plan, publish_plan
@@ -77,14 +80,15 @@ def captions_of(index: int) -> tuple[str, ...]:
 
 
 def measure(root: Path, workers: int, cache: str, rounds: int) -> dict:
-    """One row: median samples/s of each contender, taking turns; and the MB/s of ours."""
+    """One row: median samples/s of each contender, taking turns; MB/s of ours, and the checksums' share of its time."""
     shards = sorted(root.glob("*.tar"))
     ours = OurEpochs(root, workers, epochs=WARM_UP + rounds)
     samples = ours.samples
     megabytes = sum(path.stat().st_size for path in shards) / 1e6
     batch_bytes = int(megabytes * 1e6 * BATCH / samples)
+    buffers = [np.ones(batch_bytes, np.uint8) for _ in range(SLOTS)]
     contenders = {
-        "raw": lambda paths: read_raw(paths, batch_bytes),
+        "raw": lambda paths: read_raw(paths, buffers),
         "webdataset": lambda paths: read_webdataset(paths, workers),
     }
     rates: dict[str, list[float]] = {name: [] for name in ("ours", *contenders)}
@@ -109,13 +113,23 @@ def measure(root: Path, workers: int, cache: str, rounds: int) -> dict:
         "mb_per_s": rate["ours"] / samples * megabytes,
         "of_raw": rate["ours"] / rate["raw"],
         "of_webdataset": rate["ours"] / rate["webdataset"],
+        "checksum_share": rate["ours"] * checksum_seconds(batch_bytes // BATCH) / max(workers, 1),
     }
+
+
+def checksum_seconds(nbytes: int, repeats: int = 200) -> float:
+    """Seconds that the checksum of `nbytes` takes where they were just read, as the reader's are."""
+    data = np.ones(nbytes, np.uint8)
+    began = time.perf_counter()
+    for _ in range(repeats):
+        xxhash.xxh3_64_intdigest(data)
+    return (time.perf_counter() - began) / repeats
 
 
 def prepare_cache(shards: list[Path], cache: str) -> None:
     """Bring the shards into the page cache, or drop them from it."""
     if cache == "warm":
-        read_raw(shards, 1 << 20)
+        read_raw(shards, [np.ones(1 << 20, np.uint8)])
         return
     for path in shards:
         descriptor = os.open(path, os.O_RDONLY)
@@ -124,14 +138,12 @@ def prepare_cache(shards: list[Path], cache: str) -> None:
         os.close(descriptor)
 
 
-def read_raw(shards: list[Path], size: int) -> None:
-    """Read all files from start to end into one buffer."""
-    import numpy as np
-
-    buffer = np.empty(size, np.uint8)
+def read_raw(shards: list[Path], buffers: list[np.ndarray]) -> None:
+    """Read all files from start to end into the buffers, one after the other and again from the first."""
+    turns = itertools.cycle(buffers)
     for path in shards:
         with open(path, "rb", buffering=0) as file:
-            while file.readinto(buffer):
+            while file.readinto(next(turns)):
                 pass
 
 
