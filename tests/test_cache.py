@@ -1,5 +1,6 @@
 """Remote shards through the bounded cache, over a real HTTP server on loopback and fsspec's memory."""
 
+import fcntl
 import functools
 import hashlib
 import http.server
@@ -17,10 +18,12 @@ import torch
 from helpers_shards import make_feature_dataset, self_describing_captions
 
 from sat.data import cache, retry
+from sat.data import manifest as manifest_module
 from sat.data.cache import FolderStore, RemoteStore, make_store
 from sat.data.loader import evaluation_batches, read_references, training_batches
 from sat.data.manifest import load_manifest, load_statistics
 from sat.data.plan import Cursor
+from sat.data.reader import BadSample, SampleReader
 from sat.text import build_tokenizer
 
 
@@ -202,11 +205,13 @@ def test_the_cache_never_holds_more_than_its_bound(root, serve, epoch, tmp_path)
     def watch():
         while not stop.is_set():
             total = 0
-            for path in tmp_path.glob("*.*"):
-                try:
-                    total += path.stat().st_size if path.suffix in (".tar", ".part") else 0
-                except FileNotFoundError:
-                    continue
+            with open(tmp_path / ".lock", "a") as lock:  # a sum over files that come and go means nothing without it
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                for path in tmp_path.glob("*.*"):
+                    try:
+                        total += path.stat().st_size if path.suffix in (".tar", ".part") else 0
+                    except FileNotFoundError:  # a download that failed takes its part file away by itself
+                        continue
             sizes.append(total)
             time.sleep(0.001)
 
@@ -226,6 +231,53 @@ def test_the_least_recently_used_shard_is_evicted(root, serve, tmp_path):
         os.close(store.open(shard))
         time.sleep(0.02)  # the file system's clock ticks every few milliseconds
     assert cached(tmp_path) == sorted(f"{shards[i].sha256}.tar" for i in (0, 2, 3))
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("damage", ["flip", "cut", "table"])
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_copy_that_the_disk_damaged_is_fetched_once_more(root, serve, epoch, tmp_path, damage, num_workers):
+    expected, server = epoch(root), serve()
+    epoch(server.url, tmp_path)
+    (table,) = tmp_path.glob("tables/*/samples.parquet")
+    path = table if damage == "table" else tmp_path / f"{shards_of(root)[2].sha256}.tar"
+    name, whole = "samples.parquet" if damage == "table" else "train-000002.tar", path.read_bytes()
+    before = server.gets.copy()
+    # in place, as a disk does it: the first page of a table holds rows of the first shard
+    flipped = bytes(byte ^ (place in (300, 777)) for place, byte in enumerate(whole))
+    path.write_bytes(whole[:-512] if damage == "cut" else flipped)
+    manifest_module._parquet_metadata.cache_clear()
+    assert_same(epoch(server.url, tmp_path, num_workers=num_workers), expected)
+    assert path.read_bytes() == whole
+    assert server.gets[f"/{name}"] == before[f"/{name}"] + 1
+    assert {server.gets[f"/{shard.name}"] for shard in shards_of(root) if shard.name != name} == {1}
+
+
+@pytest.mark.faults
+def test_a_copy_cut_while_it_is_open_is_replaced_and_a_newer_one_is_kept(root, serve, tmp_path):
+    server = serve()
+    manifest = load_manifest(server.url)
+    first, second = (SampleReader(manifest, RemoteStore(server.url, str(tmp_path), 10**9)) for _ in range(2))
+    read = lambda reader, sample: reader.read_grid(0, sample, memoryview(bytearray(64)))  # noqa: E731
+    for reader in (first, second):
+        read(reader, 0)
+    (copy,) = tmp_path.glob("*.tar")
+    os.truncate(copy, 600)
+    for reader in (first, second):
+        read(reader, 1)
+        assert reader.retries == 1
+    assert server.gets["/train-000000.tar"] == 2
+
+
+@pytest.mark.faults
+def test_damage_that_a_second_copy_has_too_names_the_copy(root, serve, tmp_path, monkeypatch):
+    server = serve()
+    reader = SampleReader(load_manifest(server.url), RemoteStore(server.url, str(tmp_path), 10**9))
+    reader.rows(0).xxh3[1] ^= 1
+    message = rf"train-000000.tar: key train-\d+: its bytes .* \(in {tmp_path}/\w+.tar, which was fetched a second time"
+    with pytest.raises(BadSample, match=message):
+        reader.read_grid(0, 1, memoryview(bytearray(64)))
+    assert server.gets["/train-000000.tar"] == 2
 
 
 def test_a_shard_larger_than_the_cache_is_refused_with_the_setting(root, serve, tmp_path):

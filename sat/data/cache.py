@@ -2,11 +2,12 @@
 
 The surprising decision: a cached shard is named by its sha256, so the cache never holds a stale or a half file and
 serves every data set and every job of a machine at once; processes agree through file locks, which the kernel frees
-when one dies.
+when one dies. A copy that the local disk damaged later is found by the reader's checksums and fetched once more.
 """
 
 import fcntl
 import hashlib
+import logging
 import os
 import threading
 import time
@@ -21,6 +22,8 @@ import pyarrow as pa
 
 from sat.data.manifest import SAMPLES, Manifest, ShardInfo, check_root
 from sat.data.retry import remote_error, retrying
+
+logger = logging.getLogger(__name__)
 
 CHUNK = 4 << 20
 """Bytes read from a remote file at once."""
@@ -85,16 +88,37 @@ class RemoteStore:
             descriptor = os.open(self._path(shard), os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
             return self._fetch_shard(shard)
+        if os.fstat(descriptor).st_size != shard.bytes:
+            self.forget(shard, descriptor)
+            os.close(descriptor)
+            return self._fetch_shard(shard)
         os.utime(descriptor)
         return descriptor
+
+    def forget(self, shard: ShardInfo, descriptor: int) -> Path:
+        """Remove the damaged copy that this descriptor reads, so that the next `open` fetches the shard; its path.
+
+        A copy that another process has fetched since is kept.
+        """
+        path = self._path(shard)
+        logger.warning("%s, the copy of %s/%s, is damaged and is fetched anew", path, self.root, shard.name)
+        if _is_at(descriptor, path):
+            path.unlink(missing_ok=True)
+        return path
 
     def rows(self, manifest: Manifest, shard: int) -> pa.Table:
         """`manifest.rows(shard)`, from a copy of the table: many servers cannot serve a part of a file."""
         record = manifest.files[SAMPLES]
         path = self.folder / "tables" / record["sha256"] / SAMPLES
-        if not path.exists():
-            os.close(self._fetch(SAMPLES, record["bytes"], record["sha256"], path, lambda descriptor: None))
-        return replace(manifest, root=str(path.parent)).rows(shard)
+        copy = replace(manifest, root=str(path.parent))
+        if path.exists():
+            try:
+                return copy.rows(shard)
+            except ValueError as error:  # it was whole when it was fetched: the copy is damaged
+                logger.warning("%s; it is fetched anew", error)
+                path.unlink(missing_ok=True)
+        os.close(self._fetch(SAMPLES, record["bytes"], record["sha256"], path, lambda descriptor: None))
+        return copy.rows(shard)
 
     def expect(self, shard: ShardInfo) -> None:
         """Fetch the shard in the background, unless half the cache already waits to be used."""

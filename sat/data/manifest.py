@@ -147,8 +147,10 @@ class Manifest:
                 )
             damaged = rows.schema != SAMPLES_SCHEMA or rows_digest(rows).hex() != shard.rows_sha256
         except (pa.ArrowException, OSError, ValueError, IndexError) as error:
+            _parquet_metadata.cache_clear()  # the footer may be what is damaged
             raise ValueError(f"{self.root}/{SAMPLES}: the rows of {shard.name} cannot be read: {error}") from error
         if damaged:
+            _parquet_metadata.cache_clear()
             raise ValueError(
                 f"{self.root}/{SAMPLES}: the rows of {shard.name} are not those that were written; "
                 "run preprocessing.verify_shards with --repair"

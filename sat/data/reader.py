@@ -111,11 +111,6 @@ class SampleReader:
             self._tail = memoryview(bytearray(rest))
         head, tail = self._head, self._tail[:rest]
         self._read(shard, rows, sample, [head, out, tail])
-        checksum = xxhash.xxh3_64(head)
-        checksum.update(out)
-        checksum.update(tail)
-        if checksum.intdigest() != rows.xxh3[sample]:
-            raise self.bad(rows, sample, "its bytes do not have the checksum that was recorded")
         self._check_member(rows, sample, f"{rows.keys[sample]}.npy".encode(), head, len(out) + NPY_HEADER)
         if head[TAR_BLOCK:] != self._npy_header:
             raise self.bad(rows, sample, f"its array is not a {self.dtype} array of shape {self.grid_shape}")
@@ -126,8 +121,6 @@ class SampleReader:
         rows = self.rows(shard)
         blob = bytearray(rows.nbytes[sample])
         self._read(shard, rows, sample, [memoryview(blob)])
-        if xxhash.xxh3_64_intdigest(blob) != rows.xxh3[sample]:
-            raise self.bad(rows, sample, "its bytes do not have the checksum that was recorded")
         name = bytes(blob[:100]).partition(b"\0")[0]
         digits = bytes(blob[124:135])
         size = int(digits, 8) if digits.isdigit() else -1
@@ -148,7 +141,29 @@ class SampleReader:
                 os.posix_fadvise(descriptor, begin, end - begin, os.POSIX_FADV_WILLNEED)
 
     def _read(self, shard: int, rows: Rows, sample: int, buffers: list[memoryview]) -> None:
-        """Fill the buffers with the sample's bytes, one after the other."""
+        """Fill the buffers with the sample's verified bytes. A damaged copy of a remote shard is replaced, once."""
+        try:
+            self._read_verified(shard, rows, sample, buffers)
+        except BadSample:
+            if not self.store.is_remote or shard not in self._files:
+                raise
+            copy = self.store.forget(self.manifest.shards[shard], self._files[shard])
+            self._give_up_file(shard)
+            try:
+                self._read_verified(shard, rows, sample, buffers)
+            except BadSample as error:
+                raise BadSample(f"{error} (in {copy}, which was fetched a second time)") from error
+
+    def _read_verified(self, shard: int, rows: Rows, sample: int, buffers: list[memoryview]) -> None:
+        self._fill(shard, rows, sample, buffers)
+        checksum = xxhash.xxh3_64()
+        for buffer in buffers:
+            checksum.update(buffer)
+        if checksum.intdigest() != rows.xxh3[sample]:
+            raise self.bad(rows, sample, "its bytes do not have the checksum that was recorded")
+
+    def _fill(self, shard: int, rows: Rows, sample: int, buffers: list[memoryview]) -> None:
+        """Read into the buffers, one after the other. BadSample where the shard ends too early."""
         offset, expected = rows.offsets[sample], rows.nbytes[sample]
         try:
             if os.preadv(self._files[shard], buffers, offset) == expected:
