@@ -281,7 +281,7 @@ def _find_files(entries: list[_Entry], root: Path) -> tuple[list[_Entry], list[L
             name = str(PurePosixPath(folder) / entry.file_name)
             try:
                 about = (root / name).stat()
-            except OSError:
+            except (FileNotFoundError, NotADirectoryError):  # another error may pass, so it ends the job
                 continue
             if stat.S_ISREG(about.st_mode):
                 return replace(entry, file_name=name, file_bytes=about.st_size)

@@ -20,6 +20,7 @@ from preprocessing.grids import ChannelSums, npy_bytes, restore, store
 from preprocessing.images import BadPicture, decode, fit
 from preprocessing.plan import Plan
 from preprocessing.shards import PlannedShard, Sample, read_members, write_shard
+from preprocessing.weights import check_planned
 from sat.data.manifest import Manifest
 
 In, Out = TypeVar("In"), TypeVar("Out")
@@ -28,12 +29,12 @@ In, Out = TypeVar("In"), TypeVar("Out")
 class Extractor:
     """Makes feature shards of one plan on one device; a context manager, its threads end with it."""
 
-    def __init__(self, plan: Plan, source: Manifest, scale: np.ndarray, device: str = "cpu", num_workers: int = 2):
-        """`source` is the image data set, `scale` [D] the int8 scale, `num_workers` the threads that decode."""
+    def __init__(self, plan: Plan, source: Manifest, scale: np.ndarray, device: str = "cpu", decode_threads: int = 2):
+        """`source` is the image data set, `scale` [D] the int8 scale, `decode_threads` how many decode."""
         self.plan, self.source, self.scale, self.device = plan, source, scale, device
         self.dtype, self.compute = plan.fingerprint["dtype"], plan.fingerprint["compute"]
         self.transform = plan.fingerprint["transform"]
-        self.decoding = ThreadPoolExecutor(num_workers, thread_name_prefix="decode")
+        self.decoding = ThreadPoolExecutor(decode_threads, thread_name_prefix="decode")
         self.computing = ThreadPoolExecutor(1, thread_name_prefix="network")
         self.progress: Callable[[int], None] = lambda images: None
         self.network: Callable[[np.ndarray], np.ndarray] | None = None
@@ -108,6 +109,7 @@ class Extractor:
 
             stage = self.plan.fingerprint["encoder"]["stage"]
             weights, size = self.plan.settings["weights"], self.transform["size"]
+            check_planned(Path(weights), self.plan.fingerprint["encoder"]["weights_sha256"])
             self.network = load_network(weights, stage, size, self.compute, self.device, self.plan.samples)
         return self.network(pictures)
 

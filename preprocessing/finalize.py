@@ -19,12 +19,14 @@ from preprocessing.shards import (
     WORK,
     LeftOut,
     crash_point,
+    exclusive,
     hash_file,
     read_sidecar,
     replace_file,
     sync_file,
     sync_folder,
     temporary_path,
+    write_file,
 )
 from sat.data.manifest import (
     MANIFEST,
@@ -46,36 +48,35 @@ from sat.data.manifest import (
 def finalize(
     plan: Plan, statistics: Callable[[Iterable[dict]], bytes] | None = None, max_bad_fraction: float = 1.0
 ) -> Manifest:
-    """Publish the data set; one that stands already is reused.
+    """Publish the data set; one that stands already is reused. Of several at once, one publishes and the others wait.
 
     `statistics` makes the bytes of `statistics.safetensors` from the sidecars, in the order of the shards. Raises
     ValueError naming shards that are missing, damaged or of another fingerprint, or when too many pictures were left
     out.
     """
-    standing = _standing(plan)
-    if standing is not None:
-        _sweep(plan.root)
-        return standing
-    _check_sidecars(plan)
-    left_out = list(plan.left_out) + [LeftOut(**item) for car in _sidecars(plan) for item in car["left_out"]]
-    _check_fraction(plan, left_out, max_bad_fraction)
-    (plan.root / MANIFEST).unlink(missing_ok=True)
-    try:
-        shards = _write_samples(plan)
-        _write_table(plan.root / SHARDS, [(shards, shards.num_rows)], SHARDS_SCHEMA)
-        names = [SAMPLES, SHARDS]
-        if statistics is not None:
-            _write_bytes(plan.root / STATISTICS, statistics(_sidecars(plan)))
-            names.append(STATISTICS)
-        _write_bytes(plan.root / LEFT_OUT, "".join(json.dumps(asdict(item)) + "\n" for item in left_out).encode())
-        crash_point("tables-written")
-        _write_bytes(plan.root / MANIFEST, seal(_document(plan, shards, names, left_out)))
-    except FileNotFoundError:  # our temporary files were swept by another finalize, which has published
+    with exclusive(plan.root):
         if _standing(plan) is None:
-            raise
+            _check_sidecars(plan)
+            left_out = list(plan.left_out) + [LeftOut(**item) for car in _sidecars(plan) for item in car["left_out"]]
+            _check_fraction(plan, left_out, max_bad_fraction)
+            _write_tables(plan, statistics, left_out)
+        _sweep(plan.root)
+        return load_manifest(plan.root)
+
+
+def _write_tables(plan: Plan, statistics: Callable[[Iterable[dict]], bytes] | None, left_out: list[LeftOut]) -> None:
+    """Write all files beside the shards, the manifest last."""
+    root, names = plan.root, [SAMPLES, SHARDS, LEFT_OUT]
+    (root / MANIFEST).unlink(missing_ok=True)
+    shards = _write_samples(plan)
+    _write_table(root / SHARDS, [(shards, shards.num_rows)], SHARDS_SCHEMA)
+    if statistics is not None:
+        write_file(root, root / STATISTICS, statistics(_sidecars(plan)))
+        names.append(STATISTICS)
+    write_file(root, root / LEFT_OUT, "".join(json.dumps(asdict(item)) + "\n" for item in left_out).encode())
+    crash_point("tables-written")
+    write_file(root, root / MANIFEST, seal(_document(plan, shards, names, left_out)))
     crash_point("manifest-written")
-    _sweep(plan.root)
-    return load_manifest(plan.root)
 
 
 def _standing(plan: Plan) -> Manifest | None:
@@ -175,17 +176,6 @@ def _write_table(path: Path, row_groups: Iterable[tuple[pa.Table, int]], schema:
             with pq.ParquetWriter(file, schema, compression="zstd", write_statistics=False) as writer:
                 for table, size in row_groups:
                     writer.write_table(table, row_group_size=max(size, 1))
-            sync_file(file)
-        replace_file(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _write_bytes(path: Path, blob: bytes) -> None:
-    temporary = temporary_path(path.parent, path.name)
-    try:
-        with open(temporary, "wb") as file:
-            file.write(blob)
             sync_file(file)
         replace_file(temporary, path)
     finally:

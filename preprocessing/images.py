@@ -16,6 +16,8 @@ MAX_BYTES = 256 << 20
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
 """Formats tried (JPEG includes MPO, of cameras with two lenses); not those that start other programs (EPS)."""
 GEOMETRIES = ("squash", "center_crop")
+RESIZE = "bicubic, antialiased, by torch"
+"""How `fit` computes, for the fingerprint of features: change it with every change of the values `fit` gives."""
 EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "TIFF": "tif"}
 """File name extension by format, where it is not the format's name in lower case."""
 _ORIENTATION = 0x0112

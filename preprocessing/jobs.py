@@ -6,10 +6,13 @@ appearing; file times, which lie on network file systems, are never read. A wron
 else.
 """
 
+import ctypes
 import json
 import math
 import os
+import signal
 import socket
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -25,6 +28,7 @@ from preprocessing.plan import Plan
 from preprocessing.shards import WORK, PlannedShard, is_finished, publish_exclusive, read_sidecar
 
 _POLL_SECONDS = 0.2
+_PR_SET_PDEATHSIG = 1  # from linux/prctl.h
 
 
 @dataclass
@@ -85,12 +89,12 @@ def run_shards(
 
     `build(plan, shard)` writes one shard and returns its sidecar; with a process pool it must be picklable. Shards
     claimed by another live worker are left to it and looked at again at the end. `progress` is told the pictures of
-    every finished shard and whether it was built here. Raises ValueError when more than `max_bad_fraction` of the
-    stripe's pictures are left out, and whatever `build` raises.
+    every finished shard and whether it was built here. Raises ValueError as soon as this stripe alone leaves out more
+    than `max_bad_fraction` of the whole plan's pictures (`finalize` counts all stripes), and whatever `build` raises.
     """
     index, count = parse_stripe(stripe)
     shards, started, summary = plan.shards[index::count], time.monotonic(), Summary()
-    limit = max_bad_fraction * sum(shard.samples for shard in shards)
+    limit = max_bad_fraction * plan.samples
     todo = deque(shard for shard in shards if not _reuse(plan, shard, summary, progress))
     running: dict[Future, PlannedShard] = {}
     claimed: dict[PlannedShard, float] = {}  # since when we have been watching
@@ -118,10 +122,21 @@ def run_shards(
 def process_pool(processes: int, initializer: Callable | None = None, initargs: tuple = ()) -> Iterator[Executor]:
     """Fresh worker processes for `run_shards`; the death of one is an OSError that says how to go on."""
     try:
-        with ProcessPoolExecutor(processes, get_context("spawn"), initializer, initargs) as pool:
+        arguments = (os.getpid(), initializer, initargs)
+        with ProcessPoolExecutor(processes, get_context("spawn"), _start_worker, arguments) as pool:
             yield pool
     except BrokenProcessPool:
         raise OSError("a worker process died (killed, or out of memory); run the same command again to go on") from None
+
+
+def _start_worker(parent: int, initializer: Callable | None, initargs: tuple) -> None:
+    """Tie the life of a worker to its parent's: one whose parent was killed would wait for work for ever."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before we asked to be told
+        os._exit(1)
+    if initializer is not None:
+        initializer(*initargs)
 
 
 def work_on(plan: Plan, shard: PlannedShard, build: Callable, steal: bool) -> tuple[dict | None, bool]:

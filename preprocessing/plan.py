@@ -17,14 +17,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from preprocessing.shards import (
+    LOCK,
     WORK,
     LeftOut,
     PlannedShard,
     crash_point,
+    exclusive,
     publish_exclusive,
     replace_file,
     sync_file,
     temporary_path,
+    write_file,
 )
 from sat.data.manifest import MANIFEST, SAMPLES, SHARDS, STATISTICS, seal, unseal
 
@@ -71,21 +74,35 @@ class Plan:
 
     def rows(self, shard: PlannedShard) -> list[dict]:
         """Planned samples of one shard, columns as in `PLAN_SCHEMA`. Raises ValueError when the table is damaged."""
-        path = table_path(self)
-        try:
-            rows = (
-                pq.ParquetFile(path, pre_buffer=False)
-                .read_row_group(self.shards.index(shard), use_threads=False)
-                .to_pylist()
-            )
-        except (pa.ArrowException, OSError) as error:
-            raise ValueError(f"{path}: the plan of {shard.name} cannot be read ({error}); {_AGAIN}") from error
-        if plan_rows_digest(rows) != shard.rows_sha256:
-            raise ValueError(f"{path}: the plan of {shard.name} is not the one that was written; {_AGAIN}")
-        return rows
+        return _read_rows(self, _open_table(self), self.shards.index(shard))
 
 
 _AGAIN = "run the plan step again, with the same options"
+
+
+def check_table(plan: Plan) -> None:
+    """ValueError when the table is missing or damaged."""
+    table = _open_table(plan)
+    for index in range(len(plan.shards) if plan.kind == "images" else 0):
+        _read_rows(plan, table, index)
+
+
+def _open_table(plan: Plan) -> pq.ParquetFile:
+    try:
+        return pq.ParquetFile(table_path(plan), pre_buffer=False)
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{table_path(plan)}: cannot be read ({error}); {_AGAIN}") from error
+
+
+def _read_rows(plan: Plan, table: pq.ParquetFile, index: int) -> list[dict]:
+    path, shard = table_path(plan), plan.shards[index]
+    try:
+        rows = table.read_row_group(index, use_threads=False).to_pylist()
+    except (pa.ArrowException, OSError, IndexError) as error:
+        raise ValueError(f"{path}: the plan of {shard.name} cannot be read ({error}); {_AGAIN}") from error
+    if plan_rows_digest(rows) != shard.rows_sha256:
+        raise ValueError(f"{path}: the plan of {shard.name} is not the one that was written; {_AGAIN}")
+    return rows
 
 
 def fingerprint_digest(fingerprint: dict) -> str:
@@ -104,26 +121,25 @@ def publish_plan(plan: Plan, row_groups: Iterable[list[dict]] = (), overwrite: b
     Raises ValueError, naming what differs, when the folder was planned otherwise; `overwrite` then deletes the old data
     set.
     """
-    (plan.root / WORK).mkdir(parents=True, exist_ok=True)
     path = plan.root / WORK / PLAN
-    if standing_plan(plan.root) is None:  # none, or a damaged one that nobody can use
-        path.unlink(missing_ok=True)
-    if overwrite and path.exists() and _difference(plan):
-        delete_data_set(load_plan(plan.root))
-    if not path.exists() or not _difference(plan):
-        _write_table(plan, row_groups)
-        crash_point("plan-table-written")
-        if publish_exclusive(path, _to_bytes(plan)):
-            return plan
-    if difference := _difference(plan):
-        raise ValueError(
-            f"{plan.root} was planned with other inputs or settings ({', '.join(difference)}); "
-            "choose another --out, or delete what is there with --overwrite"
-        )
-    if path.read_bytes() != _to_bytes(plan):  # the same data set from another folder, or with another batch size
-        temporary = temporary_path(plan.root, PLAN)
-        temporary.write_bytes(_to_bytes(plan))
-        replace_file(temporary, path)
+    with exclusive(plan.root):
+        if path.exists() and standing_plan(plan.root) is None:  # a damaged one, which nobody can use
+            path.unlink()
+        if overwrite and path.exists() and _difference(plan):
+            delete_data_set(load_plan(plan.root))
+        if not path.exists() or not _difference(plan):
+            if not _table_stands(plan):
+                _write_table(plan, row_groups)
+            crash_point("plan-table-written")
+            if publish_exclusive(path, _to_bytes(plan)):
+                return plan
+        if difference := _difference(plan):
+            raise ValueError(
+                f"{plan.root} was planned with other inputs or settings ({', '.join(difference)}); "
+                "choose another --out, or delete what is there with --overwrite"
+            )
+        if path.read_bytes() != _to_bytes(plan):  # the same data set from another folder, or with another batch size
+            write_file(plan.root, path, _to_bytes(plan))
     return plan
 
 
@@ -169,6 +185,14 @@ def table_path(plan: Plan) -> Path:
     return plan.root / WORK / f"plan-{plan.digest[:16]}.parquet"
 
 
+def _table_stands(plan: Plan) -> bool:
+    try:
+        check_table(plan)
+    except ValueError:
+        return False
+    return True
+
+
 def _write_table(plan: Plan, row_groups: Iterable[list[dict]]) -> None:
     """Write the planned samples, one row group per shard."""
     path = table_path(plan)
@@ -189,5 +213,5 @@ def delete_data_set(plan: Plan) -> None:
     for name in (MANIFEST, SAMPLES, SHARDS, STATISTICS, LEFT_OUT, *(shard.name for shard in plan.shards)):
         (plan.root / name).unlink(missing_ok=True)
     work = plan.root / WORK
-    for entry in sorted(os.listdir(work), key=lambda name: (name == PLAN, name)):
+    for entry in sorted(set(os.listdir(work)) - {LOCK}, key=lambda name: (name == PLAN, name)):
         (work / entry).unlink(missing_ok=True)

@@ -15,7 +15,7 @@ import numpy as np
 
 from preprocessing.extractor import Extractor
 from preprocessing.grids import calibrate, check_dtype
-from preprocessing.images import GEOMETRIES
+from preprocessing.images import GEOMETRIES, RESIZE
 from preprocessing.plan import Plan, publish_plan, standing_plan
 from preprocessing.shards import PlannedShard, hash_file
 from sat.data.manifest import Manifest, load_manifest
@@ -55,7 +55,7 @@ def plan_features(
         "writer": WRITER,
         "source": source.digest,
         "encoder": {"architecture": "resnet50", "stage": stage, "weights_sha256": hash_file(weights)},
-        "transform": {"size": size, "geometry": geometry, "resize": "bicubic, antialiased", "normalise": "imagenet"},
+        "transform": {"size": size, "geometry": geometry, "resize": RESIZE, "normalise": "imagenet"},
         "grid": [cells, cells],
         "dim": 256 * 2 ** (stage - 1),
         "dtype": dtype,

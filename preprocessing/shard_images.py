@@ -11,8 +11,9 @@ sequential runs and still see mixed samples.
 import hashlib
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -20,7 +21,7 @@ import typer
 import xxhash
 
 from preprocessing.annotations import RULES, ImageRecord, Records, read_annotations
-from preprocessing.console import Step, progress_line, run
+from preprocessing.console import Step, available_cores, progress_line, run
 from preprocessing.finalize import finalize
 from preprocessing.images import MAX_BYTES, BadPicture, decode, extension_of
 from preprocessing.jobs import Summary, parse_stripe, process_pool, run_shards
@@ -60,29 +61,55 @@ def plan_images(
     return publish_plan(plan, groups, overwrite)
 
 
-def build_image_shard(plan: Plan, shard: PlannedShard) -> dict:
-    """Write one shard of pictures; returns its sidecar."""
-    return write_shard(plan.root, shard, plan.digest, _samples(plan, shard))
+def build_image_shard(plan: Plan, shard: PlannedShard, most_bad: Mapping[str, int] | None = None) -> dict:
+    """Write one shard of pictures; returns its sidecar.
+
+    Raises ValueError or OSError, and publishes nothing, when the pictures are not the planned ones (a folder that is
+    not mounted must not become a finished shard of nothing) or more are bad than `most_bad` allows for this shard.
+    """
+    check_pictures(plan)
+    samples = _samples(plan, shard)
+    if most_bad is not None:
+        samples = _at_most_bad(samples, most_bad.get(shard.name, 0), plan.root / shard.name)
+    return write_shard(plan.root, shard, plan.digest, samples)
 
 
-def shard_stripe(plan: Plan, *, stripe: str = "0/1", num_workers: int = 1, max_bad_fraction: float = 1.0) -> Summary:
-    """Write the shards of a stripe with `num_workers` processes; raises as `run_shards` does."""
+def check_pictures(plan: Plan) -> None:
+    """ValueError when the folder of the planned pictures is not there."""
+    if not Path(plan.settings["images"]).is_dir():
+        raise ValueError(f"{plan.settings['images']}: no such image folder; {plan.root} was planned from it")
+
+
+def shard_stripe(
+    plan: Plan,
+    *,
+    stripe: str = "0/1",
+    num_workers: int = 1,
+    max_bad_fraction: float = 1.0,
+    most_bad: Mapping[str, int] | None = None,
+) -> Summary:
+    """Write the shards of a stripe with `num_workers` processes; raises as `run_shards` and `build_image_shard` do."""
     index, count = parse_stripe(stripe)
     pictures = sum(shard.samples for shard in plan.shards[index::count])
     pool = ThreadPoolExecutor(1) if num_workers <= 1 else process_pool(num_workers)
     with progress_line(pictures, "image shards") as advance, pool as executor:
         options = {"stripe": stripe, "slots": max(num_workers, 1), "max_bad_fraction": max_bad_fraction}
-        return run_shards(plan, build_image_shard, executor, **options, progress=lambda images, built: advance(images))
+        build = partial(build_image_shard, most_bad=most_bad)
+        return run_shards(plan, build, executor, **options, progress=lambda images, built: advance(images))
 
 
-def read_picture(path: Path) -> bytes:
-    """The bytes of a picture file. Raises BadPicture when it is missing or too large to be one."""
-    try:
-        if path.stat().st_size > MAX_BYTES:
-            raise BadPicture("file too large", f"{path.stat().st_size} bytes")
-        return path.read_bytes()
-    except (FileNotFoundError, IsADirectoryError):
-        raise BadPicture("no such file") from None
+def read_picture(path: Path, file_bytes: int) -> bytes:
+    """The bytes of a planned picture file.
+
+    Raises BadPicture when it is too large to be one, OSError when it is missing, ValueError when its size has changed.
+    """
+    if file_bytes > MAX_BYTES:
+        raise BadPicture("file too large", f"{file_bytes} bytes")
+    with open(path, "rb") as file:
+        data = file.read(file_bytes + 1)
+    if len(data) != file_bytes:
+        raise ValueError(f"{path} is not {file_bytes} bytes long as it was planned; plan again with --overwrite")
+    return data
 
 
 def _check_left_out(records: Records, image_root: Path, max_bad_fraction: float) -> None:
@@ -120,7 +147,7 @@ def _plan_row(record: ImageRecord) -> dict:
 def _samples(plan: Plan, shard: PlannedShard) -> Iterator[Sample | LeftOut]:
     for row in plan.rows(shard):
         try:
-            data = read_picture(Path(plan.settings["images"]) / row["file_name"])
+            data = read_picture(Path(plan.settings["images"]) / row["file_name"], row["file_bytes"])
             image = decode(data)
         except BadPicture as bad:
             yield LeftOut(row["image_id"], row["file_name"], bad.reason, bad.detail)
@@ -128,6 +155,15 @@ def _samples(plan: Plan, shard: PlannedShard) -> Iterator[Sample | LeftOut]:
         about = {name: row[name] for name in ("key", "image_id", "file_name")}
         size = {"width": image.width, "height": image.height}
         yield Sample(**about, captions=tuple(row["captions"]), **size, extension=extension_of(image), data=data)
+
+
+def _at_most_bad(samples: Iterator[Sample | LeftOut], limit: int, path: Path) -> Iterator[Sample | LeftOut]:
+    bad = 0
+    for sample in samples:
+        bad += isinstance(sample, LeftOut)
+        if bad > limit:
+            raise ValueError(f"{path}: {sample.file_name} would be left out ({sample.reason}); before, {limit} were")
+        yield sample
 
 
 def main(
@@ -143,7 +179,7 @@ def main(
     ] = 0.0,
     shard_size: Annotated[int, typer.Option(min=1, help="pictures per shard")] = 1000,
     seed: Annotated[int, typer.Option(help="orders the samples inside the shards")] = 1,
-    num_workers: Annotated[int, typer.Option(min=1, help="processes")] = os.cpu_count() or 1,
+    num_workers: Annotated[int, typer.Option(min=0, help="processes; 0: one per available core")] = 0,
     max_bad_fraction: Annotated[
         float, typer.Option(min=0, max=1, help="share of pictures that may be left out")
     ] = 0.01,
@@ -166,7 +202,7 @@ def main(
         )
     if step in (Step.ALL, Step.SHARDS):
         summary = shard_stripe(
-            load_plan(out), stripe=stripe, num_workers=num_workers, max_bad_fraction=max_bad_fraction
+            load_plan(out), stripe=stripe, num_workers=num_workers or available_cores(), max_bad_fraction=max_bad_fraction
         )
         print(f"{out}: {summary.line()}")
     if step == Step.FINALIZE or (step == Step.ALL and stripe == "0/1"):

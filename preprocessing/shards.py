@@ -3,18 +3,21 @@
     ROOT/SPLIT-000000.tar          the shard
     ROOT/work/SPLIT-000000.json    its sidecar: digests, rows and what was left out; a shard without one does not exist
     ROOT/work/SPLIT-000000.claim   who is working on it; saves work only, nothing breaks when it lies
+    ROOT/work/lock                 held by whoever plans or finalizes
 
 A tar is written under a temporary name, flushed, synced, read back and hashed, then linked to its name; the sidecar is
 linked last. The surprising decision: links, not renames, publish both: a link fails when the name exists, so of two
 workers one wins and the other throws its work away; a pair mixed of both cannot come to stand.
 """
 
+import fcntl
 import hashlib
 import json
 import os
 import signal
 import tarfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -24,7 +27,7 @@ import xxhash
 
 from sat.data.manifest import TAR_BLOCK, seal, unseal
 
-WORK = "work"
+WORK, LOCK = "work", "lock"
 _CHUNK = 1 << 22
 
 
@@ -123,12 +126,23 @@ def write_shard(
         crash_point("tar-written")
         if hash_file(temporary) != digest:
             raise OSError(f"{root / shard.name}: reading it back gives other bytes than were written")
-        sidecar = {"shard": shard.name, "split": shard.split, "fingerprint": fingerprint, "samples": len(rows)}
-        sidecar |= {"bytes": size if rows else 0, "sha256": digest, "rows": rows, "extra": extra()}
-        sidecar["left_out"] = [asdict(item) for item in left_out]
+        size = size if rows else 0
+        sidecar = make_sidecar(shard, fingerprint, size, digest, rows, [asdict(item) for item in left_out], extra())
         return _publish(root, shard, temporary, sidecar)
+    except FileNotFoundError:  # our temporary file was swept: another worker was faster and the data set is published
+        if not is_finished(root, shard, fingerprint):
+            raise
+        return read_sidecar(root, shard)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def make_sidecar(
+    shard: PlannedShard, fingerprint: str, size: int, sha256: str, rows: list[dict], left_out: list[dict], extra: dict
+) -> dict:
+    """The content of a sidecar."""
+    sidecar = {"shard": shard.name, "split": shard.split, "fingerprint": fingerprint, "samples": len(rows)}
+    return sidecar | {"bytes": size, "sha256": sha256, "rows": rows, "left_out": left_out, "extra": extra}
 
 
 def remove_unfinished(root: Path, shard: PlannedShard, fingerprint: str) -> None:
@@ -160,6 +174,30 @@ def publish_exclusive(path: Path, blob: bytes) -> bool:
     return True
 
 
+@contextmanager
+def exclusive(root: Path) -> Iterator[None]:
+    """Wait until nobody else plans or finalizes this data set. A killed holder's lock ends with its process."""
+    (root / WORK).mkdir(parents=True, exist_ok=True)
+    with open(root / WORK / LOCK, "ab") as file:
+        with suppress(OSError):  # another user's file
+            os.fchmod(file.fileno(), 0o666)
+        with suppress(OSError):  # a file system without locks: of two at once one may fail, and is run again
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def write_file(root: Path, path: Path, blob: bytes) -> None:
+    """Give a file of the data set these bytes, whole and synced, replacing what is there."""
+    temporary = temporary_path(root, path.name)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(blob)
+            sync_file(file)
+        replace_file(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def replace_file(temporary: Path, path: Path) -> None:
     """Give a synced temporary file its name, replacing what is there."""
     os.replace(temporary, path)
@@ -167,8 +205,9 @@ def replace_file(temporary: Path, path: Path) -> None:
 
 
 def sync_file(file: BinaryIO) -> None:
-    """Bring everything written so far to the disk."""
+    """Bring everything written so far to the disk, readable by all: another user's job may be the one that trains."""
     file.flush()
+    os.fchmod(file.fileno(), 0o644)
     os.fsync(file.fileno())
 
 

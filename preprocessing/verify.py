@@ -14,8 +14,8 @@ from pathlib import Path
 
 import xxhash
 
-from preprocessing.plan import LEFT_OUT, PLAN, Plan, load_plan, table_path
-from preprocessing.shards import WORK, PlannedShard, hash_file, read_sidecar, sidecar_path
+from preprocessing.plan import LEFT_OUT, PLAN, Plan, check_table, load_plan, table_path
+from preprocessing.shards import LOCK, WORK, PlannedShard, hash_file, read_sidecar, sidecar_path
 from sat.data.manifest import MANIFEST, Manifest, load_manifest, unseal
 
 _CHUNK = 4 << 20
@@ -78,8 +78,10 @@ def verify(root: Path, num_workers: int = 4, progress: Callable[[int], None] = l
 
 def recorded_bytes(root: Path) -> int:
     """Bytes of shards that `verify` is going to read, as far as the manifest tells; for a progress line."""
-    manifest, _ = check_tables(root)
-    return 0 if manifest is None else sum(shard.bytes for shard in manifest.shards)
+    try:
+        return sum(shard.bytes for shard in load_manifest(root).shards)
+    except ValueError:
+        return 0
 
 
 def check_tables(root: Path) -> tuple[Manifest | None, tuple[Fault, ...]]:
@@ -157,8 +159,7 @@ def _check_plan(root: Path) -> tuple[Plan | None, tuple[Fault, ...]]:
     except ValueError as error:
         return None, (Fault(f"{WORK}/{PLAN}", str(error)),)
     try:
-        for shard in plan.shards if plan.kind == "images" else ():
-            plan.rows(shard)
+        check_table(plan)
     except ValueError as error:
         return plan, (Fault(f"{WORK}/{table_path(plan).name}", str(error)),)
     return plan, ()
@@ -178,8 +179,13 @@ def _check_sidecars(plan: Plan | None, recorded: dict[str, RecordedShard]) -> tu
         if problem:
             faults.append(Fault(file, problem, shard=shard.name))
         elif sidecar["samples"]:
-            shards.append(RecordedShard(shard.name, sidecar["bytes"], sidecar["sha256"], partial(sidecar.get, "rows")))
+            rows = partial(_sidecar_rows, plan, shard)  # read again when asked for: all of them fill the memory
+            shards.append(RecordedShard(shard.name, sidecar["bytes"], sidecar["sha256"], rows))
     return shards, faults
+
+
+def _sidecar_rows(plan: Plan, shard: PlannedShard) -> list[dict]:
+    return read_sidecar(plan.root, shard)["rows"]
 
 
 def _sidecar_problem(plan: Plan, shard: PlannedShard, sidecar: dict | None, recorded: dict[str, RecordedShard]) -> str:
@@ -205,5 +211,5 @@ def _foreign(root: Path, recorded: list[RecordedShard], plan: Plan | None) -> It
     own = {MANIFEST, LEFT_OUT, WORK, *tables, *(shard.name for shard in recorded)}
     yield from sorted(set(os.listdir(root)) - own)
     if plan is not None:
-        own = {PLAN, table_path(plan).name, *(f"{shard.stem}.json" for shard in plan.shards)}
+        own = {PLAN, LOCK, table_path(plan).name, *(f"{shard.stem}.json" for shard in plan.shards)}
         yield from (f"{WORK}/{name}" for name in sorted(set(os.listdir(root / WORK)) - own))

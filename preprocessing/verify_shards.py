@@ -4,9 +4,11 @@
 
 The surprising decision: a rebuilt shard goes through the very job that wrote it. Where it comes out with the recorded
 bytes, as it does from the same pictures on the same kind of machine, the manifest does not change; else a new one is
-published and the data set has a new digest. Files that are no part of the data set are told, never touched.
+published and the data set has a new digest. A damaged tar stays until its successor is whole: where the pictures are
+gone, its sound samples are all there is. Files that are no part of the data set are told, never touched.
 """
 
+import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -17,11 +19,20 @@ import typer
 from preprocessing.console import available_cores, progress_line, run
 from preprocessing.extract_features import extract_stripe, finalize_features
 from preprocessing.finalize import finalize
-from preprocessing.plan import load_plan
-from preprocessing.shard_images import shard_stripe
-from preprocessing.shards import sidecar_path
+from preprocessing.plan import LEFT_OUT, Plan, load_plan
+from preprocessing.plan_features import source_of
+from preprocessing.shard_images import check_pictures, shard_stripe
+from preprocessing.shards import (
+    PlannedShard,
+    make_sidecar,
+    publish_exclusive,
+    read_sidecar,
+    sidecar_path,
+    write_file,
+)
 from preprocessing.verify import Report, check_tables, recorded_bytes, verify
-from sat.data.manifest import MANIFEST
+from preprocessing.weights import check_planned
+from sat.data.manifest import MANIFEST, Manifest, seal
 
 
 def repair(
@@ -29,24 +40,77 @@ def repair(
 ) -> None:
     """Build the shards that the report names again, and the tables where they or the shards' bytes have changed.
 
-    `images` and `weights` replace the paths the plan remembers. Raises ValueError when the plan is lost, and what the
-    jobs raise.
+    `images` and `weights` replace the paths the plan remembers. Raises ValueError when the plan is lost, when the
+    sources are missing, are not the planned ones or would give fewer samples than before, and what the jobs raise: then
+    nothing is lost that was there.
     """
     plan = load_plan(root)
     moved = {name: os.path.abspath(path) for name, path in (("images", images), ("weights", weights)) if path}
     plan = replace(plan, settings=plan.settings | moved)
-    broken = {fault.shard for fault in report.faults}
-    for shard in plan.shards:
-        if shard.name in broken:
-            sidecar_path(root, shard).unlink(missing_ok=True)
-            (root / shard.name).unlink(missing_ok=True)
-    if plan.kind == "images":
-        shard_stripe(plan, num_workers=num_workers)
-    else:
-        extract_stripe(plan)
-    if check_tables(root)[1]:
+    manifest, faults = check_tables(root)
+    broken, damaged = {fault.shard for fault in report.faults}, {fault.file for fault in report.faults}
+    recorded = {} if manifest is None else {shard.name: index for index, shard in enumerate(manifest.shards)}
+    shards = [shard for shard in plan.shards if shard.name in broken]
+    if plan.kind == "images" and LEFT_OUT not in damaged:
+        sound = recorded.keys() - damaged
+        shards = [s for s in shards if s.name not in sound or not _restore_sidecar(plan, s, manifest, recorded[s.name])]
+    if shards:
+        most_bad = {shard.name: _recorded_bad(plan, shard, manifest, recorded) for shard in shards}
+        _rebuild(plan, shards, most_bad, num_workers)
+    if faults:
         (root / MANIFEST).unlink(missing_ok=True)
     finalize(plan) if plan.kind == "images" else finalize_features(plan)
+
+
+def _restore_sidecar(plan: Plan, shard: PlannedShard, manifest: Manifest, index: int) -> bool:
+    """Write the sidecar of an image shard, whose tar is sound, from the tables; False where they do not hold it."""
+    try:
+        rows, info = manifest.rows(index).to_pylist(), manifest.shards[index]
+        planned = {row["image_id"] for row in plan.rows(shard)}
+        items = map(json.loads, (plan.root / LEFT_OUT).read_text().splitlines())
+    except (OSError, ValueError):
+        return False
+    left_out = [item for item in items if item["image_id"] in planned]
+    if manifest.fingerprint != plan.fingerprint or len(rows) + len(left_out) != shard.samples:
+        return False
+    sidecar = make_sidecar(shard, plan.digest, info.bytes, info.sha256, rows, left_out, {})
+    write_file(plan.root, sidecar_path(plan.root, shard), seal(sidecar))
+    return True
+
+
+def _recorded_bad(plan: Plan, shard: PlannedShard, manifest: Manifest | None, recorded: dict[str, int]) -> int:
+    """How many pictures were left out of a shard, by its sidecar or else by the manifest; 0 when both are lost."""
+    try:
+        sidecar = read_sidecar(plan.root, shard)
+    except ValueError:
+        sidecar = None
+    if sidecar is not None:
+        return len(sidecar["left_out"])
+    if manifest is None:
+        return 0
+    return shard.samples - (manifest.shards[recorded[shard.name]].samples if shard.name in recorded else 0)
+
+
+def _rebuild(plan: Plan, shards: list[PlannedShard], most_bad: dict[str, int], num_workers: int) -> None:
+    """Build shards again. Only their sidecars are taken away before, and put back where the job fails."""
+    if plan.kind == "images":
+        check_pictures(plan)
+    else:
+        source_of(plan)
+        check_planned(Path(plan.settings["weights"]), plan.fingerprint["encoder"]["weights_sha256"])
+    paths = [path for path in (sidecar_path(plan.root, shard) for shard in shards) if path.exists()]
+    sidecars = {path: path.read_bytes() for path in paths}
+    try:
+        for path in sidecars:
+            path.unlink()
+        if plan.kind == "images":
+            shard_stripe(plan, num_workers=num_workers, most_bad=most_bad)
+        else:
+            extract_stripe(plan)
+    except Exception:
+        for path, blob in sidecars.items():
+            publish_exclusive(path, blob)
+        raise
 
 
 def _check(root: Path, num_workers: int) -> Report:

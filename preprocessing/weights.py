@@ -8,6 +8,8 @@ import hashlib
 import json
 from pathlib import Path
 
+from preprocessing.shards import hash_file
+
 IMAGENET_FILE = "resnet50-imagenet.safetensors"
 WEIGHTS_DIR = Path("weights")
 CONTENT_KEY = "content_sha256"
@@ -27,6 +29,12 @@ def find_weights(weights: str, weights_dir: Path = WEIGHTS_DIR) -> Path:
         raise ValueError(f"encoder weights {path} do not exist; make them where there is internet: {command}")
     _check_content(path, required=imagenet)
     return path
+
+
+def check_planned(path: Path, sha256: str) -> None:
+    """ValueError unless this is the file, by its digest, that a plan was made with."""
+    if hash_file(find_weights(str(path))) != sha256:
+        raise ValueError(f"encoder weights {path}: not the file the features were planned with ({sha256[:12]})")
 
 
 def content_digest(path: Path) -> str:

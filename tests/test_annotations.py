@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -103,6 +104,20 @@ def test_pictures_without_file_or_caption_are_left_out_with_the_reason(tmp_path)
         "8": "no usable caption",
     }
     assert records.notes == {"captions dropped: no letter or digit": 2}
+
+
+@pytest.mark.faults
+def test_a_picture_that_cannot_be_looked_at_ends_the_job_and_is_not_taken_for_missing(tmp_path, coco, monkeypatch):
+    look = Path.stat
+
+    def refused(path: Path, **options):
+        if path.name == "102.jpg":
+            raise PermissionError(13, "Permission denied", str(path))
+        return look(path, **options)
+
+    monkeypatch.setattr(Path, "stat", refused)
+    with pytest.raises(PermissionError, match="102.jpg"):
+        read_annotations(coco, image_root=tmp_path)
 
 
 def test_a_picture_listed_twice_counts_once_and_is_noted(coco):

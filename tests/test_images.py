@@ -1,5 +1,6 @@
 """Pictures as they come: the right RGB values, or a named reason."""
 
+import hashlib
 import io
 import struct
 import tracemalloc
@@ -7,9 +8,10 @@ import zlib
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from preprocessing.images import BadPicture, decode, extension_of, fit
+from preprocessing.images import RESIZE, BadPicture, decode, extension_of, fit
 from tests.helpers_shards import encoded, picture, real_data
 
 RGB = picture(3)
@@ -203,6 +205,17 @@ def test_squash_keeps_the_whole_picture_and_center_crop_its_middle_square():
     assert abs(fit(RGB, 40) - by_pillow).max() <= 1
     with pytest.raises(ValueError, match="choose one of squash, center_crop"):
         fit(RGB, 32, "stretch")
+
+
+@pytest.mark.parametrize(("geometry", "digest"), [("squash", "4fda1faa9592ee29"), ("center_crop", "d44d79bd7f05d260")])
+def test_the_values_of_fit_are_those_its_name_in_the_fingerprint_stands_for(geometry, digest):
+    """Where this fails because `fit` was changed, give RESIZE another name too: shards of both must not be mixed."""
+    if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
+        pytest.skip("the digests are those of PyTorch's AVX2 code")
+    noise = np.frombuffer(hashlib.shake_128(b"noise").digest(90 * 70 * 3), np.uint8).reshape(70, 90, 3)
+    fitted = [fit(Image.fromarray(noise), size, geometry).tobytes() for size in (32, 128)]
+    assert RESIZE == "bicubic, antialiased, by torch"
+    assert hashlib.sha256(b"".join(fitted)).hexdigest()[:16] == digest
 
 
 def test_the_extension_is_that_of_the_format_not_of_the_name():

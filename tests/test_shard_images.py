@@ -2,6 +2,8 @@
 
 import json
 import os
+import shutil
+import stat
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from preprocessing.annotations import read_annotations
 from preprocessing.finalize import finalize
 from preprocessing.images import decode
 from preprocessing.jobs import parse_stripe
+from preprocessing.plan import load_plan
 from preprocessing.shard_images import main, plan_images, shard_stripe
 from sat.data.manifest import load_manifest
 from tests.helpers_shards import (
@@ -102,6 +105,8 @@ def test_hash_seed_locale_zone_folder_umask_and_workers_change_no_byte(coco, sha
     finally:
         os.umask(before)
     assert snapshot(tmp_path / "odd") == snapshot(shards)
+    files = [path for path in (tmp_path / "odd").rglob("*") if path.is_file() and path.name != "lock"]
+    assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o644}
 
 
 def test_a_second_run_writes_nothing_and_tells_so(coco, shards, capsys):
@@ -177,6 +182,49 @@ def test_a_shard_of_bad_pictures_only_is_no_shard(tmp_path):
     assert shard_stripe(plan).bad == 2
     assert finalize(plan).splits == {"train": 2}
     assert [path.name for path in sorted((tmp_path / "out").glob("*.tar"))] == ["train-000000.tar"]
+
+
+@pytest.mark.faults
+def test_pictures_that_vanish_after_the_plan_end_the_job_and_their_return_lets_it_go_on(coco, shards, tmp_path):
+    pictures, out = shutil.copytree(coco / "images", tmp_path / "pictures"), tmp_path / "out"
+    main(**options(coco, out, images=pictures, step="plan"))
+    pictures.rename(tmp_path / "away")
+    with pytest.raises(ValueError, match="pictures: no such image folder"):
+        main(out, step="shards", num_workers=1)
+    pictures.mkdir()
+    with pytest.raises(FileNotFoundError, match="pictures/train/"):
+        main(out, step="shards", num_workers=1)
+    assert not list(out.rglob("*.tar")) and not list((out / "work").glob("train-*"))
+    pictures.rmdir(), (tmp_path / "away").rename(pictures)
+    main(out, step="shards", num_workers=1), main(out, step="finalize")
+    assert {k: v for k, v in snapshot(out).items() if k != "work/plan.json"} == {
+        k: v for k, v in snapshot(shards).items() if k != "work/plan.json"
+    }
+
+
+@pytest.mark.faults
+def test_a_picture_that_changed_its_size_after_the_plan_ends_the_job(coco, tmp_path):
+    pictures, out = shutil.copytree(coco / "images", tmp_path / "pictures"), tmp_path / "out"
+    main(**options(coco, out, images=pictures, step="plan"))
+    with open(pictures / "train" / "000004.jpg", "ab") as file:
+        file.write(b"x")
+    with pytest.raises(ValueError, match="000004.jpg is not .* bytes long as it was planned"):
+        main(out, step="shards", num_workers=1)
+
+
+@pytest.mark.faults
+def test_the_share_that_may_be_left_out_is_that_of_the_whole_plan_however_it_is_striped(coco, tmp_path):
+    pictures, out = shutil.copytree(coco / "images", tmp_path / "pictures"), tmp_path / "out"
+    main(**options(coco, out, images=pictures, step="plan"))
+    plan = load_plan(out)
+    for row in plan.rows(plan.shards[0])[:2]:
+        (pictures / row["file_name"]).write_bytes(bytes(row["file_bytes"]))
+    for stripe in ("0/4", "1/4", "2/4", "3/4"):
+        main(out, step="shards", stripe=stripe, num_workers=1, max_bad_fraction=2 / 17)
+    with pytest.raises(ValueError, match="2 of 17 pictures"):
+        main(out, step="finalize", max_bad_fraction=1 / 17)
+    main(out, step="finalize", max_bad_fraction=2 / 17)
+    assert load_manifest(out).left_out == {"not a picture": 2}
 
 
 def test_a_wrong_image_folder_is_told_at_once(coco, tmp_path):

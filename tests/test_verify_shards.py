@@ -5,14 +5,17 @@ import shutil
 
 import pytest
 
+from preprocessing import verify as verify_module
+from preprocessing.extract_features import extract_stripe
 from preprocessing.finalize import finalize
 from preprocessing.plan import load_plan
+from preprocessing.plan_features import plan_features
 from preprocessing.shard_images import shard_stripe
-from preprocessing.verify import check_shard, verify
+from preprocessing.verify import check_shard, recorded_bytes, verify
 from preprocessing.verify_shards import repair
 from sat.data.manifest import load_manifest
 from tests.helpers_shards import flip_bit, make_coco, make_feature_dataset, run_program, snapshot
-from tests.test_extract_features import extract, make_images, random_weights
+from tests.test_extract_features import SMALL, extract, make_images, random_weights
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +105,7 @@ def lose(name):
 TABLES = ["manifest.json", "shards.parquet", "samples.parquet"]
 DAMAGES = [flip_payload, flip_header, flip_end, cut, lengthen, remove, swap]
 DAMAGES += [flip_in(name) for name in (*TABLES, "work/train-000002.json")]
-DAMAGES += [lose(name) for name in (*TABLES, "work/val-000000.json")]
+DAMAGES += [lose(name) for name in (*TABLES, "left_out.jsonl", "work/val-000000.json")]
 
 
 @pytest.mark.faults
@@ -143,11 +146,96 @@ def test_rebuilding_from_other_pictures_publishes_another_data_set(made, images,
     digest = load_manifest(images).digest
     shutil.copytree(made / "coco" / "images", tmp_path / "pictures")
     row = one_row(images, shard=0, row=0)
-    other = next(path for path in (tmp_path / "pictures" / "train").iterdir() if path.name != row["file_name"][6:])
-    shutil.copy(other, tmp_path / "pictures" / row["file_name"])
+    path = tmp_path / "pictures" / row["file_name"]
+    flip_bit(path, 8 * 15)  # the density of its pixels: another file of the same size that decodes
     (images / row["shard"]).unlink()
     repair(images, verify(images), images=tmp_path / "pictures")
     assert not verify(images).faults and load_manifest(images).digest != digest
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("damage", [flip_payload, cut, lengthen, flip_in("manifest.json")], ids=lambda d: d.__name__)
+def test_repair_loses_nothing_where_the_pictures_are_gone(images, tmp_path, damage):
+    flip_header(images), damage(images)
+    before = snapshot(images)
+    with pytest.raises(ValueError, match="gone: no such image folder"):
+        repair(images, verify(images), images=tmp_path / "gone")
+    assert snapshot(images) == before
+    (tmp_path / "gone").mkdir()
+    with pytest.raises(FileNotFoundError, match="gone/"):
+        repair(images, verify(images), images=tmp_path / "gone")
+    assert snapshot(images) == before
+
+
+@pytest.mark.faults
+def test_a_repair_that_would_leave_out_more_than_before_is_refused(made, images, tmp_path):
+    flip_payload(images)
+    before = snapshot(images)
+    shutil.copytree(made / "coco" / "images", tmp_path / "pictures")
+    path = tmp_path / "pictures" / one_row(images)["file_name"]
+    path.write_bytes(bytes(path.stat().st_size))
+    with pytest.raises(ValueError, match=r"train-000001.tar: .*would be left out \(not a picture\); before, 0 were"):
+        repair(images, verify(images), images=tmp_path / "pictures")
+    assert snapshot(images) == before
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("damage", [flip_in("work/train-000002.json"), lose("work/val-000000.json")])
+def test_sidecars_of_sound_image_shards_come_back_without_the_pictures(made, images, tmp_path, damage):
+    damage(images)
+    tars = {path.name: path.stat().st_mtime_ns for path in images.glob("*.tar")}
+    repair(images, verify(images), images=tmp_path / "gone")
+    assert snapshot(images) == snapshot(made / "images")
+    assert {path.name: path.stat().st_mtime_ns for path in images.glob("*.tar")} == tars
+
+
+@pytest.mark.faults
+def test_a_restored_sidecar_lists_what_was_left_out(tmp_path):
+    make_coco(tmp_path / "coco", {"train": 12})
+    (tmp_path / "coco" / "images" / "train" / "000003.jpg").write_bytes(b"text")
+    make_images(tmp_path / "coco", tmp_path / "images", max_bad_fraction=1)
+    before = snapshot(tmp_path / "images")
+    for number in range(3):
+        flip_bit(tmp_path / "images" / "work" / f"train-{number:06d}.json", 400)
+    repair(tmp_path / "images", verify(tmp_path / "images"), images=tmp_path / "gone")
+    assert snapshot(tmp_path / "images") == before and b"not a picture" in before["left_out.jsonl"]
+
+
+@pytest.mark.faults
+def test_feature_repair_loses_nothing_without_the_image_shards_or_with_other_weights(made, features, tmp_path):
+    flip_payload(features)
+    before = snapshot(features)
+    for sources, message in (
+        ({"images": tmp_path / "gone"}, "gone: not a finished data set"),
+        ({"images": made / "images", "weights": tmp_path / "gone"}, "encoder weights .*gone do not exist"),
+        ({"images": made / "images", "weights": made / "images" / "train-000000.tar"}, "no whole safetensors"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            repair(features, verify(features), **sources)
+        assert snapshot(features) == before
+
+
+@pytest.mark.faults
+def test_other_weights_than_planned_are_refused_before_a_shard_is_written(made, tmp_path):
+    shutil.copy(made / "weights.safetensors", tmp_path / "weights.safetensors")
+    plan = plan_features(made / "images", tmp_path / "features", tmp_path / "weights.safetensors", **SMALL)
+    flip_bit(tmp_path / "weights.safetensors", 8 * ((tmp_path / "weights.safetensors").stat().st_size - 2))
+    with pytest.raises(ValueError, match="not the file the features were planned with"):
+        extract_stripe(plan)
+    assert not list((tmp_path / "features").glob("*.tar"))
+
+
+def test_what_a_progress_line_needs_is_had_without_hashing_the_tables(images, monkeypatch):
+    monkeypatch.setattr(verify_module, "hash_file", None)
+    assert recorded_bytes(images) == sum(path.stat().st_size for path in images.glob("*.tar"))
+
+
+def test_the_rows_of_sidecars_are_read_when_asked_for_and_not_kept(images):
+    (shard, *_), faults = verify_module._check_sidecars(load_plan(images), {})
+    assert not faults and len(shard.rows()) == 5
+    shutil.rmtree(images / "work")
+    with pytest.raises(TypeError):
+        shard.rows()
 
 
 def test_strangers_and_leftovers_are_told_and_left_alone(images):
@@ -223,7 +311,7 @@ def test_a_flipped_bit_anywhere_in_manifest_sidecar_plan_and_tables_is_seen(tmp_
     root = tmp_path / "set"
     make_feature_dataset(root, {"train": 3}, shard_size=3)
     blob = (root / name).read_bytes()
-    for place in random.Random(3).sample(range(8 * len(blob)), 60):
+    for place in random.Random(3).sample(range(8 * len(blob)), 300):
         flip_bit(root / name, place)
         assert any(name in str(fault) for fault in verify(root, num_workers=1).faults), place
         (root / name).write_bytes(blob)

@@ -62,7 +62,8 @@ def _job(root: Path, files: list[Path], weights: Path, size: int, batch_size: in
     from preprocessing.shard_images import plan_images, shard_stripe
 
     records = tuple(
-        ImageRecord(str(number), file.name, "train", ("a picture",), str(number)) for number, file in enumerate(files)
+        ImageRecord(str(number), file.name, "train", ("a picture",), str(number), file.stat().st_size)
+        for number, file in enumerate(files)
     )
     options = {"shard_size": 128, "seed": 1, "max_bad_fraction": 0.0}
     plan = plan_images(Records(records, (), {}), files[0].parent, root / "images", **options)
