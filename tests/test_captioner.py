@@ -3,184 +3,96 @@
 import pytest
 import torch
 
+from sat.config import PRESETS
 from sat.model.attention import attend_for_inference, attend_hard
 from sat.model.captioner import Captioner
 from sat.model.loss import total_loss
+from sat.model.packing import pack
+from sat.model.rollout import roll_out
+from tests.helpers_captioner import (
+    LENGTHS,
+    PAPER,
+    TUTORIAL,
+    A,
+    D,
+    H,
+    L,
+    Reference,
+    V,
+    all_attentions,
+    assert_same,
+    both_presets,
+    draw_by_quantile,
+    make_batch,
+    make_model,
+    third_quantile,
+)
 
-PAPER = dict(
-    state_init="mlp", score="tanh", gate="scalar", output="deep", first_input="zero", penalty="sum",
-    weight_init="normal",
-)  # fmt: skip
-TUTORIAL = dict(
-    state_init="linear", score="relu", gate="vector", output="linear", first_input="start", penalty="mean",
-    weight_init="uniform",
-)  # fmt: skip
-ONE_ROW_CHANGED = [PAPER | {key: value} for key, value in TUTORIAL.items()] + [PAPER | {"gate": "none"}]
-V, L, D, E, H, A = 13, 6, 7, 5, 4, 3
-LENGTHS = torch.tensor([[4, 1, 6], [0, 0, 0], [2, 5, 0], [3, 0, 3]])  # ragged; one image without captions
-
-
-def make_model(dtype=torch.float64, **settings) -> Captioner:
-    torch.manual_seed(3)
-    settings = PAPER | {"penalty_weight": 0.7, "dropout": 0.0} | settings
-    model = Captioner(
-        vocab_size=V, grid_size=L, feature_dim=D, embedding_dim=E, lstm_dim=H, attention_dim=A, **settings
-    )
-    for parameter in model.parameters():  # the authors' N(0, 0.01) would leave nothing to compare
-        torch.nn.init.normal_(parameter, std=0.4)
-    model.feature_mean.normal_()
-    model.feature_std.uniform_(0.5, 1)
-    model.feature_scale.uniform_(0.5, 2)
-    return model.to(dtype)
+CHANGED = {key: value for key, value in TUTORIAL.items() if value != PAPER[key]}
+ONE_ROW_CHANGED = [PAPER | {key: value} for key, value in CHANGED.items()] + [PAPER | {"gate": "none"}]
 
 
-def make_batch(dtype=torch.float64):
-    generator = torch.Generator().manual_seed(5)
-    grid = torch.randn(len(LENGTHS), L, D, generator=generator, dtype=torch.float64).to(dtype)
-    captions = torch.zeros(*LENGTHS.shape, int(LENGTHS.max()) + 1, dtype=torch.int64)
-    for b, k in LENGTHS.nonzero().tolist():
-        n = int(LENGTHS[b, k])
-        captions[b, k, : n + 1] = torch.randint(4, V, (n + 1,), generator=generator)
-        captions[b, k, 0], captions[b, k, n] = 1, 2
-    return grid, captions, LENGTHS
+CAPTIONS = 2000
 
 
-class Reference:
-    """The equations of Xu et al. (2015) for one caption; `p` holds the parameters by name."""
-
-    def __init__(self, model: Captioner, settings: dict, dropout=lambda x: x):
-        self.p = {name: value.detach().double().requires_grad_() for name, value in model.named_parameters()}
-        self.b = {name: value.double() for name, value in model.named_buffers()}
-        self.s = {"attention": "soft", "penalty_weight": 0.7, "label_smoothing": 0.0} | settings
-        self.dropout = dropout
-
-    def linear(self, name, x):
-        y = self.p[f"{name}.weight"] @ x
-        return y + self.p[f"{name}.bias"] if f"{name}.bias" in self.p else y
-
-    def initial(self, name, mean):
-        if self.s["state_init"] == "linear":
-            return self.linear(name, mean)
-        hidden = self.dropout(torch.relu(self.linear(f"{name}.0", mean)))
-        return torch.tanh(self.linear(f"{name}.3", hidden))
-
-    def lstm(self, x_gates, h, c):
-        gates = x_gates + self.linear("state_gates", h)
-        i, f, o = (torch.sigmoid(gates[n * H : (n + 1) * H]) for n in (0, 1, 3))
-        c = f * c + i * torch.tanh(gates[2 * H : 3 * H])
-        return o * torch.tanh(c), c
-
-    def alpha(self, grid, h):
-        act = torch.tanh if self.s["score"] == "tanh" else torch.relu
-        query = self.linear("attention.query", h)
-        scores = [self.linear("attention.score", act(self.linear("attention.project", a) + query))[0] for a in grid]
-        return torch.stack(scores).softmax(0)
-
-    def caption(self, grid, tokens, choose=None, own_words=False):
-        """Of one caption (tokens with <start> and <end>): objective per token, objective per caption, NLL, logits."""
-        b, attends = self.b, self.s["attention"] != "none"
-        grid = ((grid.double() * b["feature_scale"] - b["feature_mean"]) / b["feature_std"]).clamp(-5, 5)
-        mean = sum(grid) / len(grid)
-        if attends:
-            h, c = self.initial("init_h", mean), self.initial("init_c", mean)
-        else:
-            word = self.linear("image_word", mean)
-            h, c = self.lstm(self.linear("word_gates", word), torch.zeros(H).double(), torch.zeros(H).double())
-        alpha_sum, objective, nll_sum, all_logits = torch.zeros(L).double(), 0.0, 0.0, []
-        for t, target in enumerate(tokens[1:]):
-            fed = all_logits[-1].argmax() if own_words and t else tokens[t]
-            word = self.p["embedding.weight"][fed]
-            if t == 0 and self.s["first_input"] == "zero":
-                word = torch.zeros(E).double()
-            x_gates = self.linear("word_gates", word)
-            if attends:
-                alpha = self.alpha(grid, h)
-                alpha_sum = alpha_sum + alpha
-                chosen = None if choose is None else choose(alpha)
-                context = sum(a * w for a, w in zip(grid, alpha, strict=True)) if chosen is None else grid[chosen]
-                if self.s["gate"] != "none":
-                    context = torch.sigmoid(self.linear("gate", h)) * context
-                x_gates = x_gates + self.linear("context_gates", context)
-            h, c = self.lstm(x_gates, h, c)
-            features = h
-            if self.s["output"] == "deep":
-                features = word + self.linear("output_state", h)
-                features = features + self.linear("output_context", context) if attends else features
-            all_logits.append(self.linear("vocabulary", features))
-            log_p = self.linear("vocabulary", self.dropout(features)).log_softmax(0)
-            smooth = self.s["label_smoothing"]
-            objective = objective - (1 - smooth) * log_p[target] - smooth * log_p.sum() / V
-            nll_sum = nll_sum - log_p[target].detach()
-            if self.s["attention"] == "hard":
-                if chosen is not None:
-                    reward = (b["reward_baseline"] + log_p[target].detach()) / 10
-                    objective = objective - reward * alpha[chosen].log()
-                objective = objective + 0.002 * (alpha * alpha.log()).sum()
-        if self.s["attention"] != "soft":
-            return objective, 0.0, nll_sum, all_logits
-        deviation = (1 - alpha_sum) ** 2
-        if self.s["penalty"] == "sum":
-            return objective + self.s["penalty_weight"] * deviation.sum(), 0.0, nll_sum, all_logits
-        return objective, self.s["penalty_weight"] * deviation.mean(), nll_sum, all_logits
-
-    def batch(self, grid, captions, lengths, **how):
-        per_token = per_caption = nll = 0.0
-        for b, k in lengths.nonzero().tolist():
-            sums = self.caption(grid[b], captions[b, k, : lengths[b, k] + 1].tolist(), **how)
-            per_token, per_caption, nll = per_token + sums[0], per_caption + sums[1], nll + sums[2]
-        return per_token, per_caption, nll
-
-    def gradients(self, loss):
-        return dict(zip(self.p, torch.autograd.grad(loss, list(self.p.values())), strict=True))
+def many_captions(model, sampling_probability):
+    """2,000 captions of one image, half of six words and half of three, rolled out; none holds word 5."""
+    lengths = torch.tensor([[6, 3] * (CAPTIONS // 2)])
+    captions = torch.randint(6, V, (1, CAPTIONS, 7))
+    captions[:, :, 0] = 1
+    packing = pack(captions, lengths)
+    memory = model.encode(make_batch()[0][:1], packing.images)
+    return packing, roll_out(model, memory, packing, sampling_probability)
 
 
-def assert_same(model, settings, *, tolerance, dropout=lambda x: x, sampling=0.0, **how):
-    dtype = model.vocabulary.weight.dtype
-    grid, captions, lengths = make_batch(dtype)
-    reference = Reference(model, settings, dropout)
-    per_token, per_caption, nll = reference.batch(grid, captions, lengths, **how)
-    tokens, rows = int(lengths.sum()), int((lengths > 0).sum())
-    expected = per_token / tokens + per_caption / rows
-    sums = model(grid, captions, lengths, sampling)
-    loss = total_loss(sums, sums.tokens, sums.captions)
-    loss.backward()
-    assert (int(sums.tokens), int(sums.captions)) == (tokens, rows)
-    assert loss.item() == pytest.approx(expected.item(), rel=tolerance)
-    assert sums.nll.item() == pytest.approx(nll.item(), rel=tolerance)
-    for name, gradient in reference.gradients(expected).items():
-        difference = (model.get_parameter(name).grad - gradient).norm()
-        assert difference <= tolerance * max(gradient.norm(), 1e-3), name
+def test_the_presets_are_the_columns_of_the_table_of_differences():
+    assert PRESETS["paper"] == {
+        "state_init": "mlp", "score": "tanh", "gate": "scalar", "output": "deep", "first_input": "zero",
+        "penalty": "sum", "penalty_weight": 1.0, "weight_init": "normal",
+    }  # fmt: skip
+    assert PRESETS["tutorial"] == {
+        "state_init": "linear", "score": "relu", "gate": "vector", "output": "linear", "first_input": "start",
+        "penalty": "mean", "penalty_weight": 1.0, "weight_init": "uniform",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("compile", ["never", "auto"])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-6), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("attention", ["soft", "none"])
-@pytest.mark.parametrize("preset", [PAPER, TUTORIAL], ids=["paper", "tutorial"])
+@both_presets
 def test_loss_and_every_gradient_are_those_of_the_equations(preset, attention, dtype, tolerance, compile):
     settings = preset | {"attention": attention}
     assert_same(make_model(dtype, compile=compile, **settings), settings, tolerance=tolerance)
 
 
-@pytest.mark.parametrize("settings", ONE_ROW_CHANGED, ids=lambda s: "-".join(s.values()))
+@pytest.mark.parametrize("settings", ONE_ROW_CHANGED, ids=lambda s: "-".join(map(str, s.values())))
 def test_each_setting_alone_follows_the_equations(settings):
     assert_same(make_model(**settings), settings, tolerance=1e-6)
 
 
-@pytest.mark.parametrize("preset", [PAPER, TUTORIAL], ids=["paper", "tutorial"])
+@both_presets
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-6), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("drawn", [True, False], ids=["location drawn", "alpha itself"])
-def test_hard_attention_has_the_reinforce_gradient_of_its_draws(preset, drawn, monkeypatch):
-    def third_quantile(alpha):
-        return (alpha.cumsum(-1) < 0.7).sum(-1).clamp_max(L - 1)
-
-    monkeypatch.setattr(torch, "multinomial", lambda p, n: third_quantile(p)[:, None])
-    monkeypatch.setattr(torch, "rand", lambda *shape, **_: torch.full(shape, 0.9 if drawn else 0.1))
+def test_hard_attention_has_the_reinforce_gradient_of_its_draws(preset, drawn, dtype, tolerance, monkeypatch):
+    draw_by_quantile(monkeypatch, drawn)
     settings = preset | {"attention": "hard"}
-    model = make_model(**settings)
+    model = make_model(dtype, **settings)
     model.reward_baseline.fill_(1.5)
-    assert_same(model, settings, tolerance=1e-6, choose=third_quantile if drawn else None)
+    assert_same(model, settings, tolerance=tolerance, choose=third_quantile if drawn else None)
 
 
-def test_hard_attention_draws_from_alpha_for_half_of_the_captions():
+def test_hard_attention_uses_alpha_itself_for_half_of_the_captions_and_all_their_words():
+    model = make_model(attention="hard")
+    packing, rollout = many_captions(model, sampling_probability=0.0)
+    exact = rollout.chosen == -1
+    words = torch.zeros(CAPTIONS).index_add(0, packing.word_row, torch.ones(len(exact)))
+    share = torch.zeros(CAPTIONS).index_add(0, packing.word_row, exact.float()) / words
+    assert set(share.tolist()) == {0.0, 1.0}
+    assert share.mean().item() == pytest.approx(0.5, abs=4 * 0.5 / CAPTIONS**0.5)
+    assert rollout.chosen[~exact].unique().tolist() == list(range(L))
+
+
+def test_hard_attention_draws_its_locations_from_alpha():
     model = make_model(**PAPER | {"attention": "hard"})
     memory = model.encode(torch.randn(1, L, D).double())
     query = torch.randn(1, 1, A).double().expand(1, 20_000, A)
@@ -210,7 +122,23 @@ def test_full_scheduled_sampling_feeds_only_the_models_own_words(attention):
     assert_same(make_model(**settings), settings, tolerance=1e-6, sampling=1.0, own_words=True)
 
 
-@pytest.mark.parametrize("preset", [PAPER, TUTORIAL], ids=["paper", "tutorial"])
+def test_scheduled_sampling_decides_word_by_word():
+    """The model's own word is always word 5, which no caption holds; a caption's first input is never replaced."""
+    model, p = make_model(), 0.3
+    with torch.no_grad():
+        model.vocabulary.bias[5] += 1e3
+    packing, rollout = many_captions(model, sampling_probability=p)
+    own = (rollout.words == model.embed(torch.tensor(5))).all(1)
+    assert torch.equal(rollout.words[~own], model.embed(packing.inputs)[~own])
+    steps = own[packing.word_row < CAPTIONS // 2].view(-1, CAPTIONS // 2).double()  # [T, captions] of the longer half
+    assert len(steps) == 6 and steps[0].sum() == 0
+    pairs = steps[1:-1] * steps[2:]  # a word and the next: independent, and so are those of two captions
+    for shares, expected in ((steps[1:].mean(1), p), (pairs.mean(1), p * p)):
+        sigma = (expected * (1 - expected) / (CAPTIONS // 2)) ** 0.5
+        assert shares.tolist() == pytest.approx([expected] * len(shares), abs=4 * sigma)
+
+
+@both_presets
 def test_dropout_sits_on_the_initial_hidden_layer_and_before_the_vocabulary(preset, monkeypatch):
     def dropout(x, *_):
         return x * 1.5
@@ -224,7 +152,7 @@ def test_dropout_sits_on_the_initial_hidden_layer_and_before_the_vocabulary(pres
 
 
 @pytest.mark.parametrize("attention", ["soft", "none"])
-@pytest.mark.parametrize("preset", [PAPER, TUTORIAL], ids=["paper", "tutorial"])
+@both_presets
 @pytest.mark.parametrize("compile", ["never", "auto"])
 @torch.no_grad()
 def test_forward_equals_decoding_step_by_step(preset, attention, compile):
@@ -261,10 +189,12 @@ def test_hard_attention_decodes_by_expectation_sampling_or_argmax():
             assert torch.equal(attended.chosen, attended.alpha.argmax(2))
 
 
-@pytest.mark.parametrize("preset", [PAPER, TUTORIAL], ids=["paper", "tutorial"])
-def test_captions_sharing_a_grid_count_as_captions_with_a_copy_each(preset):
+@all_attentions
+@both_presets
+def test_captions_sharing_a_grid_count_as_captions_with_a_copy_each(preset, attention, monkeypatch):
+    draw_by_quantile(monkeypatch)
     grid, captions, lengths = make_batch()
-    shared, copies = make_model(**preset), make_model(**preset)
+    shared, copies = (make_model(**preset | {"attention": attention}) for _ in range(2))
     K = lengths.shape[1]
     gradients = []
     for model, batch in (
@@ -277,24 +207,26 @@ def test_captions_sharing_a_grid_count_as_captions_with_a_copy_each(preset):
     assert all(torch.allclose(a, b, rtol=1e-9, atol=1e-12) for a, b in zip(*gradients, strict=True))
 
 
-@pytest.mark.parametrize("preset", [PAPER, TUTORIAL], ids=["paper", "tutorial"])
-def test_sums_and_gradients_of_two_half_batches_add_up_to_those_of_the_whole(preset):
+@all_attentions
+@both_presets
+def test_sums_and_gradients_of_parts_of_a_batch_add_up_to_those_of_the_whole(preset, attention, monkeypatch):
+    draw_by_quantile(monkeypatch)
     grid, captions, lengths = make_batch()
-    whole, halves = make_model(**preset), make_model(**preset)
+    whole, parts = (make_model(**preset | {"attention": attention}) for _ in range(2))
     expected = whole(grid, captions, lengths)
     total_loss(expected, expected.tokens, expected.captions).backward()
     sums = []
     for part in (slice(0, 1), slice(1, 2), slice(2, None)):  # the middle one has no caption
-        sums.append(halves(grid[part], captions[part], lengths[part]))
+        sums.append(parts(grid[part], captions[part], lengths[part]))
         total_loss(sums[-1], expected.tokens, expected.captions).backward()
     for name, value in expected._asdict().items():
         assert sum(getattr(s, name).item() for s in sums) == pytest.approx(value.item(), rel=1e-9), name
-    for a, b in zip(whole.parameters(), halves.parameters(), strict=True):
+    for a, b in zip(whole.parameters(), parts.parameters(), strict=True):
         assert torch.allclose(a.grad, b.grad, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("attention", ["soft", "hard", "none"])
-@pytest.mark.parametrize("preset", [PAPER, TUTORIAL], ids=["paper", "tutorial"])
+@all_attentions
+@both_presets
 @pytest.mark.parametrize("lengths", [[[0, 0]], [[1, 0]]], ids=["no caption", "only <end>"])
 def test_every_parameter_gets_a_gradient_whatever_the_batch(preset, attention, lengths):
     model = make_model(**preset | {"attention": attention})
@@ -305,28 +237,6 @@ def test_every_parameter_gets_a_gradient_whatever_the_batch(preset, attention, l
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
     if not lengths.sum():
         assert sums.per_token.item() == 0 and all(p.grad.count_nonzero() == 0 for p in model.parameters())
-
-
-@pytest.mark.parametrize("attention", ["soft", "hard", "none"])
-@pytest.mark.parametrize("preset", [PAPER, TUTORIAL], ids=["paper", "tutorial"])
-def test_bf16_by_autocast_and_by_bf16_weights_stays_near_float32(preset, attention):
-    settings = preset | {"attention": attention}
-    grid, captions, lengths = make_batch(torch.bfloat16)
-    expected = make_model(torch.float32, **settings)(grid, captions, lengths).nll.item()
-    with torch.autocast("cpu", torch.bfloat16):
-        cast = make_model(torch.float32, **settings)(grid, captions, lengths)
-    weights = make_model(torch.bfloat16, **settings)(grid, captions, lengths)
-    for sums in (cast, weights):
-        assert sums.nll.dtype == sums.per_token.dtype == torch.float32
-        # hard attention may draw other locations where alpha is rounded otherwise
-        assert sums.nll.item() == pytest.approx(expected, rel=0.15 if attention == "hard" else 0.02)
-
-
-def test_bf16_weights_leave_the_feature_statistics_in_float32():
-    model = make_model(torch.float32)
-    mean = model.feature_mean.clone()
-    assert torch.equal(model.bfloat16().feature_mean, mean)
-    assert model.encode(make_batch()[0]).grid.dtype == torch.bfloat16
 
 
 def test_features_are_standardised_by_the_stored_statistics_and_clamped():
@@ -357,6 +267,28 @@ def test_the_authors_initial_weights_are_small_normal_with_orthogonal_recurrent_
     others = [p for name, p in model.named_parameters() if "bias" not in name and name != "state_gates.weight"]
     assert all(0.005 < p.std() < 0.015 for p in others)
     assert all(p.count_nonzero() == 0 for name, p in model.named_parameters() if "bias" in name)
+
+
+def test_uniform_initial_weights_are_a_tenth_for_words_and_torchs_own_elsewhere():
+    torch.manual_seed(0)
+    model = Captioner(
+        vocab_size=500, grid_size=L, feature_dim=64, embedding_dim=48, lstm_dim=40, attention_dim=32,
+        **PRESETS["paper"] | {"weight_init": "uniform"},
+    )  # fmt: skip
+    assert model.vocabulary.bias.count_nonzero() == 0
+    bounds = {"embedding.weight": 0.1, "vocabulary.weight": 0.1}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            for kind, _ in module.named_parameters():
+                bounds.setdefault(f"{name}.{kind}", module.in_features**-0.5)
+    assert bounds.keys() == dict(model.named_parameters()).keys()
+    for name, bound in bounds.items():
+        values = model.get_parameter(name).detach().flatten()
+        assert values.abs().max() <= bound, name
+        if len(values) > 30 and name != "vocabulary.bias":
+            spread = bound / 3**0.5
+            assert values.mean().item() == pytest.approx(0, abs=4 * spread / len(values) ** 0.5), name
+            assert values.std().item() == pytest.approx(spread, rel=2 / len(values) ** 0.5), name
 
 
 def test_wrong_shapes_are_refused_with_the_expected_ones():
