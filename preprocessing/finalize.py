@@ -9,6 +9,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
+from itertools import chain, islice
 from pathlib import Path
 
 import pyarrow as pa
@@ -30,16 +31,18 @@ from preprocessing.shards import (
 )
 from sat.data.manifest import (
     MANIFEST,
-    SAMPLES,
     SAMPLES_SCHEMA,
     SCHEMA,
     SHARDS,
+    SHARDS_PER_GROUP,
+    SHARDS_PER_TABLE,
     SHARDS_SCHEMA,
     STATISTICS,
     Manifest,
     check_files,
     dataset_digest,
     load_manifest,
+    place_of_rows,
     rows_digest,
     seal,
 )
@@ -66,10 +69,10 @@ def finalize(
 
 def _write_tables(plan: Plan, statistics: Callable[[Iterable[dict]], bytes] | None, left_out: list[LeftOut]) -> None:
     """Write all files beside the shards, the manifest last."""
-    root, names = plan.root, [SAMPLES, SHARDS, LEFT_OUT]
+    root, names = plan.root, [SHARDS, LEFT_OUT]
     (root / MANIFEST).unlink(missing_ok=True)
     shards = _write_samples(plan)
-    _write_table(root / SHARDS, [(shards, shards.num_rows)], SHARDS_SCHEMA)
+    _write_table(root / SHARDS, [(shards, SHARDS_PER_GROUP)], SHARDS_SCHEMA)
     if statistics is not None:
         write_file(root, root / STATISTICS, statistics(_sidecars(plan)))
         names.append(STATISTICS)
@@ -134,7 +137,7 @@ def _sidecars(plan: Plan) -> Iterator[dict]:
 
 
 def _write_samples(plan: Plan) -> pa.Table:
-    """Write samples.parquet, one row group per shard that has samples; returns the table of those shards."""
+    """Write the tables of samples, one row group per shard that has samples; returns the table of those shards."""
     infos = []
 
     def row_groups() -> Iterator[tuple[pa.Table, int]]:
@@ -150,12 +153,16 @@ def _write_samples(plan: Plan) -> pa.Table:
             infos.append(info | {name: sidecar[name] for name in ("split", "samples", "bytes")})
             yield rows, rows.num_rows
 
-    _write_table(plan.root / SAMPLES, row_groups(), SAMPLES_SCHEMA)
+    groups = row_groups()
+    for group in groups:  # the first one of each table
+        name, _ = place_of_rows(len(infos) - 1)
+        _write_table(plan.root / name, chain([group], islice(groups, SHARDS_PER_TABLE - 1)), SAMPLES_SCHEMA)
     return pa.Table.from_pylist(infos, SHARDS_SCHEMA)
 
 
 def _document(plan: Plan, shards: pa.Table, names: list[str], left_out: list[LeftOut]) -> dict:
     """The content of manifest.json."""
+    names = {*names, *(place_of_rows(shard)[0] for shard in range(len(shards)))}
     files = {
         name: {"bytes": (plan.root / name).stat().st_size, "sha256": hash_file(plan.root / name)} for name in names
     }

@@ -29,7 +29,7 @@ from preprocessing.shards import (
     temporary_path,
     write_file,
 )
-from sat.data.manifest import MANIFEST, SAMPLES, SHARDS, STATISTICS, seal, unseal
+from sat.data.manifest import MANIFEST, SHARDS, STATISTICS, seal, unseal
 
 PLAN, LEFT_OUT = "plan.json", "left_out.jsonl"
 PLAN_SCHEMA = pa.schema(
@@ -210,7 +210,8 @@ def _write_table(plan: Plan, row_groups: Iterable[list[dict]]) -> None:
 
 def delete_data_set(plan: Plan) -> None:
     """Delete what these programs wrote by a plan, the manifest first and the plan last; other files stay."""
-    for name in (MANIFEST, SAMPLES, SHARDS, STATISTICS, LEFT_OUT, *(shard.name for shard in plan.shards)):
+    tables = (path.name for path in plan.root.glob("samples*.parquet"))
+    for name in (MANIFEST, *tables, SHARDS, STATISTICS, LEFT_OUT, *(shard.name for shard in plan.shards)):
         (plan.root / name).unlink(missing_ok=True)
     work = plan.root / WORK
     for entry in sorted(set(os.listdir(work)) - {LOCK}, key=lambda name: (name == PLAN, name)):

@@ -45,7 +45,7 @@ def short_pauses(monkeypatch):
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Serves a folder, without ranges; `trouble(path, times asked for)` is None, "slow", "cut", "down" or an error code."""
+    """Serves a folder, without ranges; `trouble(path, times asked for)`: None, "slow", "cut", "down" or a status."""
 
     def __init__(self, folder, trouble):
         super().__init__(("127.0.0.1", 0), functools.partial(Handler, directory=str(folder)))

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from preprocessing import finalize
 from sat.data import manifest as manifest_module
 from sat.data import retry
 from sat.data.loader import read_references
@@ -126,8 +127,8 @@ def test_a_missing_or_cut_file_is_named(root):
     with pytest.raises(ValueError, match="train-000001.tar: missing"):
         check_files(manifest)
     (root / SAMPLES).write_bytes((root / SAMPLES).read_bytes()[:-1])
-    with pytest.raises(ValueError, match=SAMPLES):
-        load_manifest(root)
+    with pytest.raises(ValueError, match=f"{SAMPLES}: .* bytes were written"):
+        check_files(load_manifest(root))
 
 
 def test_a_protocol_that_nobody_knows_is_not_called_damage():
@@ -149,18 +150,19 @@ def test_what_is_read_at_the_start_is_tried_again_too(root, monkeypatch, code, c
     calls = {}
 
     def often_failing(function, at):
-        def call(*arguments):
+        def call(*arguments, **options):
             name = str(arguments[at]).rpartition("/")[2]
             calls[function, name] = calls.get((function, name), 0) + 1
             if calls[function, name] % 3:
                 raise OSError(code, os.strerror(code))
-            return function(*arguments)
+            return function(*arguments, **options)
 
         return call
 
-    monkeypatch.setattr(manifest_module, "open_file", often_failing(manifest_module.open_file, 1))
-    monkeypatch.setattr(os, "stat", often_failing(os.stat, 0))
-    assert read() == expected
+    with monkeypatch.context() as patch:
+        patch.setattr(manifest_module, "open_file", often_failing(manifest_module.open_file, 1))
+        patch.setattr(os, "stat", often_failing(os.stat, 0))
+        assert read() == expected
     assert {name for _, name in calls} >= {"manifest.json", "shards.parquet", "samples.parquet", "train-000001.tar"}
     assert "manifest.json: reading failed and is tried again" in caplog.text
 
@@ -182,3 +184,23 @@ def test_a_sealed_document_opens_only_unchanged():
     for blob in (seal(document).replace(b"2.5", b"2.6"), seal(document) + b" ", b"{}", b"[]", b"", b"{" * 9):
         with pytest.raises(ValueError):
             unseal(blob)
+
+
+def test_many_shards_are_spread_over_tables_and_row_groups_and_read_the_same(tmp_path, root, monkeypatch):
+    one = load_manifest(root)
+    rows = [one.rows(i) for i in range(4)]
+    monkeypatch.setattr(manifest_module, "SHARDS_PER_TABLE", 3)
+    for name, value in (("SHARDS_PER_TABLE", 3), ("SHARDS_PER_GROUP", 2)):
+        monkeypatch.setattr(finalize, name, value)
+    monkeypatch.setattr(manifest_module, "KEPT_GROUPS", 1)
+    many = make_feature_dataset(tmp_path / "many")
+    tables = sorted(path.name for path in (tmp_path / "many").glob("*.parquet"))
+    assert tables == ["samples-000001.parquet", SAMPLES, SHARDS]
+    assert (many.digest, many.splits, list(many.shards)) == (one.digest, one.splits, list(one.shards))
+    assert many.shards.samples.tolist() == one.shards.samples.tolist() and many.shards[-1] == one.shards[3]
+    assert all(many.rows(i).equals(rows[i]) for i in (3, 0, 2, 1))
+    (tmp_path / "many" / "samples-000001.parquet").unlink()
+    with pytest.raises(ValueError, match="samples-000001.parquet: missing"):
+        check_files(many)
+    with pytest.raises(ValueError, match="samples-000001.parquet: the rows of val-000000.tar cannot be read"):
+        many.rows(3)

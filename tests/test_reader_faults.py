@@ -21,7 +21,7 @@ from helpers_shards import make_feature_dataset, self_describing_captions
 from sat.data import retry
 from sat.data.cache import make_store
 from sat.data.loader import training_batches
-from sat.data.manifest import NPY_HEADER, SAMPLES_SCHEMA, TAR_BLOCK, Manifest, load_manifest
+from sat.data.manifest import NPY_HEADER, SAMPLES_SCHEMA, TAR_BLOCK, Manifest, ShardTable, load_manifest
 from sat.data.plan import Cursor
 from sat.data.reader import BadSample, SampleReader
 from sat.text import build_tokenizer
@@ -235,15 +235,24 @@ def hostile_manifest(folder, monkeypatch, pristine, blob, kind):
     row |= {"nbytes": len(blob), "xxh3": xxhash.xxh3_64_intdigest(blob), "captions": [], "width": 1, "height": 1}
     monkeypatch.setattr(Manifest, "rows", lambda self, shard: pa.Table.from_pylist([row], SAMPLES_SCHEMA))
     manifest = load_manifest(pristine)
-    table = manifest.shards.table.set_column(3, "bytes", pa.array([len(blob)] * len(manifest.shards), pa.int64()))
-    return replace(manifest, root=str(folder), kind=kind, shards=type(manifest.shards)(table))
+    return replace(manifest, root=str(folder), kind=kind, shards=claiming(manifest.shards, len(blob)))
+
+
+def claiming(shards, size):
+    """A table that says this size of every shard."""
+
+    class Claiming(ShardTable):
+        def __getitem__(self, index):
+            return replace(super().__getitem__(index), bytes=size)
+
+    return Claiming(shards.root)
 
 
 def test_rows_that_point_outside_their_shard_are_refused(tmp_path, monkeypatch, pristine):
     blob = tar_sample("k.npy", HARMLESS)
     manifest = hostile_manifest(tmp_path, monkeypatch, pristine, blob, "features")
-    table = manifest.shards.table.set_column(3, "bytes", pa.array([len(blob) - 1] * len(manifest.shards), pa.int64()))
-    reader = SampleReader(replace(manifest, shards=type(manifest.shards)(table)), make_store(manifest.root))
+    manifest = replace(manifest, shards=claiming(manifest.shards, len(blob) - 1))
+    reader = SampleReader(manifest, make_store(manifest.root))
     with pytest.raises(ValueError, match="train-000000.tar: the manifest places samples outside the shard"):
         reader.rows(0)
 

@@ -20,7 +20,7 @@ from typing import BinaryIO
 import fsspec
 import pyarrow as pa
 
-from sat.data.manifest import SAMPLES, Manifest, ShardInfo, check_root
+from sat.data.manifest import Manifest, ShardInfo, check_root, place_of_rows
 from sat.data.retry import remote_error, retrying
 
 logger = logging.getLogger(__name__)
@@ -61,8 +61,8 @@ class FolderStore:
 class RemoteStore:
     """Shards of an fsspec URL, kept as FOLDER/SHA256.tar: at most `limit` bytes, the least recently used go first.
 
-    A shard that was evicted while it is open stays on disk until it is closed: at most one per process. The table of
-    the samples is fetched whole, once, and kept beside the shards; it does not count.
+    A shard that was evicted while it is open stays on disk until it is closed: at most one per process. A table of
+    samples is fetched whole, once, and kept beside the shards; it does not count.
     """
 
     is_remote = True
@@ -108,8 +108,9 @@ class RemoteStore:
 
     def rows(self, manifest: Manifest, shard: int) -> pa.Table:
         """`manifest.rows(shard)`, from a copy of the table: many servers cannot serve a part of a file."""
-        record = manifest.files[SAMPLES]
-        path = self.folder / "tables" / record["sha256"] / SAMPLES
+        name, _ = place_of_rows(shard)
+        record = manifest.files[name]
+        path = self.folder / "tables" / record["sha256"] / name
         copy = replace(manifest, root=str(path.parent))
         if path.exists():
             try:
@@ -117,7 +118,7 @@ class RemoteStore:
             except ValueError as error:  # it was whole when it was fetched: the copy is damaged
                 logger.warning("%s; it is fetched anew", error)
                 path.unlink(missing_ok=True)
-        os.close(self._fetch(SAMPLES, record["bytes"], record["sha256"], path, lambda descriptor: None))
+        os.close(self._fetch(name, record["bytes"], record["sha256"], path, lambda descriptor: None))
         return copy.rows(shard)
 
     def expect(self, shard: ShardInfo) -> None:

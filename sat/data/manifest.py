@@ -2,13 +2,14 @@
 
     ROOT/manifest.json          sealed: kind, fingerprint, digest, sizes and sha256 of the files below
     ROOT/shards.parquet         one row per shard, sorted by (split, name)
-    ROOT/samples.parquet        one row group per shard, in the order of shards.parquet
+    ROOT/samples.parquet        one row group per shard, in the order of shards.parquet; from the 257th shard on
+                                samples-000001.parquet and so on, because a reader parses the whole footer of a table
     ROOT/statistics.safetensors features only: mean, std and scale per channel
     ROOT/SPLIT-000000.tar       plain WebDataset tar; a sample is its data member, then its .json member
 
-The surprising decision: opening costs nothing per sample. `shards.parquet` is hashed whole when it is opened and
-carries the digest of each shard's rows, so a row group of `samples.parquet` is checked when it is read, however long
-the table.
+The surprising decision: opening costs nothing per sample and 8 bytes per shard. `shards.parquet` is hashed whole when
+it is opened, but only the numbers of samples are kept; it carries the digest of each shard's rows, so a row group of
+`samples.parquet` is checked when it is read.
 """
 
 import hashlib
@@ -18,6 +19,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 from typing import BinaryIO
 
 import fsspec
@@ -33,6 +35,11 @@ logger = logging.getLogger(__name__)
 SCHEMA = 1
 MANIFEST, SAMPLES, SHARDS, STATISTICS = "manifest.json", "samples.parquet", "shards.parquet", "statistics.safetensors"
 TAR_BLOCK = 512
+SHARDS_PER_TABLE = 256
+"""Row groups of each table of samples, whose footer then takes 5 ms and 2 MB. Another number needs another SCHEMA."""
+SHARDS_PER_GROUP = 1000
+"""Rows of each row group of shards.parquet, decoded together when one of them is needed."""
+KEPT_GROUPS = 64
 NPY_HEADER = 128
 """Bytes of the npy header before a grid: the payload of a feature sample begins at offset + TAR_BLOCK + NPY_HEADER."""
 
@@ -80,30 +87,56 @@ class ShardInfo:
 
 
 class ShardTable(Sequence[ShardInfo]):
-    """The rows of `shards.parquet`, made into `ShardInfo` one at a time: a million shards stay a few arrays."""
+    """The rows of `shards.parquet`: samples and splits in memory, the rest decoded by the row group when asked for.
 
-    def __init__(self, table: pa.Table):
-        self.table = table
+    A folder's table was hashed before and is not checked again: a wrong name, size or digest fails where it is used.
+    """
+
+    def __init__(self, root: str, blob: bytes = b""):
+        """blob: the bytes of the table; without them it is read from the folder `root`."""
+        self.root, self.blob = root, blob
+        self._groups: dict[int, pa.Table] = {}
+        self._metadata = None
+        self._metadata = self._parquet(lambda table: table.metadata)
+        self.samples, self._splits = self._parquet(_samples_and_splits)
+        """Samples of each shard, int64 [number of shards]; indices of the shards of each split."""
+
+    def __reduce__(self):
+        return ShardTable, (self.root, self.blob)
 
     @property
-    def samples(self) -> np.ndarray:
-        """Samples of each shard, int64 [number of shards]."""
-        return self.table["samples"].to_numpy()
+    def splits(self) -> list[str]:
+        """Names of the splits, in the order of the shards."""
+        return list(self._splits)
 
     def of_split(self, split: str) -> range:
         """Indices of the shards of one split; empty when there is none."""
-        found = np.flatnonzero(pc.equal(self.table["split"], split).to_numpy())
-        return range(int(found[0]), int(found[-1]) + 1) if len(found) else range(0)
+        return self._splits.get(split, range(0))
 
     def __len__(self) -> int:
-        return self.table.num_rows
+        return len(self.samples)
 
     def __getitem__(self, index: int) -> ShardInfo:
-        row = {name: self.table[name][index].as_py() for name in SHARDS_SCHEMA.names}
-        return ShardInfo(**{**row, "sha256": row["sha256"].hex(), "rows_sha256": row["rows_sha256"].hex()})
+        number, row = divmod(range(len(self))[index], self._metadata.row_group(0).num_rows)
+        group = self._groups.get(number)
+        if group is None:
+            group = self._parquet(lambda table: table.read_row_group(number, use_threads=False))
+            if len(self._groups) >= KEPT_GROUPS:
+                self._groups.pop(next(iter(self._groups)))
+            self._groups[number] = group
+        values = {name: group[name][row].as_py() for name in SHARDS_SCHEMA.names}
+        return ShardInfo(**{**values, "sha256": values["sha256"].hex(), "rows_sha256": values["rows_sha256"].hex()})
 
     def __iter__(self) -> Iterator[ShardInfo]:
         return (self[index] for index in range(len(self)))
+
+    def _parquet(self, read: Callable[[pq.ParquetFile], Result]) -> Result:
+        def attempt() -> Result:
+            with pa.BufferReader(self.blob) if self.blob else open_file(self.root, SHARDS) as file:
+                # no pre_buffer, and never use_threads: their threads can abort a short process at its end
+                return read(pq.ParquetFile(file, metadata=self._metadata, pre_buffer=False))
+
+        return _retrying(self.root, SHARDS, attempt)
 
 
 @dataclass(frozen=True)
@@ -128,31 +161,30 @@ class Manifest:
     @property
     def splits(self) -> dict[str, int]:
         """Samples of each split."""
-        counts, ranges = self.shards.samples, {}
-        for name in sorted(pc.unique(self.shards.table["split"]).to_pylist()):
-            ranges[name] = self.shards.of_split(name)
-        return {name: int(counts[shards.start : shards.stop].sum()) for name, shards in ranges.items()}
+        ranges = {name: self.shards.of_split(name) for name in sorted(self.shards.splits)}
+        return {name: int(self.shards.samples[r.start : r.stop].sum()) for name, r in ranges.items()}
 
     def rows(self, shard_index: int) -> pa.Table:
         """Rows of one shard, columns as in `SAMPLES_SCHEMA`, in the order of the tar; checked against their digest.
 
         Raises ValueError naming the shard when the rows are not those that were written.
         """
-        shard = self.shards[shard_index]
+        shard, (name, group) = self.shards[shard_index], place_of_rows(shard_index)
         try:
-            metadata = _parquet_metadata(self.root, self.files[SAMPLES]["sha256"])
-            with open_file(self.root, SAMPLES) as file:
+            metadata = _parquet_metadata(self.root, name, self.files[name]["sha256"])
+            with open_file(self.root, name) as file:
                 rows = pq.ParquetFile(file, metadata=metadata, pre_buffer=False).read_row_group(
-                    shard_index, use_threads=False
+                    group, use_threads=False
                 )
             damaged = rows.schema != SAMPLES_SCHEMA or rows_digest(rows).hex() != shard.rows_sha256
-        except (pa.ArrowException, OSError, ValueError, IndexError) as error:
-            _parquet_metadata.cache_clear()  # the footer may be what is damaged
-            raise ValueError(f"{self.root}/{SAMPLES}: the rows of {shard.name} cannot be read: {error}") from error
+        except (pa.ArrowException, OSError, ValueError, LookupError) as error:
+            if not io_error(error):
+                _parquet_metadata.cache_clear()  # the footer may be what is damaged
+            raise ValueError(f"{self.root}/{name}: the rows of {shard.name} cannot be read: {error}") from error
         if damaged:
             _parquet_metadata.cache_clear()
             raise ValueError(
-                f"{self.root}/{SAMPLES}: the rows of {shard.name} are not those that were written; "
+                f"{self.root}/{name}: the rows of {shard.name} are not those that were written; "
                 "run preprocessing.verify_shards with --repair"
             )
         return rows
@@ -164,10 +196,10 @@ def load_manifest(root: str | os.PathLike) -> Manifest:
     Raises ValueError when there is no `manifest.json` (not a finished data set) or when a file of the contract is
     damaged.
     """
-    root = os.fspath(root).rstrip("/")
+    root = os.fspath(root).rstrip("/").removeprefix("file://")
     check_root(root)
     try:
-        document = _read_checked(root, MANIFEST, unseal)
+        document = _retrying(root, MANIFEST, lambda: unseal(read_file(root, MANIFEST)))
     except FileNotFoundError:
         raise ValueError(f"{root}: not a finished data set (no {MANIFEST}); finish its preprocessing first") from None
     except Damaged as error:
@@ -176,14 +208,7 @@ def load_manifest(root: str | os.PathLike) -> Manifest:
         ) from None
     if document["schema"] != SCHEMA:
         raise ValueError(f"{root}/{MANIFEST}: schema {document['schema']}, this program reads {SCHEMA}")
-    blob = _read_recorded(root, SHARDS, document["files"])
-    # not pq.read_table, and no pre_buffer: their threads can abort a short process at its end
-    shards = ShardTable(pq.ParquetFile(pa.BufferReader(blob), pre_buffer=False).read(use_threads=False))
-    size = file_size(root, SAMPLES)
-    if size != document["files"][SAMPLES]["bytes"]:
-        raise ValueError(f"{root}/{SAMPLES}: {size} bytes, {document['files'][SAMPLES]['bytes']} were written")
-    digest = dataset_digest(document["kind"], document["fingerprint"], shards.table)
-    assert digest == document["digest"], f"{root}: the digest was computed in another way when it was written"
+    shards = ShardTable(root, _read_recorded(root, SHARDS, document["files"], keep="://" in root))
     fields = {name: document[name] for name in ("kind", "fingerprint", "digest", "files", "left_out")}
     return Manifest(root=root, shards=shards, **fields)
 
@@ -201,13 +226,14 @@ def load_statistics(manifest: Manifest) -> dict[str, np.ndarray]:
 
 
 def check_files(manifest: Manifest) -> None:
-    """Compare the size of every shard with the manifest; ValueError naming those that are missing or cut."""
+    """Compare the size of every table and shard with the manifest; ValueError naming those that are missing or cut."""
     faults = []
-    for shard in manifest.shards:
-        size = file_size(manifest.root, shard.name)
-        if size != shard.bytes:
+    tables = ((name, record["bytes"]) for name, record in sorted(manifest.files.items()))
+    for name, expected in chain(tables, ((shard.name, shard.bytes) for shard in manifest.shards)):
+        size = file_size(manifest.root, name)
+        if size != expected:
             found = "missing" if size is None else f"{size} bytes"
-            faults.append(f"{shard.name}: {found}, {shard.bytes} bytes were written")
+            faults.append(f"{name}: {found}, {expected} bytes were written")
     if faults:
         more = f" and {len(faults) - 5} more" if len(faults) > 5 else ""
         raise ValueError(
@@ -265,6 +291,12 @@ def dataset_digest(kind: str, fingerprint: dict, shards: pa.Table) -> str:
     return digest.hexdigest()
 
 
+def place_of_rows(shard_index: int) -> tuple[str, int]:
+    """Table and row group that hold the rows of a shard."""
+    table, group = divmod(shard_index, SHARDS_PER_TABLE)
+    return f"samples-{table:06d}.parquet" if table else SAMPLES, group
+
+
 def check_root(root: str) -> None:
     """ValueError for a URL that fsspec cannot open, and for one that some readers of shards would hand to a shell."""
     if root.startswith("pipe:"):
@@ -308,42 +340,55 @@ def _canonical(document: dict) -> bytes:
     return (json.dumps(document, sort_keys=True, indent=1, ensure_ascii=True, allow_nan=False) + "\n").encode()
 
 
-def _read_recorded(root: str, name: str, files: dict) -> bytes:
-    """A file whose sha256 stands in the manifest; ValueError when it is missing or another."""
+def _read_recorded(root: str, name: str, files: dict, keep: bool = True) -> bytes:
+    """A file whose sha256 stands in the manifest (none of it unless `keep`); ValueError if it is missing or another."""
 
-    def check(blob: bytes) -> bytes:
-        if hashlib.sha256(blob).hexdigest() != files[name]["sha256"]:
+    def read() -> bytes:
+        with open_file(root, name) as file:
+            blob = file.read() if keep else b""
+            digest = hashlib.sha256(blob) if keep else hashlib.file_digest(file, "sha256")
+        if digest.hexdigest() != files[name]["sha256"]:
             raise Damaged(
                 f"{root}/{name}: not the bytes that were written; run preprocessing.verify_shards with --repair"
             )
         return blob
 
     try:
-        return _read_checked(root, name, check)
+        return _retrying(root, name, read)
     except FileNotFoundError:
         raise ValueError(f"{root}/{name} is missing; run preprocessing.verify_shards with --repair") from None
 
 
-def _read_checked(root: str, name: str, check: Callable[[bytes], Result]) -> Result:
-    """`check` of the bytes of ROOT/NAME, which raises Damaged for other bytes than were written."""
-    try:
-        return _retrying(root, name, lambda: check(read_file(root, name)))
-    except StillFailing as error:
-        raise error.__cause__ if isinstance(error.__cause__, Damaged) else error
-
-
 def _retrying(root: str, name: str, operation: Callable[[], Result]) -> Result:
+    """Result of reading ROOT/NAME. Damage over a network is tried again too; in the end it is still Damaged."""
+
     def is_transient(error: Exception) -> object:
         return (isinstance(error, Damaged) or remote_error(error)) if "://" in root else io_error(error)
 
     def report() -> None:
         logger.warning("%s/%s: reading failed and is tried again", root, name)
 
-    return retrying(operation, f"{root}/{name}", report, is_transient)
+    try:
+        return retrying(operation, f"{root}/{name}", report, is_transient)
+    except StillFailing as error:
+        raise error.__cause__ if isinstance(error.__cause__, Damaged) else error
+
+
+def _samples_and_splits(table: pq.ParquetFile) -> tuple[np.ndarray, dict[str, range]]:
+    """Samples of each shard, and the indices of each split's shards; the column of the splits is never held whole."""
+    samples, splits, done = np.empty(table.metadata.num_rows, dtype=np.int64), {}, 0
+    for group in range(table.num_row_groups):
+        rows = table.read_row_group(group, ["split", "samples"], use_threads=False)
+        samples[done : done + rows.num_rows] = rows["samples"].combine_chunks().to_numpy()
+        for each in rows["split"].value_counts().to_pylist():
+            begin = splits[each["values"]].start if each["values"] in splits else done
+            done += each["counts"]
+            splits[each["values"]] = range(begin, done)
+    return samples, splits
 
 
 @lru_cache(maxsize=16)
-def _parquet_metadata(root: str, sha256: str) -> pq.FileMetaData:
-    """Footer of samples.parquet, parsed once per process; the digest in the key tells rewritten tables apart."""
-    with open_file(root, SAMPLES) as file:
+def _parquet_metadata(root: str, name: str, sha256: str) -> pq.FileMetaData:
+    """Footer of a table of samples, kept for a while; the digest in the key tells rewritten tables apart."""
+    with open_file(root, name) as file:
         return pq.read_metadata(file)
