@@ -173,6 +173,22 @@ def test_bf16_loss_and_gradients_err_no_more_than_plain_bf16_code(preset, attent
     assert_no_worse(ours, errors(way, preset, attention, plain_in_bf16))
 
 
+@ways
+@all_attentions
+@both_presets
+@torch.no_grad()
+def test_state_logits_and_attention_are_float32_where_matrix_products_are_bf16(preset, attention, way):
+    model = captioner(preset, attention, 0).eval()
+    model = model.bfloat16() if way == "bf16 weights" else model
+    with autocast("cpu", way):
+        memory = model.encode(batch(0)[0])
+        first = model.init_state(memory)
+        logits, state, alpha = model.step(memory, first, torch.full((6, 1), 7))
+    assert memory.grid.dtype == memory.projection.dtype == torch.bfloat16
+    assert {x.dtype for x in (*first, *state, logits, alpha)} == {torch.float32}
+    assert all((x != x.bfloat16()).any() for x in state)  # not rounded on the way either
+
+
 def test_bf16_weights_leave_the_feature_statistics_in_float32():
     model = make_model(torch.float32)
     mean = model.feature_mean.clone()

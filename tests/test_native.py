@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +15,15 @@ from sat.model.recurrence import Weights, recur
 
 needs_compiler = pytest.mark.skipif(native.library()[0] is None, reason=f"no native kernels: {native.library()[1]}")
 KERNELS = [pytest.param(torch_kernels, id="pytorch"), pytest.param(native, id="native", marks=needs_compiler)]
+OLD_AMD, NEW_AMD = {"AuthenticAMD", "avx2"}, {"AuthenticAMD", "avx2", "avx512f"}
 LENGTHS = torch.tensor([[3, 1, 4], [0, 0, 0], [2, 2, 0], [1, 0, 3]])
+
+
+@pytest.fixture(autouse=True)
+def the_route_of_fp32_products_is_restored():
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    yield
+    torch.backends.mkldnn.matmul.fp32_precision = before
 
 
 def make_packing(lengths=LENGTHS):
@@ -176,3 +185,72 @@ def test_fp32_products_stay_exact_whatever_route_was_chosen():
     kernels.speed_up("never", "cpu")
     a, b = torch.randn(33, 2048), torch.randn(2048, 65)
     assert ((a @ b) - a.double() @ b.double()).norm() < 4e-6 * (a.double() @ b.double()).norm()
+
+
+@pytest.mark.parametrize(
+    "flags", [NEW_AMD | {"amx_tile", "amx_bf16"}, OLD_AMD, {"GenuineIntel", "avx512f"}, set()],
+    ids=["AMX", "no AVX-512", "Intel", "unknown"],
+)  # fmt: skip
+def test_fp32_products_keep_their_route_on_cpus_that_might_round_or_gain_nothing(flags, monkeypatch):
+    monkeypatch.setattr(kernels, "_cpu_flags", lambda: flags)
+    monkeypatch.setattr(kernels, "_product_error", lambda: pytest.fail("tried the other route"))
+    torch.backends.mkldnn.matmul.fp32_precision = "ieee"
+    assert kernels.speed_up("never", "cpu").endswith("; fp32 products by torch's default library")
+    assert torch.backends.mkldnn.matmul.fp32_precision == "ieee"
+
+
+@pytest.mark.parametrize("before", ["none", "ieee"])
+@pytest.mark.parametrize(
+    "error, after, line",
+    [
+        (3e-7, "bf16", "oneDNN (full precision: relative error 3e-07)"),
+        (2e-3, None, "torch's default library (oneDNN would round: relative error 2e-03)"),
+        (float("nan"), None, "torch's default library (oneDNN would round: relative error nan)"),
+    ],
+)
+def test_fp32_products_go_to_onednn_only_where_it_was_seen_to_be_exact(before, error, after, line, monkeypatch):
+    routes = []
+
+    def product_error():
+        routes.append(torch.backends.mkldnn.matmul.fp32_precision)
+        return error
+
+    monkeypatch.setattr(kernels, "_cpu_flags", lambda: NEW_AMD)
+    monkeypatch.setattr(kernels, "_product_error", product_error)
+    torch.backends.mkldnn.matmul.fp32_precision = before
+    assert kernels.speed_up("never", "cpu").endswith(f"; fp32 products by {line}")
+    assert routes == ["bf16"]  # it was measured on the route it judges
+    assert torch.backends.mkldnn.matmul.fp32_precision == (after or before)
+
+
+def test_the_error_of_products_tells_bf16_rounding_from_fp32(monkeypatch):
+    torch.backends.mkldnn.matmul.fp32_precision = "ieee"
+    assert kernels._product_error() < kernels.EXACT
+
+    def rounded(a, b):
+        return torch.mm(a.bfloat16().float(), b.bfloat16().float()) if a.dtype == torch.float32 else torch.mm(a, b)
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", rounded)
+    assert kernels._product_error() > 100 * kernels.EXACT
+
+
+@needs_compiler
+def test_a_library_that_cannot_be_loaded_is_built_anew(monkeypatch, tmp_path):
+    whole = native.library()[1].partition(", built in ")[0]
+    compiler = tmp_path / "c++"  # it only copies: `-o FILE` comes last
+    compiler.write_text(f'#!/bin/sh\nfor last; do :; done\n[ "$last" = --version ] || cp "{whole}" "$last"\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    native.library.cache_clear()
+    try:
+        path = Path(native.library()[1].partition(", built in ")[0])
+    finally:
+        native.library.cache_clear()
+    assert path.is_relative_to(tmp_path)
+    path.unlink()  # a file in use must not be written to
+    path.write_text("<html>not a library</html>")
+    program = "from sat.model import native; print(native.library())"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
+    assert "<CDLL" in done.stdout and f"{path}, built in " in done.stdout
+    assert path.read_bytes() == Path(whole).read_bytes()
