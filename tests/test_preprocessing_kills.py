@@ -1,0 +1,125 @@
+"""Preprocessing that is killed at random, races with itself or fills the disk: images and features end as undisturbed."""
+
+import math
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+
+from preprocessing.verify import verify
+from tests.helpers_shards import REPOSITORY, make_coco, run_program, snapshot
+from tests.slurm_cluster import poll
+from tests.test_extract_features import OPTIONS, make_images, random_weights
+
+pytestmark = pytest.mark.faults
+
+KILLS, KILLS_PER_FOLDER = 50, 5
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    root = tmp_path_factory.mktemp("made")
+    make_coco(root / "coco")
+    make_images(root / "coco", root / "images", shard_size=2)
+    random_weights(root / "weights.safetensors")
+    return root
+
+
+@contextmanager
+def killer(kind: str, root: Path) -> Iterator[Callable[[Path, float], tuple[int, float]]]:
+    """A function (out, seconds) -> (exit code, seconds taken) that runs the job and kills it after that time."""
+    command = [sys.executable, "-m", "tests.killed_worker", kind, str(root)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}  # faster for pictures so small, and the same bytes everywhere
+    with subprocess.Popen(command, cwd=REPOSITORY, env=one_thread, **pipes) as worker:
+
+        def run(out: Path, seconds: float) -> tuple[int, float]:
+            worker.stdin.write(f"{out} {seconds}\n")
+            worker.stdin.flush()
+            code, taken = worker.stdout.readline().split()
+            return int(code), float(taken)
+
+        yield run
+        worker.stdin.close()
+
+
+@pytest.mark.parametrize("kind", ["images", "features"])
+def test_killed_at_fifty_random_moments_and_run_again_the_bytes_are_those_of_an_undisturbed_run(made, tmp_path, kind):
+    generator, hits = random.Random(4), 0
+    with killer(kind, made) as run:
+        assert run(tmp_path / "first", math.inf)[0] == 0
+        code, seconds = run(tmp_path / "undisturbed", math.inf)
+        assert code == 0
+        for number in range(KILLS):
+            out = tmp_path / f"out-{number // KILLS_PER_FOLDER}"
+            code, _ = run(out, generator.uniform(0.1, 0.6) * seconds)
+            hits += code == -signal.SIGKILL and (out / "work").exists() and not (out / "manifest.json").exists()
+            if number % KILLS_PER_FOLDER == KILLS_PER_FOLDER - 1:
+                assert run(out, math.inf)[0] == 0
+                assert snapshot(out) == snapshot(tmp_path / "undisturbed")
+    report = verify(out)
+    assert not report.faults and not report.foreign
+    assert hits >= 0.6 * KILLS, f"only {hits} of {KILLS} kills hit the job at work; it takes {seconds:.2f} s"
+
+
+def never_ending(path: Path) -> None:
+    """Put a pipe in the place of a file: who reads it waits until it is killed."""
+    path.unlink()
+    os.mkfifo(path)
+
+
+@pytest.mark.parametrize("kind", ["images", "features"])
+def test_worker_processes_do_not_outlive_their_killed_parent(tmp_path, kind):
+    make_coco(tmp_path / "coco", {"train": 4})
+    sources = [f"--annotations=train={tmp_path}/coco/annotations/captions_train.json", f"--images={tmp_path}/coco/images"]
+    program, options = "shard_images", [*sources, "--shard-size=2", "--num-workers=2"]
+    files = (tmp_path / "coco" / "images").rglob("*.jpg")
+    if kind == "features":
+        make_images(tmp_path / "coco", tmp_path / "images", shard_size=2)
+        weights = random_weights(tmp_path / "weights.safetensors")
+        program, options = "extract_features", [f"--images={tmp_path}/images", f"--weights={weights}", *OPTIONS]
+        options, files = [*options, "--num-workers=2"], (tmp_path / "images").glob("*.tar")
+    options.append(f"--out={tmp_path}/out")
+    run_program(program, *options, "--step=plan")
+    for path in list(files):
+        never_ending(path)
+    command = [sys.executable, "-m", f"preprocessing.{program}", *map(str, options), "--step=shards"]
+    parent = subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.DEVNULL)
+    children = []
+    try:
+        poll(lambda: len(list((tmp_path / "out" / "work").glob("*.claim"))) == 2, 60, "two shards under way")
+        children = psutil.Process(parent.pid).children(recursive=True)
+        assert len(children) >= 2
+    finally:
+        parent.kill()
+        parent.wait()
+        _, alive = psutil.wait_procs(children, timeout=10)
+        for child in alive:
+            child.kill()
+    assert not alive
+
+
+def extraction(made: Path, out: Path) -> list[str]:
+    options = [f"--images={made}/images", f"--weights={made}/weights.safetensors", *map(str, OPTIONS), f"--out={out}"]
+    return [sys.executable, "-m", "preprocessing.extract_features", *options]
+
+
+def test_extractions_at_once_and_on_a_full_disk_end_as_an_undisturbed_one(made, tmp_path):
+    environment = {"cwd": REPOSITORY, "env": os.environ | {"OMP_NUM_THREADS": "1"}, "text": True}
+    assert subprocess.run(extraction(made, tmp_path / "once"), **environment, timeout=120).returncode == 0
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))  # noqa: E731
+    out = tmp_path / "out"
+    done = subprocess.run(extraction(made, out), **environment, stderr=subprocess.PIPE, preexec_fn=limit, timeout=120)
+    assert done.returncode == 1 and "error: " in done.stderr and "Traceback" not in done.stderr
+    assert not list(out.glob("*.tar")) and not [p for p in (out / "work").iterdir() if p.suffix in (".claim", ".tmp")]
+    runs = [subprocess.Popen(extraction(made, out), **environment) for _ in range(2)]
+    assert [run.wait(timeout=120) for run in runs] == [0, 0]
+    assert snapshot(out) == snapshot(tmp_path / "once")
