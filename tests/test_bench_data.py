@@ -5,6 +5,7 @@ import json
 import pytest
 
 from sat.bench import features, loader, plan
+from sat.data.manifest import load_manifest
 
 
 def test_the_plan_of_a_billion_samples_is_quick_small_and_balanced(tmp_path):
@@ -13,15 +14,24 @@ def test_the_plan_of_a_billion_samples_is_quick_small_and_balanced(tmp_path):
     assert (row["samples"], row["shards"], row["ranks"], row["workers"]) == (10**9, 10**6, 1024, 8)
     assert row["peak_mb"] < 200
     assert row["rows_apart"] <= 1
-    # The time is bounded loosely: it is a fraction of a second, but the machine may be busy with other tests.
-    assert row["seconds_to_first_batch"] < 20 and row["seconds_to_resume"] < 20
+    # Of the process itself, imports included: the machine may be busy with other tests.
+    assert row["cpu_seconds"] < 2
 
 
-def test_the_plan_does_not_cost_more_memory_than_its_two_numbers_per_shard():
-    small, large = (
-        plan.plan_in_new_process(shards * 1000, shards, 1024, 8, 0, 0, 0, 65535)["peak_mb"] for shards in (100, 10**6)
-    )
-    assert large - small < 100
+def test_the_plan_does_not_cost_more_memory_than_a_few_numbers_per_shard(tmp_path):
+    peaks = []
+    for shards in (100, 10**6):
+        plan.write_manifest(tmp_path, 1000 * shards, shards)
+        peaks.append(plan.plan_in_new_process(tmp_path, 1024, 0, 0, 0, 65535)["peak_mb"])
+    assert peaks[1] - peaks[0] < 100
+
+
+def test_the_data_set_of_the_plans_benchmark_opens_as_any_does(tmp_path):
+    plan.write_manifest(tmp_path, 10_000, 7)
+    manifest = load_manifest(tmp_path)
+    assert manifest.splits == {"train": sum(shard.samples for shard in manifest.shards)}
+    assert [shard.name for shard in manifest.shards] == [f"train-{number:06d}.tar" for number in range(7)]
+    assert set(manifest.files) == {"samples.parquet", "shards.parquet"}
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")

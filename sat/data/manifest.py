@@ -387,7 +387,7 @@ def _samples_and_splits(table: pq.ParquetFile) -> tuple[np.ndarray, dict[str, ra
     return samples, splits
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=8)
 def _parquet_metadata(root: str, name: str, sha256: str) -> pq.FileMetaData:
     """Footer of a table of samples, kept for a while; the digest in the key tells rewritten tables apart."""
     with open_file(root, name) as file:

@@ -88,7 +88,8 @@ def make_layout(shard_samples: Sequence[int] | np.ndarray, run_length: int) -> L
         raise ValueError(f"run_length is {run_length}; it must be at least 1")
     counts = np.asarray(shard_samples, dtype=np.int64)
     rest = counts % run_length
-    return Layout(run_length, np.cumsum(counts - rest), np.cumsum(rest))
+    whole = counts - rest
+    return Layout(run_length, np.cumsum(whole, out=whole), np.cumsum(rest, out=rest))
 
 
 def locate(layout: Layout, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
