@@ -50,6 +50,8 @@ def library() -> tuple[ctypes.CDLL | None, str]:
         result = subprocess.run(command, capture_output=True, text=True, timeout=300)
         if result.returncode:
             return None, f"{' '.join(command)} failed: {result.stderr.strip()[-500:]}"
+        with open(partial, "rb") as file:
+            os.fsync(file.fileno())  # loading a library that a crash cut short would kill the process
         os.replace(partial, path)
         return ctypes.CDLL(str(path)), f"{path}, built in {time.perf_counter() - begin:.0f} s"
     except (OSError, subprocess.SubprocessError) as error:
