@@ -29,6 +29,12 @@ def manifest(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def extra(tmp_path_factory):
+    """A second source, some of whose images have the names of the first one's."""
+    return make_feature_dataset(tmp_path_factory.mktemp("extra"), {"train": 4, "test": 2}, name="extra")
+
+
+@pytest.fixture(scope="module")
 def tokenizer():
     return build_tokenizer([c for i in range(SAMPLES) for c in self_describing_captions("train", i)], 1)
 
@@ -76,23 +82,32 @@ def test_global_batches_are_the_same_for_any_ranks_and_accumulation(batches_of, 
 
 @pytest.mark.faults
 @pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker")
+@pytest.mark.parametrize("global_batch", [1, 8, 10])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 5])
-def test_the_number_of_workers_changes_nothing(batches_of, world_size):
+def test_the_number_of_workers_changes_nothing(batches_of, world_size, global_batch):
     for rank in range(world_size):
-        settings = {"rank": rank, "world_size": world_size, "accumulation_steps": 2, "global_batch": 10}
-        expected = batches_of(**settings)
+        accumulation = 1 + rank % 3
+        settings = {"world_size": world_size, "accumulation_steps": accumulation, "global_batch": global_batch}
+        expected = batches_of(rank=rank, **settings)
         for workers in (1, 2, 3):
-            assert_equal(batches_of(num_workers=workers, **settings), expected)
+            assert_equal(batches_of(rank=rank, num_workers=workers, **settings), expected)
 
 
 @pytest.mark.faults
-def test_resume_after_any_step_with_another_world_yields_the_remaining_batches(batches_of):
-    whole = global_batches(batches_of, 1, epoch=3)
+@pytest.mark.parametrize("global_batch", [5, 8])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_resume_after_any_step_with_another_world_yields_the_remaining_batches(
+    manifest, extra, tokenizer, mixed, global_batch
+):
+    sources = [(manifest, 1.0), (extra, 0.5)] if mixed else [(manifest, 1.0)]
+    batches_of = partial(_batches, sources, tokenizer, epoch=3, global_batch=global_batch)
+    whole, samples = global_batches(batches_of, 1), SAMPLES + (round(0.5 * SAMPLES) if mixed else 0)
+    assert sum(map(len, whole.values())) == samples
     for step in range(len(whole) + 1):
-        for world_size, accumulation in ((1, 1), (2, 1), (3, 2)):
-            done = min(step * 8, SAMPLES)
-            rest = global_batches(batches_of, world_size, epoch=3, done=done, accumulation_steps=accumulation)
-            assert rest == {s: ids for s, ids in whole.items() if s >= step}
+        done = min(step * global_batch, samples)
+        for world_size, accumulation, workers in ((1, 1, 0), (2, 1, 1), (3, 2, 0), (5, 3, 0), (1, 2, 2)):
+            settings = {"done": done, "accumulation_steps": accumulation, "num_workers": workers}
+            assert global_batches(batches_of, world_size, **settings) == {s: i for s, i in whole.items() if s >= step}
 
 
 def test_the_cursor_value_of_each_batch_resumes_behind_it(batches_of):
@@ -178,8 +193,7 @@ def test_several_splits_are_one_training_set(batches_of):
     assert sorted(ids) == sorted([f"train-{i}" for i in range(SAMPLES)] + [f"restval-{i}" for i in range(5)])
 
 
-def test_a_mixture_gives_main_samples_once_and_extras_by_weight_for_any_world(manifest, tokenizer, tmp_path):
-    extra = make_feature_dataset(tmp_path, {"train": 4, "test": 2}, name="extra")
+def test_a_mixture_gives_main_samples_once_and_extras_by_weight_for_any_world(manifest, extra, tokenizer):
     sources = [(manifest, 1.0), (extra, 0.5)]
     expected = global_batches(partial(_batches, sources, tokenizer), 1)
     counts = Counter(i for ids in expected.values() for i in ids)

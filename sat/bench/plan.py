@@ -12,9 +12,12 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 CHILD = """
 import time
@@ -79,37 +82,34 @@ def run(
 
 def write_manifest(root: Path, samples: int, shards: int) -> None:
     """What finalizing writes of a data set of this size, without the samples: its manifest and the table of shards."""
-    import numpy as np
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from sat.data.manifest import (
-        MANIFEST,
-        SCHEMA,
-        SHARDS,
-        SHARDS_PER_GROUP,
-        SHARDS_SCHEMA,
-        dataset_digest,
-        place_of_rows,
-        seal,
-    )
+    from sat.data.manifest import MANIFEST, SCHEMA, SHARDS, SHARDS_PER_GROUP, dataset_digest, place_of_rows, seal
 
-    random = np.random.default_rng(1)
-    digests = [pa.py_buffer(random.bytes(32 * shards)) for _ in range(2)]
-    counts = np.full(shards, samples // shards, dtype=np.int64)
-    counts[: shards // 2 * 2 : 2] += 3
-    counts[1::2] -= 3  # ragged, so that the runs at the shards' ends are short
-    names, splits = [f"train-{number:06d}.tar" for number in range(shards)], ["train"] * shards
-    sums = [pa.FixedSizeBinaryArray.from_buffers(pa.binary(32), shards, [None, digest]) for digest in digests]
-    sizes = counts * 201_216 + random.integers(0, 1 << 20, shards)
-    table = pa.table([names, splits, counts, sizes, *sums], SHARDS_SCHEMA)
+    table = shard_table(samples, shards)
     pq.write_table(table, root / SHARDS, SHARDS_PER_GROUP, compression="zstd", write_statistics=False)
     blob = (root / SHARDS).read_bytes()
     files = {place_of_rows(shard)[0]: {"bytes": 0, "sha256": "0" * 64} for shard in range(shards)}
     files[SHARDS] = {"bytes": len(blob), "sha256": hashlib.sha256(blob).hexdigest()}
     document = {"schema": SCHEMA, "kind": "features", "fingerprint": {}, "files": files, "left_out": {}}
-    document["digest"] = dataset_digest("features", {}, table)
-    (root / MANIFEST).write_bytes(seal(document))
+    (root / MANIFEST).write_bytes(seal(document | {"digest": dataset_digest("features", {}, table)}))
+
+
+def shard_table(samples: int, shards: int) -> "pa.Table":
+    """Shards of features whose digests nothing can compress, as real ones."""
+    import numpy as np
+    import pyarrow as pa
+
+    from sat.data.manifest import SHARDS_SCHEMA
+
+    random = np.random.default_rng(1)
+    counts = np.full(shards, samples // shards, dtype=np.int64)
+    counts[: shards // 2 * 2 : 2] += 3
+    counts[1::2] -= 3  # ragged, so that the runs at the shards' ends are short
+    names, sizes = [f"train-{number:06d}.tar" for number in range(shards)], counts * 201_216
+    blobs = [pa.py_buffer(random.bytes(32 * shards)) for _ in range(2)]
+    digests = [pa.FixedSizeBinaryArray.from_buffers(pa.binary(32), shards, [None, blob]) for blob in blobs]
+    return pa.table([names, ["train"] * shards, counts, sizes, *digests], SHARDS_SCHEMA)
 
 
 def plan_in_new_process(root: str | Path, *numbers: int) -> dict:
