@@ -17,6 +17,7 @@ import pytest
 import torch
 from helpers_shards import make_feature_dataset, self_describing_captions
 
+from preprocessing import finalize
 from sat.data import cache, retry
 from sat.data import manifest as manifest_module
 from sat.data.cache import FolderStore, RemoteStore, make_store
@@ -251,6 +252,17 @@ def test_a_copy_that_the_disk_damaged_is_fetched_once_more(root, serve, epoch, t
     assert path.read_bytes() == whole
     assert server.gets[f"/{name}"] == before[f"/{name}"] + 1
     assert {server.gets[f"/{shard.name}"] for shard in shards_of(root) if shard.name != name} == {1}
+
+
+def test_of_several_tables_of_samples_each_is_fetched_once_when_it_is_needed(serve, epoch, tmp_path, monkeypatch):
+    for module in (finalize, manifest_module):
+        monkeypatch.setattr(module, "SHARDS_PER_TABLE", 2)
+    folder = tmp_path / "features"
+    make_feature_dataset(folder, {"train": 30, "val": 3}, shard_size=5)
+    server = serve(folder=folder)
+    assert_same(epoch(server.url, tmp_path / "cache"), epoch(folder))
+    names = ["samples.parquet", "samples-000001.parquet", "samples-000002.parquet", "samples-000003.parquet"]
+    assert [server.gets[f"/{name}"] for name in names] == [1, 1, 1, 0], "the last one is of the other split"
 
 
 @pytest.mark.faults
