@@ -1,6 +1,6 @@
-"""Runs one preprocessing job again and again in forked processes and kills them, so that fifty kills cost no fifty imports.
+"""Runs one preprocessing job in forked processes and kills them, so that fifty kills do not cost fifty imports.
 
-    python -m tests.killed_worker images|features ROOT     with lines OUT SECONDS on standard input; `inf`: let it finish
+    python -m tests.killed_worker images|features ROOT    with lines OUT SECONDS on standard input; inf: let it finish
 
 The answer to each line is `EXIT_CODE SECONDS`.
 """

@@ -271,10 +271,11 @@ def assert_not(wrong: bool) -> None:
 
 def test_a_plan_that_is_replaced_is_synced_first(tmp_path, monkeypatch):
     publish_plan(Plan(tmp_path, "features", {"a": 1}, {"batch_size": 1}, ()))
-    synced, sync = [], shards.sync_file
-    monkeypatch.setattr(shards, "sync_file", lambda file: (synced.append(Path(file.name).name), sync(file)))
+    synced, replaced, replace = [], [], os.replace
+    monkeypatch.setattr(shards, "sync_file", lambda file: (file.flush(), synced.append(Path(file.name))))
+    monkeypatch.setattr(os, "replace", lambda old, new: (replaced.append(old), replace(old, new)))
     publish_plan(Plan(tmp_path, "features", {"a": 1}, {"batch_size": 2}, ()))
-    assert load_plan(tmp_path).settings == {"batch_size": 2} and synced[-1].startswith("plan.json.tmp-")
+    assert load_plan(tmp_path).settings == {"batch_size": 2} and len(replaced) == 1 and replaced[0] in synced
 
 
 def test_a_full_disk_ends_the_job_cleanly_and_a_later_run_goes_on(coco, undisturbed, tmp_path):

@@ -1,4 +1,4 @@
-"""Preprocessing that is killed at random, races with itself or fills the disk: images and features end as undisturbed."""
+"""Preprocessing that is killed at random, races with itself or fills the disk ends with the bytes of a quiet run."""
 
 import math
 import os
@@ -78,12 +78,13 @@ def never_ending(path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["images", "features"])
 def test_worker_processes_do_not_outlive_their_killed_parent(tmp_path, kind):
-    make_coco(tmp_path / "coco", {"train": 4})
-    sources = [f"--annotations=train={tmp_path}/coco/annotations/captions_train.json", f"--images={tmp_path}/coco/images"]
-    program, options = "shard_images", [*sources, "--shard-size=2", "--num-workers=2"]
-    files = (tmp_path / "coco" / "images").rglob("*.jpg")
+    coco = tmp_path / "coco"
+    make_coco(coco, {"train": 4})
+    options = [f"--annotations=train={coco}/annotations/captions_train.json", f"--images={coco}/images"]
+    program, options = "shard_images", [*options, "--shard-size=2", "--num-workers=2"]
+    files = (coco / "images").rglob("*.jpg")
     if kind == "features":
-        make_images(tmp_path / "coco", tmp_path / "images", shard_size=2)
+        make_images(coco, tmp_path / "images", shard_size=2)
         weights = random_weights(tmp_path / "weights.safetensors")
         program, options = "extract_features", [f"--images={tmp_path}/images", f"--weights={weights}", *OPTIONS]
         options, files = [*options, "--num-workers=2"], (tmp_path / "images").glob("*.tar")
