@@ -116,7 +116,6 @@ def write_shard(
     `extra()` is called after the last sample and stored in the sidecar. A shard whose samples are all left out has a
     sidecar and no tar. Raises OSError when the disk is full or returns other bytes than were written.
     """
-    remove_unfinished(root, shard, fingerprint)
     temporary = temporary_path(root, shard.name)
     try:
         with open(temporary, "wb") as file:
@@ -128,6 +127,7 @@ def write_shard(
             raise OSError(f"{root / shard.name}: reading it back gives other bytes than were written")
         size = size if rows else 0
         sidecar = make_sidecar(shard, fingerprint, size, digest, rows, [asdict(item) for item in left_out], extra())
+        remove_unfinished(root, shard, fingerprint)
         return _publish(root, shard, temporary, sidecar)
     except FileNotFoundError:  # our temporary file was swept: another worker was faster and the data set is published
         if not is_finished(root, shard, fingerprint):
@@ -146,7 +146,10 @@ def make_sidecar(
 
 
 def remove_unfinished(root: Path, shard: PlannedShard, fingerprint: str) -> None:
-    """Remove a sidecar that is damaged, of another fingerprint or without the tar it describes, and its tar."""
+    """Remove a sidecar that is damaged, of another fingerprint or without the tar it describes, and its tar.
+
+    Only once its successor is written: until then its sound samples may be all there is.
+    """
     if sidecar_path(root, shard).exists() and not is_finished(root, shard, fingerprint):
         sidecar_path(root, shard).unlink(missing_ok=True)
         (root / shard.name).unlink(missing_ok=True)

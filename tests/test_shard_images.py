@@ -203,6 +203,22 @@ def test_pictures_that_vanish_after_the_plan_end_the_job_and_their_return_lets_i
 
 
 @pytest.mark.faults
+def test_an_unfinished_shard_stays_until_its_successor_is_written(coco, shards, tmp_path):
+    pictures, out = shutil.copytree(coco / "images", tmp_path / "pictures"), tmp_path / "out"
+    main(**options(coco, out, images=pictures))
+    os.truncate(out / "train-000000.tar", 4096)
+    before = snapshot(out)
+    pictures.rename(tmp_path / "away")
+    pictures.mkdir()
+    with pytest.raises(FileNotFoundError, match="pictures/train/"):
+        main(out, step="shards", num_workers=1)
+    assert snapshot(out) == before
+    pictures.rmdir(), (tmp_path / "away").rename(pictures)
+    main(out, step="shards", num_workers=1)
+    assert (out / "train-000000.tar").read_bytes() == (shards / "train-000000.tar").read_bytes()
+
+
+@pytest.mark.faults
 def test_a_picture_that_changed_its_size_after_the_plan_ends_the_job(coco, tmp_path):
     pictures, out = shutil.copytree(coco / "images", tmp_path / "pictures"), tmp_path / "out"
     main(**options(coco, out, images=pictures, step="plan"))
