@@ -142,7 +142,8 @@ def main(
         )
     if step in (Step.ALL, Step.SHARDS):
         plan = load_plan(out)
-        print(f"{out}: {extract_stripe(plan, stripe=stripe, num_workers=num_workers, decode_threads=decode_threads).line()}")
+        summary = extract_stripe(plan, stripe=stripe, num_workers=num_workers, decode_threads=decode_threads)
+        print(f"{out}: {summary.line()}")
     if step == Step.FINALIZE or (step == Step.ALL and stripe == "0/1"):
         manifest = finalize_features(load_plan(out))
         print(f"{out}: data set {manifest.digest[:12]} of {manifest.splits}")

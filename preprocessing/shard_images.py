@@ -202,7 +202,10 @@ def main(
         )
     if step in (Step.ALL, Step.SHARDS):
         summary = shard_stripe(
-            load_plan(out), stripe=stripe, num_workers=num_workers or available_cores(), max_bad_fraction=max_bad_fraction
+            load_plan(out),
+            stripe=stripe,
+            num_workers=num_workers or available_cores(),
+            max_bad_fraction=max_bad_fraction,
         )
         print(f"{out}: {summary.line()}")
     if step == Step.FINALIZE or (step == Step.ALL and stripe == "0/1"):

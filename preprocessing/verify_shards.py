@@ -132,7 +132,9 @@ def main(
         Path | None, typer.Option(help="with --repair: where the pictures or image shards are now")
     ] = None,
     weights: Annotated[Path | None, typer.Option(help="with --repair: where the encoder weights are now")] = None,
-    num_workers: Annotated[int, typer.Option(min=0, help="hashing threads, and processes of a repair; 0: by cores")] = 0,
+    num_workers: Annotated[
+        int, typer.Option(min=0, help="hashing threads, and processes of a repair; 0: by cores")
+    ] = 0,
 ) -> None:
     """Check data sets against what was recorded; exit status 1 when a fault is left at the end."""
     left, num_workers = 0, num_workers or available_cores()
