@@ -213,6 +213,7 @@ def test_the_cache_never_holds_more_than_its_bound(root, serve, epoch, tmp_path)
                         total += path.stat().st_size if path.suffix in (".tar", ".part") else 0
                     except FileNotFoundError:  # a download that failed takes its part file away by itself
                         continue
+                fcntl.flock(lock, fcntl.LOCK_UN)  # workers forked meanwhile have the file open too
             sizes.append(total)
             time.sleep(0.001)
 

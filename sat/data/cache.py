@@ -11,7 +11,8 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from queue import SimpleQueue
@@ -197,8 +198,7 @@ class RemoteStore:
     def _make_room(self, need: int, descriptor: int) -> None:
         """Reserve `need` bytes for the open part file, evicting shards; waits while other downloads hold the room."""
         while True:
-            with open(self.folder / ".lock", "a") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)
+            with _locked(self.folder / ".lock"):
                 files = sorted(self._entries(), key=lambda entry: (entry[1].st_mtime_ns, entry[0].name))
                 used = sum(status.st_size for _, status in files)
                 for path, status in files:
@@ -274,11 +274,23 @@ def _is_at(descriptor: int, path: Path) -> bool:
         return False
 
 
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold the lock of a file. Freed by name: a process that was forked meanwhile has the file open too."""
+    with open(path, "a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            fcntl.flock(file, fcntl.LOCK_UN)
+
+
 def _is_abandoned(part: Path) -> bool:
     """Whether nobody downloads into this part file: its lock is free."""
     try:
         with open(part, "rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_UN)
     except (FileNotFoundError, BlockingIOError):
         return False
     return True
