@@ -34,7 +34,9 @@ tasks=$(submit ${TASK_OPTIONS:-} --array="0-$((stripes - 1))" --output="$program
 export PATH=$(printf %q "$PATH") # sites may start jobs without the environment they were submitted from
 $command --step shards --stripe \$SLURM_ARRAY_TASK_ID/$stripes
 status=\$?
-if ((status > 128 && \${SLURM_RESTART_COUNT:-0} < 2)); then scontrol requeue \${SLURM_ARRAY_JOB_ID}_\$SLURM_ARRAY_TASK_ID; fi
+if ((status > 128 && \${SLURM_RESTART_COUNT:-0} < 2)); then
+  scontrol requeue \${SLURM_ARRAY_JOB_ID}_\$SLURM_ARRAY_TASK_ID && sleep 60 # Slurm ends this life meanwhile
+fi
 exit \$status
 JOB
 )

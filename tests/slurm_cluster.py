@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 NODES = ("node1", "node2")
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "scontrol", "setpriv")
 SEARCH_PATH = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
@@ -86,7 +88,9 @@ class Cluster:
         return fields
 
     def start_now(self, job_id: str) -> None:
-        """Let a re-queued job start at once; Slurm holds it back for two minutes otherwise."""
+        """Let a re-queued job start at once, when its first life is over; Slurm holds it back for two minutes."""
+        number = self.job(job_id)["JobId"]
+        poll(lambda: not stepd_of(number), 60, f"the first life of job {job_id} to end", self.logs)
         self.run("scontrol", "update", f"JobId={job_id}", "StartTime=now")
 
     def logs(self, lines: int = 15) -> str:
@@ -94,6 +98,12 @@ class Cluster:
         tails = (f"--- {path.name}\n" + "\n".join(path.read_text(errors="replace").splitlines()[-lines:]) for path in
                  sorted(self.folder.glob("*.log")))  # fmt: skip
         return "\n" + "\n".join(tails)
+
+
+def stepd_of(number: str) -> list[psutil.Process]:
+    """The daemons that watch over the steps of a job; they name themselves `slurmstepd: [NUMBER.STEP]`."""
+    words = ((each, " ".join(each.info["cmdline"] or ())) for each in psutil.process_iter(["cmdline"]))
+    return [each for each, line in words if line.startswith(f"slurmstepd: [{number}.")]
 
 
 def poll(probe: Callable[[], Any], timeout: float, what: str, context: Callable[[], str] = str) -> Any:
