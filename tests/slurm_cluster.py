@@ -91,6 +91,7 @@ class Cluster:
         """Let a re-queued job start at once, when its first life is over; Slurm holds it back for two minutes."""
         number = self.job(job_id)["JobId"]
         poll(lambda: not stepd_of(number), 60, f"the first life of job {job_id} to end", self.logs)
+        time.sleep(2)  # slurmd refuses a start in the very second in which it revoked the first life's credential
         self.run("scontrol", "update", f"JobId={job_id}", "StartTime=now")
 
     def logs(self, lines: int = 15) -> str:
