@@ -1,7 +1,9 @@
 """Fix, before any work, which samples go into which shard, so that every worker on every machine agrees.
 
-    ROOT/work/plan.json               sealed: kind, fingerprint, settings, shards, what was left out
-    ROOT/work/plan-DIGEST.parquet     the samples of each shard, one row group per shard; no rows for feature shards
+Below the data set's folder:
+
+    work/plan.json               sealed: kind, fingerprint, settings, shards, what was left out
+    work/plan-DIGEST.parquet     the samples of each shard, one row group per shard; no rows for feature shards
 
 The surprising decision: a folder keeps its first plan. Running again with the same inputs and settings reuses it, other
 ones are refused (or start from nothing with `overwrite`), so a folder never holds shards of two plans.

@@ -1,9 +1,11 @@
 """Write one shard so that it appears whole or not at all, whoever is killed and however many workers try at once.
 
-    ROOT/SPLIT-000000.tar          the shard
-    ROOT/work/SPLIT-000000.json    its sidecar: digests, rows and what was left out; a shard without one does not exist
-    ROOT/work/SPLIT-000000.claim   who is working on it; saves work only, nothing breaks when it lies
-    ROOT/work/lock                 held by whoever plans or finalizes
+Below the data set's folder:
+
+    SPLIT-000000.tar          the shard
+    work/SPLIT-000000.json    its sidecar: digests, rows and what was left out; a shard without one does not exist
+    work/SPLIT-000000.claim   who is working on it; saves work only, nothing breaks when it lies
+    work/lock                 held by whoever plans or finalizes
 
 A tar is written under a temporary name, flushed, synced, read back and hashed, then linked to its name; the sidecar is
 linked last. The surprising decision: links, not renames, publish both: a link fails when the name exists, so of two

@@ -82,14 +82,6 @@ class Encoder(nn.Module):
         """The residual blocks of one kept stage."""
         return getattr(self, f"layer{stage}")
 
-    def stage_parameters(self, stage: int) -> list[nn.Parameter]:
-        """Parameters of one kept stage that are open for training."""
-        return [parameter for parameter in self.stage_module(stage).parameters() if parameter.requires_grad]
-
-    def trainable_parameters(self) -> list[nn.Parameter]:
-        """All parameters open for training, stem first: what the optimizer gets."""
-        return [parameter for parameter in self.parameters() if parameter.requires_grad]
-
     def open_for_training(
         self, stages: Sequence[int], freeze_batchnorm: bool = True, checkpointing: bool = False
     ) -> "Encoder":
