@@ -91,7 +91,9 @@ def pretraining_loss(scores: Tensor, crops: LabelledCrops) -> Tensor:
     labels = torch.from_numpy(crops.labels).to(scores.device)
     losses = {
         name: F.cross_entropy(part, labels[:, index])
-        for index, (name, part) in enumerate(zip(CLASSES, scores.split([len(c) for c in CLASSES.values()], dim=1), strict=True))
+        for index, (name, part) in enumerate(
+            zip(CLASSES, scores.split([len(c) for c in CLASSES.values()], dim=1), strict=True)
+        )
     }
     return sum(loss * (WEIGHT_OF_GROUND if name == "background" else 1) for name, loss in losses.items())
 

@@ -12,19 +12,38 @@ from random import Random
 from preprocessing.scenes import BACKGROUNDS, COLOURS, SHAPES, SIZE, SIZES, Scene, SceneObject
 
 SYNONYMS = {
-    "circle": ("disc",), "square": ("box",), "triangle": (), "star": (), "ring": ("hoop",), "cross": ("plus",),
-    "heart": (), "moon": ("crescent",), "large": ("big",), "small": ("tiny",), "purple": ("violet",),
-    "cyan": ("turquoise",), "background": ("backdrop", "surface"), "picture": ("image",), "there is": ("we see",),
-    "left of": ("to the left of",), "right of": ("to the right of",), "above": ("over",), "below": ("under",),
-    "in a row": ("side by side",), "in a column": ("one above the other",),
-    "in the top left corner": ("in the upper left corner",), "in the top right corner": ("in the upper right corner",),
+    "circle": ("disc",),
+    "square": ("box",),
+    "triangle": (),
+    "star": (),
+    "ring": ("hoop",),
+    "cross": ("plus",),
+    "heart": (),
+    "moon": ("crescent",),
+    "large": ("big",),
+    "small": ("tiny",),
+    "purple": ("violet",),
+    "cyan": ("turquoise",),
+    "background": ("backdrop", "surface"),
+    "picture": ("image",),
+    "there is": ("we see",),
+    "left of": ("to the left of",),
+    "right of": ("to the right of",),
+    "above": ("over",),
+    "below": ("under",),
+    "in a row": ("side by side",),
+    "in a column": ("one above the other",),
+    "in the top left corner": ("in the upper left corner",),
+    "in the top right corner": ("in the upper right corner",),
     "in the bottom left corner": ("in the lower left corner",),
     "in the bottom right corner": ("in the lower right corner",),
-    "at the top": ("near the top edge",), "at the bottom": ("near the bottom edge",),
+    "at the top": ("near the top edge",),
+    "at the bottom": ("near the bottom edge",),
     "in the center": ("in the middle",),
-    "on the left side": ("near the left edge",), "on the right side": ("near the right edge",),
+    "on the left side": ("near the left edge",),
+    "on the right side": ("near the right edge",),
     "shapes": ("objects",),
-}  # fmt: skip
+}
 """Other ways to say each term; the term itself is the usual one."""
 USUAL = 0.65
 """Probability of the usual word where there are others."""
@@ -38,26 +57,36 @@ NUMBERS = {"two": 2, "three": 3}
 
 SENTENCES = {
     ("single", 1): (
-        ("{a} {place} on a {ground}", 0.55), ("{there is} {a} {place}", 0.15), ("a {ground} with {a} {place}", 0.15),
+        ("{a} {place} on a {ground}", 0.55),
+        ("{there is} {a} {place}", 0.15),
+        ("a {ground} with {a} {place}", 0.15),
         ("the {picture} shows {a} {place}", 0.15),
     ),
     ("row", 2): (
-        ("{a} {left of} {b} on a {ground}", 0.5), ("{b} {right of} {a} on a {ground}", 0.2),
-        ("{a} and {b} {in a row} on a {ground}", 0.15), ("{there is} {a} {left of} {b}", 0.15),
+        ("{a} {left of} {b} on a {ground}", 0.5),
+        ("{b} {right of} {a} on a {ground}", 0.2),
+        ("{a} and {b} {in a row} on a {ground}", 0.15),
+        ("{there is} {a} {left of} {b}", 0.15),
     ),
     ("column", 2): (
-        ("{a} {above} {b} on a {ground}", 0.5), ("{b} {below} {a} on a {ground}", 0.2),
-        ("{a} and {b} {in a column} on a {ground}", 0.15), ("{there is} {a} {above} {b}", 0.15),
+        ("{a} {above} {b} on a {ground}", 0.5),
+        ("{b} {below} {a} on a {ground}", 0.2),
+        ("{a} and {b} {in a column} on a {ground}", 0.15),
+        ("{there is} {a} {above} {b}", 0.15),
     ),
     ("row", 3): (
-        ("{a} {b} and {c} {in a row}", 0.5), ("{a} {b} and {c} {in a row} on a {ground}", 0.2),
-        ("{a} {left of} {b} and {c}", 0.15), ("three {shapes} {in a row} {a} {b} and {c}", 0.15),
+        ("{a} {b} and {c} {in a row}", 0.5),
+        ("{a} {b} and {c} {in a row} on a {ground}", 0.2),
+        ("{a} {left of} {b} and {c}", 0.15),
+        ("three {shapes} {in a row} {a} {b} and {c}", 0.15),
     ),
     ("column", 3): (
-        ("{a} {b} and {c} {in a column}", 0.5), ("{a} {b} and {c} {in a column} on a {ground}", 0.2),
-        ("{a} {above} {b} and {c}", 0.15), ("three {shapes} {in a column} {a} {b} and {c}", 0.15),
+        ("{a} {b} and {c} {in a column}", 0.5),
+        ("{a} {b} and {c} {in a column} on a {ground}", 0.2),
+        ("{a} {above} {b} and {c}", 0.15),
+        ("three {shapes} {in a column} {a} {b} and {c}", 0.15),
     ),
-}  # fmt: skip
+}
 """Sentences and their odds per layout and number of objects; a, b, c are the objects in reading order."""
 
 
@@ -115,9 +144,11 @@ _NOUN = re.compile(rf"(?:({'|'.join(SIZES)}) )?(?:({'|'.join(COLOURS)}) )?({'|'.
 _GROUND = re.compile(rf"({'|'.join(BACKGROUNDS)}) background\b")
 _NUMBER = re.compile(rf"({'|'.join(NUMBERS)}) shapes\b")
 _RELATIONS = {
-    "left_of": lambda a, b: a.x < b.x, "right_of": lambda a, b: a.x > b.x,
-    "above": lambda a, b: a.y < b.y, "below": lambda a, b: a.y > b.y,
-}  # fmt: skip
+    "left_of": lambda a, b: a.x < b.x,
+    "right_of": lambda a, b: a.x > b.x,
+    "above": lambda a, b: a.y < b.y,
+    "below": lambda a, b: a.y > b.y,
+}
 
 
 def check_claims(caption: str, scene: Scene) -> list[Claim]:

@@ -65,9 +65,15 @@ def sample_object(rng: Random, x: float, y: float, colours: Sequence[str] = COLO
     hue = (HUES[colour] + rng.uniform(-6, 6)) / 360 % 1
     rgb = colorsys.hsv_to_rgb(hue, rng.uniform(0.8, 0.95), rng.uniform(0.85, 1.0))
     return SceneObject(
-        shape=rng.choice(SHAPES), colour=colour, size=size, x=x, y=y, radius=rng.uniform(*RADII[size]),
-        angle=rng.uniform(-0.2, 0.2), rgb=tuple(round(255 * channel) for channel in rgb),
-    )  # fmt: skip
+        shape=rng.choice(SHAPES),
+        colour=colour,
+        size=size,
+        x=x,
+        y=y,
+        radius=rng.uniform(*RADII[size]),
+        angle=rng.uniform(-0.2, 0.2),
+        rgb=tuple(round(255 * channel) for channel in rgb),
+    )
 
 
 def compose(rng: Random, objects: Sequence[SceneObject], layout: str) -> Scene:

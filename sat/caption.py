@@ -12,9 +12,9 @@ import torch
 import typer
 from PIL import Image
 
-from sat.attention_plot import plot_attention
 from preprocessing.images import BadPicture, fit
 from preprocessing.images import decode as decode_file
+from sat.attention_plot import plot_attention
 from sat.decoding import DecodeOptions, Hypothesis, decode
 from sat.evaluate import best_folder
 from sat.export import TrainedModel, load_model

@@ -35,7 +35,9 @@ def save(folder: Path, step: int, runtime: Runtime, write: Callable[[Path], None
     if errors:
         if runtime.is_main:
             shutil.rmtree(temporary, ignore_errors=True)
-            warnings.warn(f"checkpoint of step {step} was NOT saved ({'; '.join(errors)}); the older one stays", stacklevel=2)
+            warnings.warn(
+                f"checkpoint of step {step} was NOT saved ({'; '.join(errors)}); the older one stays", stacklevel=2
+            )
         return False
     if runtime.is_main:
         _prune(folder, max(keep, 2))
@@ -54,7 +56,9 @@ def latest(folder: Path) -> Path | None:
             return path
         warnings.warn(f"checkpoint {path} is passed over: {reason}", stacklevel=2)
     if found:
-        raise ValueError(f"all {len(found)} checkpoints in {folder} are damaged; restore one, or remove the folder to start afresh")
+        raise ValueError(
+            f"all {len(found)} checkpoints in {folder} are damaged; restore one, or remove the folder to start afresh"
+        )
     return None
 
 

@@ -15,14 +15,26 @@ from omegaconf.errors import OmegaConfBaseException
 
 PRESETS = {
     "paper": dict(
-        state_init="mlp", score="tanh", gate="scalar", output="deep", first_input="zero", penalty="sum",
-        penalty_weight=1.0, weight_init="normal",
+        state_init="mlp",
+        score="tanh",
+        gate="scalar",
+        output="deep",
+        first_input="zero",
+        penalty="sum",
+        penalty_weight=1.0,
+        weight_init="normal",
     ),
     "tutorial": dict(
-        state_init="linear", score="relu", gate="vector", output="linear", first_input="start", penalty="mean",
-        penalty_weight=1.0, weight_init="uniform",
+        state_init="linear",
+        score="relu",
+        gate="vector",
+        output="linear",
+        first_input="start",
+        penalty="mean",
+        penalty_weight=1.0,
+        weight_init="uniform",
     ),
-}  # fmt: skip
+}
 """The columns of the table of differences between the paper and the popular re-implementation."""
 
 CHOICES = {
@@ -215,11 +227,25 @@ class Config:
 
 
 POSITIVE = {
-    "data.captions_per_image", "data.max_caption_length", "data.run_length", "data.cache_gb", "model.embedding_dim",
-    "model.lstm_dim", "model.attention_dim", "encoder.learning_rate", "train.epochs", "train.global_batch",
-    "train.accumulation_steps", "train.learning_rate", "train.clip_norm", "train.keep_checkpoints", "train.log_every",
-    "eval.beam_size", "eval.max_length", "eval.batch_size",
-}  # fmt: skip
+    "data.captions_per_image",
+    "data.max_caption_length",
+    "data.run_length",
+    "data.cache_gb",
+    "model.embedding_dim",
+    "model.lstm_dim",
+    "model.attention_dim",
+    "encoder.learning_rate",
+    "train.epochs",
+    "train.global_batch",
+    "train.accumulation_steps",
+    "train.learning_rate",
+    "train.clip_norm",
+    "train.keep_checkpoints",
+    "train.log_every",
+    "eval.beam_size",
+    "eval.max_length",
+    "eval.batch_size",
+}
 BELOW_ONE = {"model.dropout", "model.label_smoothing", "train.ema"}
 
 
@@ -334,17 +360,25 @@ def _check(config: Config) -> None:
         if key in BELOW_ONE and value >= 1:
             raise ValueError(f"{key} is {value}; it must be below 1")
     if not 0 <= config.model.scheduled_sampling <= 1:
-        raise ValueError(f"model.scheduled_sampling is {config.model.scheduled_sampling}; it is a probability, at most 1")
+        raise ValueError(
+            f"model.scheduled_sampling is {config.model.scheduled_sampling}; it is a probability, at most 1"
+        )
     if config.encoder.train and not config.encoder.weights:
-        raise ValueError("encoder.train needs encoder.weights, a ResNet-50 safetensors file (preprocessing.fetch_weights)")
+        raise ValueError(
+            "encoder.train needs encoder.weights, a ResNet-50 safetensors file (preprocessing.fetch_weights)"
+        )
     if config.encoder.image_size % 32 or not config.encoder.image_size:
-        raise ValueError(f"encoder.image_size is {config.encoder.image_size}; it must be a multiple of 32, e.g. 224 or 448")
+        raise ValueError(
+            f"encoder.image_size is {config.encoder.image_size}; it must be a multiple of 32, e.g. 224 or 448"
+        )
     if bad := [stage for stage in config.encoder.open_stages if stage not in (1, 2, 3, 4)]:
         raise ValueError(f"encoder.open_stages holds {bad}; a ResNet-50 has the stages 1, 2, 3, 4")
     if not config.data.train_splits:
         raise ValueError("data.train_splits is empty; name at least one split, e.g. [train]")
     if overlap := [split for split in config.data.train_splits if split == config.data.eval_split]:
-        raise ValueError(f"data.eval_split {overlap[0]!r} is also in data.train_splits; score on a split that is not learnt")
+        raise ValueError(
+            f"data.eval_split {overlap[0]!r} is also in data.train_splits; score on a split that is not learnt"
+        )
     if any(not source.features or source.weight <= 0 for source in config.data.extra):
         raise ValueError("each entry of data.extra needs `features` (a folder) and a `weight` above 0")
     per_pass = config.train.global_batch // config.train.accumulation_steps
@@ -355,4 +389,6 @@ def _check(config: Config) -> None:
         )
     known = {"BLEU", "METEOR", "ROUGE-L", "CIDEr"}
     if "CIDEr" not in config.eval.metrics or not set(config.eval.metrics) <= known:
-        raise ValueError(f"eval.metrics is {config.eval.metrics}; use CIDEr (it picks the best model) and any of {sorted(known)}")
+        raise ValueError(
+            f"eval.metrics is {config.eval.metrics}; use CIDEr (it picks the best model) and any of {sorted(known)}"
+        )

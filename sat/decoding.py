@@ -148,7 +148,9 @@ def _check(models: list, grid: Tensor, options: DecodeOptions, image_ids: Sequen
     if any(model.training for model in models):
         raise ValueError("a model is in training mode, dropout would change its captions; call model.eval() first")
     if grid.dim() not in (3, 4):
-        raise ValueError(f"grid must be [B, L, D], or pictures [B, 3, S, S] for EndToEnd; got shape {tuple(grid.shape)}")
+        raise ValueError(
+            f"grid must be [B, L, D], or pictures [B, 3, S, S] for EndToEnd; got shape {tuple(grid.shape)}"
+        )
     if options.method == "sample" and (image_ids is None or len(image_ids) != len(grid)):
         count = "none" if image_ids is None else len(image_ids)
         raise ValueError(f"sampling is seeded by image: image_ids must name the {len(grid)} images, got {count}")

@@ -103,7 +103,9 @@ def decode_split(
     return results
 
 
-def baselines(captions: dict[str, str], references: dict[str, list[str]], training_captions: list[str]) -> dict[str, dict[str, str]]:
+def baselines(
+    captions: dict[str, str], references: dict[str, list[str]], training_captions: list[str]
+) -> dict[str, dict[str, str]]:
     """Captions that do not see the picture: `blind` (shuffled features) and `most_frequent` (of the training captions)."""
     ids = sorted(captions)
     if len(ids) < 2:
@@ -117,12 +119,16 @@ def baselines(captions: dict[str, str], references: dict[str, list[str]], traini
 
 
 def main(
-    run: Annotated[Path, typer.Argument(help="run folder (its best model is taken) or a folder with model.safetensors")],
+    run: Annotated[
+        Path, typer.Argument(help="run folder (its best model is taken) or a folder with model.safetensors")
+    ],
     split: Annotated[str, typer.Option(help="split to score")] = "test",
     features: Annotated[str, typer.Option(help="feature folder or URL; default: the one trained on")] = "",
     beam_size: Annotated[int, typer.Option(help="beams per image; default: the run's setting")] = 0,
     with_baselines: Annotated[bool, typer.Option("--baselines", help="score the two blind baselines too")] = False,
-    also: Annotated[list[Path] | None, typer.Option("--ensemble", help="further run folders, averaged word by word")] = None,
+    also: Annotated[
+        list[Path] | None, typer.Option("--ensemble", help="further run folders, averaged word by word")
+    ] = None,
 ) -> None:
     """Score a trained model; writes RUN/evaluation-SPLIT.json and RUN/captions-SPLIT.json.
 
@@ -137,7 +143,9 @@ def main(
     for model in trained:
         refuse_unfit(model, manifest)
         if model.tokenizer.digest != trained[0].tokenizer.digest:
-            raise ValueError(f"the ensemble's models have different vocabularies ({run} and {also}); they cannot vote on words")
+            raise ValueError(
+                f"the ensemble's models have different vocabularies ({run} and {also}); they cannot vote on words"
+            )
     runtime = start(config.train.precision if torch.cuda.is_available() or config.train.precision != "fp16" else "bf16")
     kernels = speed_up(config.train.compile, runtime.device)
     if runtime.is_main:
@@ -149,7 +157,9 @@ def main(
         scores = {"model": result.scores}
         if with_baselines:
             references = read_references(manifest, split)
-            training = [c for name in config.data.train_splits for cs in read_references(manifest, name).values() for c in cs]
+            training = [
+                c for name in config.data.train_splits for cs in read_references(manifest, name).values() for c in cs
+            ]
             for name, captions in baselines(result.captions, references, training).items():
                 scores[name] = score(references, captions, tuple(config.eval.metrics))
         write_report(run, split, config, trained[0].step, result, scores)

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 from sat import config as settings
 from sat.data.manifest import Manifest
@@ -37,7 +36,9 @@ class TrainedModel:
     step: int
 
 
-def build_captioner(model: settings.ModelConfig, *, vocab_size: int, feature_dim: int, grid_size: int, compile: str) -> Captioner:
+def build_captioner(
+    model: settings.ModelConfig, *, vocab_size: int, feature_dim: int, grid_size: int, compile: str
+) -> Captioner:
     """The captioner of these settings, freshly initialised from torch's default generator."""
     not_the_models = {"preset", "word_vectors", "tune_word_vectors", "scheduled_sampling"}
     numbers = {k: v for k, v in dataclasses.asdict(model).items() if k not in not_the_models}
@@ -45,13 +46,19 @@ def build_captioner(model: settings.ModelConfig, *, vocab_size: int, feature_dim
 
 
 def save_model(
-    folder: Path, state: dict[str, torch.Tensor], tokenizer: CaptionTokenizer, config: settings.Config, features: dict, step: int
+    folder: Path,
+    state: dict[str, torch.Tensor],
+    tokenizer: CaptionTokenizer,
+    config: settings.Config,
+    features: dict,
+    step: int,
 ) -> None:
     """Write the three files into a new folder and swap it with `folder`, so that a reader never sees a mix."""
     temporary = folder.with_name(f"{folder.name}.tmp-{uuid.uuid4().hex[:8]}")
     temporary.mkdir(parents=True)
     weights = {
-        name: (value.float() if value.is_floating_point() else value).contiguous().cpu().clone() for name, value in state.items()
+        name: (value.float() if value.is_floating_point() else value).contiguous().cpu().clone()
+        for name, value in state.items()
     }
     save_file(weights, temporary / FILES[0])
     about = {"format": 1, "step": step, "features": features, "config": settings.to_dict(config)}
@@ -70,7 +77,9 @@ def load_model(folder: Path, device: torch.device | str = "cpu") -> TrainedModel
     """Read what `save_model` wrote, in eval mode. Raises ValueError naming the missing or unfit file."""
     for name in FILES:
         if not (folder / name).is_file():
-            raise ValueError(f"{folder} is not a trained model: {name} is missing; train one, or give the run's `best` folder")
+            raise ValueError(
+                f"{folder} is not a trained model: {name} is missing; train one, or give the run's `best` folder"
+            )
     about = json.loads((folder / FILES[1]).read_text())
     config = settings.from_dict(about["config"])
     tokenizer = CaptionTokenizer.load(folder / FILES[2])

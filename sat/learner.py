@@ -44,7 +44,9 @@ class Learner:
 
     def set_learning_rate(self, step: int) -> float:
         """Set the rate of every group for `step`; returns the captioner's. A pure function of the step."""
-        factor = learning_rate(step, peak=1.0, warmup_steps=self.config.train.warmup_steps, total_steps=self.total_steps)
+        factor = learning_rate(
+            step, peak=1.0, warmup_steps=self.config.train.warmup_steps, total_steps=self.total_steps
+        )
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor
         return self.config.train.learning_rate * factor
@@ -92,7 +94,9 @@ def build_model(config: settings.Config, data: TrainingData, runtime: Runtime) -
     if config.encoder.train:
         encoder = load_encoder(config.encoder.weights)
         statistics = feature_statistics(encoder, _some_pictures(config, data))
-        encoder.open_for_training(config.encoder.open_stages, config.encoder.freeze_batchnorm, config.encoder.checkpointing)
+        encoder.open_for_training(
+            config.encoder.open_stages, config.encoder.freeze_batchnorm, config.encoder.checkpointing
+        )
     else:
         statistics = load_statistics(data.main)
     captioner = build_captioner(
@@ -103,7 +107,11 @@ def build_model(config: settings.Config, data: TrainingData, runtime: Runtime) -
         compile=config.train.compile,
     )
     with torch.no_grad():
-        for name, buffer in (("mean", captioner.feature_mean), ("std", captioner.feature_std), ("scale", captioner.feature_scale)):
+        for name, buffer in (
+            ("mean", captioner.feature_mean),
+            ("std", captioner.feature_std),
+            ("scale", captioner.feature_scale),
+        ):
             buffer.copy_(torch.as_tensor(statistics[name]))
     if config.model.word_vectors:
         vectors = config.model.word_vectors
@@ -151,7 +159,9 @@ def check_resumable(saved: dict, current: dict) -> None:
 
     Raises ValueError with both values of each such setting.
     """
-    differing = [f"{k}: the checkpoint has {saved.get(k)!r}, now {current[k]!r}" for k in current if saved.get(k) != current[k]]
+    differing = [
+        f"{k}: the checkpoint has {saved.get(k)!r}, now {current[k]!r}" for k in current if saved.get(k) != current[k]
+    ]
     if differing:
         raise ValueError(
             "the run folder's checkpoint belongs to another training (" + "; ".join(differing) + "); "

@@ -76,7 +76,7 @@ def score(
             without_java = [metric for metric in wanted if metric != "METEOR"]
             results = _run_children(without_java if TOKENIZER in reasons else wanted, folder, deadline, reasons)
     except OSError as error:  # no room, no processes: no reason to lose a training
-        reasons |= {metric: f"could not be started: {error}" for metric in wanted}
+        reasons |= dict.fromkeys(wanted, f"could not be started: {error}")
     if TOKENIZER in reasons and "METEOR" in wanted:
         reasons["METEOR"] = f"needs Java: {reasons[TOKENIZER]}"
     values = {}
@@ -187,9 +187,12 @@ def _run_children(names: Sequence[str], folder: Path, deadline: float, reasons: 
             with open(folder / f"{name}.err", "wb") as errors:
                 children[name] = subprocess.Popen(
                     [sys.executable, "-P", "-m", "sat.metrics", name, str(folder)],
-                    stdin=subprocess.PIPE, stdout=errors, stderr=errors, env=_environment(folder),
+                    stdin=subprocess.PIPE,
+                    stdout=errors,
+                    stderr=errors,
+                    env=_environment(folder),
                     start_new_session=True,
-                )  # fmt: skip
+                )
         for name, child in children.items():
             try:
                 child.wait(max(0.0, deadline - time.monotonic()))

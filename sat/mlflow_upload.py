@@ -308,7 +308,7 @@ def main() -> None:
             print(f"{sync(folder)} points and artifacts sent")
         except Exception as error:
             raise SystemExit(f"error: {_reason(error)}") from None
-        return
+        return None
     while os.getppid() == arguments.parent:  # the uploader of the run's previous life may be at its last words
         with _run_lock(folder) as mine:
             if mine:

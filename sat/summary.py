@@ -20,7 +20,9 @@ def main(
     """Print the scores of RUN/evaluation-SPLIT.json as a table; writes RUN/summary.json."""
     path = run / f"evaluation-{split}.json"
     if not path.is_file():
-        raise SystemExit(f"error: {path} is missing; run `python -m sat.evaluate {run} --split {split} --baselines` first")
+        raise SystemExit(
+            f"error: {path} is missing; run `python -m sat.evaluate {run} --split {split} --baselines` first"
+        )
     report = json.loads(path.read_text())
     write_json(run / "summary.json", {"minutes": round(minutes, 2), "scores": report["scores"]})
     print(f"{report['images']} held-out images of split {split!r}, beam {report['beam_size']}")

@@ -51,7 +51,9 @@ def train(config: settings.Config, runtime: Runtime) -> Progress:
     progress = resume(config, data, learner, runtime)
     run = open_run(config, runtime, progress.step)
     finished = progress.step == data.total_steps or out_of_patience(config, progress)
-    with tqdm(total=data.total_steps, initial=progress.step, desc="train", unit="step", disable=not runtime.is_main) as bar:
+    with tqdm(
+        total=data.total_steps, initial=progress.step, desc="train", unit="step", disable=not runtime.is_main
+    ) as bar:
         meter = Meter()
         for step_batches in () if finished else steps_from(config, data, progress.cursor, runtime, meter):
             stop = take_step(config, learner, step_batches, progress.step, run, meter)
@@ -107,7 +109,11 @@ def steps_from(
 def take_step(config, learner: Learner, batches: list[CaptionBatch], step: int, run: Run, meter: Meter) -> bool:
     """One optimizer step over `batches`. All ranks enter. Returns whether any rank was asked to stop."""
     runtime = run.runtime
-    local = [sum(int(batch.tokens) for batch in batches), sum(int(batch.caption_count) for batch in batches), run.stop_wanted()]
+    local = [
+        sum(int(batch.tokens) for batch in batches),
+        sum(int(batch.caption_count) for batch in batches),
+        run.stop_wanted(),
+    ]
     tokens, captions, stop = runtime.sum_over_ranks(local)
     torch.manual_seed(derive_key(config.train.seed, step, runtime.rank) >> 1)
     rate = learner.set_learning_rate(step)
@@ -153,8 +159,20 @@ def resume(config: settings.Config, data: TrainingData, learner: Learner, runtim
 def identity(config: settings.Config, data: TrainingData, runtime: Runtime) -> dict:
     """The settings that make a training what it is. Others (workers, ranks, evaluation) may change between its lives."""
     values = settings.flatten(config)
-    free = {"train.run_dir", "train.epochs", "train.log_every", "train.eval_every", "train.save_every", "train.keep_checkpoints",
-            "train.patience", "train.compile", "train.accumulation_steps", "data.features", "data.tokenizer", "data.extra"}  # fmt: skip
+    free = {
+        "train.run_dir",
+        "train.epochs",
+        "train.log_every",
+        "train.eval_every",
+        "train.save_every",
+        "train.keep_checkpoints",
+        "train.patience",
+        "train.compile",
+        "train.accumulation_steps",
+        "data.features",
+        "data.tokenizer",
+        "data.extra",
+    }
     kept = {k: v for k, v in values.items() if k.split(".")[0] in ("train", "model", "encoder") and k not in free}
     kept["data.captions_per_image"], kept["data.run_length"] = config.data.captions_per_image, config.data.run_length
     kept["features"] = [[manifest.digest, weight] for manifest, weight in data.sources]
@@ -191,7 +209,9 @@ def log_step(step: int, learner: Learner, meter: Meter, run: Run, bar: tqdm) -> 
         )
 
 
-def score_and_keep_best(config: settings.Config, data: TrainingData, learner: Learner, progress: Progress, run: Run) -> Progress:
+def score_and_keep_best(
+    config: settings.Config, data: TrainingData, learner: Learner, progress: Progress, run: Run
+) -> Progress:
     """Score the evaluation split by free-running decoding; export the model when its CIDEr is the best yet. All ranks enter."""
     model = learner.evaluated.eval()
     split = config.data.eval_split
@@ -205,7 +225,9 @@ def score_and_keep_best(config: settings.Config, data: TrainingData, learner: Le
     better = cider > progress.best_cider
 
     def keep() -> None:
-        tqdm.write(f"step {progress.step}: " + ", ".join(f"{name} {value:.4f}" for name, value in sorted(scores.items())))
+        tqdm.write(
+            f"step {progress.step}: " + ", ".join(f"{name} {value:.4f}" for name, value in sorted(scores.items()))
+        )
         captions = run.folder / "captions" / f"step-{progress.step:08d}.json"
         write_captions(captions, result)
         run.keep_artifact(captions, "captions")
@@ -220,7 +242,9 @@ def score_and_keep_best(config: settings.Config, data: TrainingData, learner: Le
 
 def write_captions(path: Path, result: Evaluation) -> None:
     path.parent.mkdir(exist_ok=True)
-    checkpoint.write_json(path, [{"image_id": image_id, "caption": caption} for image_id, caption in result.captions.items()])
+    checkpoint.write_json(
+        path, [{"image_id": image_id, "caption": caption} for image_id, caption in result.captions.items()]
+    )
 
 
 def out_of_patience(config: settings.Config, progress: Progress) -> bool:
@@ -234,7 +258,9 @@ def main(arguments: list[str]) -> None:
     config = settings.load(arguments[0], arguments[1:])
     status = read_status(Path(config.train.run_dir))
     if status.get("state") == "finished":
-        print(f"{config.train.run_dir} is finished: best CIDEr {status['best_cider']:.4f} at step {status['best_step']}")
+        print(
+            f"{config.train.run_dir} is finished: best CIDEr {status['best_cider']:.4f} at step {status['best_step']}"
+        )
         return
     runtime = start(config.train.precision)
     kernels = speed_up(config.train.compile, runtime.device)

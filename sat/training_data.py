@@ -6,10 +6,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from preprocessing.images import decode, fit
 from sat import config as settings
 from sat.data.loader import steps_per_epoch
 from sat.data.manifest import Manifest, load_manifest
-from preprocessing.images import decode, fit
 from sat.export import end_to_end_features, refuse_other_features
 from sat.model.encoder import weights_digest
 from sat.text import CaptionTokenizer
@@ -41,7 +41,9 @@ def open_data(config: settings.Config) -> TrainingData:
     main = load_manifest(config.data.features)
     wanted = "images" if config.encoder.train else "features"
     if main.kind != wanted:
-        raise ValueError(f"data.features {main.root} holds {main.kind}; with encoder.train={config.encoder.train} it must hold {wanted}")
+        raise ValueError(
+            f"data.features {main.root} holds {main.kind}; with encoder.train={config.encoder.train} it must hold {wanted}"
+        )
     for split in [*config.data.train_splits, config.data.eval_split]:
         if not main.splits.get(split):
             raise ValueError(f"{main.root} has no split {split!r}; it has {main.splits}")
@@ -53,7 +55,9 @@ def open_data(config: settings.Config) -> TrainingData:
     per_epoch = steps_per_epoch(sources, config.data.train_splits, config.train.global_batch)
     total_steps = per_epoch * config.train.epochs
     if config.train.warmup_steps >= total_steps:
-        raise ValueError(f"train.warmup_steps {config.train.warmup_steps} must be below the {total_steps} steps of this training")
+        raise ValueError(
+            f"train.warmup_steps {config.train.warmup_steps} must be below the {total_steps} steps of this training"
+        )
     eval_every = config.train.eval_every or per_epoch
     return TrainingData(
         sources=sources,
@@ -82,4 +86,8 @@ def decode_picture(data: bytes, size: int) -> Tensor:
 
 
 def _features(config: settings.Config, main: Manifest) -> dict:
-    return end_to_end_features(config, weights_digest(config.encoder.weights)) if config.encoder.train else main.fingerprint
+    return (
+        end_to_end_features(config, weights_digest(config.encoder.weights))
+        if config.encoder.train
+        else main.fingerprint
+    )

@@ -24,7 +24,9 @@ class Coverage:
     """Words without a vector, in the vocabulary's order."""
 
     def __str__(self) -> str:
-        some = f"; without: {', '.join(self.missing[:8])}{' ...' if len(self.missing) > 8 else ''}" if self.missing else ""
+        some = (
+            f"; without: {', '.join(self.missing[:8])}{' ...' if len(self.missing) > 8 else ''}" if self.missing else ""
+        )
         return f"word vectors for {self.found} of {self.words} words ({self.found / max(self.words, 1):.1%}){some}"
 
 
@@ -44,7 +46,9 @@ def load_word_vectors(path: str | Path, tokenizer: CaptionTokenizer, embedding: 
     specials = [index for index, word in enumerate(tokenizer.words) if word.startswith("<") and word.endswith(">")]
     known[specials] = False
     if not known.any():
-        raise ValueError(f"{path} has a vector for none of the {len(ids)} words of the vocabulary; is it lower case, and text?")
+        raise ValueError(
+            f"{path} has a vector for none of the {len(ids)} words of the vocabulary; is it lower case, and text?"
+        )
     missing = torch.ones(len(rows), dtype=torch.bool) & ~known
     missing[specials] = False
     mean, std = rows[known].mean(0), rows[known].std(0, unbiased=False)

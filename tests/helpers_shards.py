@@ -19,7 +19,7 @@ from preprocessing.shards import PlannedShard, Sample, write_shard
 from sat.data.manifest import Manifest
 
 REPOSITORY = Path(__file__).parents[1]
-WORDS = "red blue green big small circle square star left right above below".split()
+WORDS = ["red", "blue", "green", "big", "small", "circle", "square", "star", "left", "right", "above", "below"]
 
 
 def self_describing_captions(split: str, index: int) -> list[str]:

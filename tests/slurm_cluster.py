@@ -67,7 +67,9 @@ class Cluster:
     def run(self, *command: str, cwd: Path | None = None, timeout: float = 60) -> str:
         """The standard output of a Slurm command (stripped); AssertionError with all it said if it fails."""
         done = subprocess.run(command, env=self.env, cwd=cwd, timeout=timeout, capture_output=True, text=True)
-        assert done.returncode == 0, f"{command} exited with {done.returncode}:\n{done.stdout}{done.stderr}{self.logs()}"
+        assert done.returncode == 0, (
+            f"{command} exited with {done.returncode}:\n{done.stdout}{done.stderr}{self.logs()}"
+        )
         return done.stdout.strip()
 
     def job(self, job_id: str) -> dict[str, str]:
@@ -96,8 +98,10 @@ class Cluster:
 
     def logs(self, lines: int = 15) -> str:
         """The last lines of every daemon's log."""
-        tails = (f"--- {path.name}\n" + "\n".join(path.read_text(errors="replace").splitlines()[-lines:]) for path in
-                 sorted(self.folder.glob("*.log")))  # fmt: skip
+        tails = (
+            f"--- {path.name}\n" + "\n".join(path.read_text(errors="replace").splitlines()[-lines:])
+            for path in sorted(self.folder.glob("*.log"))
+        )
         return "\n" + "\n".join(tails)
 
 
@@ -138,10 +142,17 @@ def start_cluster(folder: Path) -> Iterator[Cluster]:
     env = os.environ | project | {"SLURM_CONF": str(config), "PATH": SEARCH_PATH}
     cluster = Cluster(folder, env)
     with contextlib.ExitStack() as daemons:
-        munge_files = {"key-file": key, "socket": folder / "munge.socket", "pid-file": folder / "munged.pid",
-                       "seed-file": folder / "munge.seed", "log-file": folder / "munged-own.log"}  # fmt: skip
+        munge_files = {
+            "key-file": key,
+            "socket": folder / "munge.socket",
+            "pid-file": folder / "munged.pid",
+            "seed-file": folder / "munge.seed",
+            "log-file": folder / "munged-own.log",
+        }
         daemons.enter_context(
-            daemon(cluster, "munged", "munged", "--foreground", "--force", *(f"--{k}={v}" for k, v in munge_files.items()))
+            daemon(
+                cluster, "munged", "munged", "--foreground", "--force", *(f"--{k}={v}" for k, v in munge_files.items())
+            )
         )
         poll((folder / "munge.socket").exists, 20, "munged's socket", cluster.logs)
         daemons.enter_context(daemon(cluster, "slurmctld", "slurmctld", "-D", "-f", str(config)))
@@ -156,13 +167,17 @@ def start_cluster(folder: Path) -> Iterator[Cluster]:
 
 def cgroup_plugin() -> str:
     """No control groups are used here; before Slurm 23.02 the one that touches nothing until used stands for none."""
-    version = subprocess.run(["slurmd", "-V"], env=os.environ | {"PATH": SEARCH_PATH}, capture_output=True, text=True).stdout
+    version = subprocess.run(
+        ["slurmd", "-V"], env=os.environ | {"PATH": SEARCH_PATH}, capture_output=True, text=True
+    ).stdout
     major, minor = version.split()[1].split(".")[:2]
     return "disabled" if (int(major), int(minor)) >= (23, 2) else "cgroup/v1"
 
 
 def idle_nodes(cluster: Cluster) -> set[str]:
-    done = subprocess.run(["sinfo", "-h", "-N", "-t", "idle", "-o", "%N"], env=cluster.env, capture_output=True, text=True)
+    done = subprocess.run(
+        ["sinfo", "-h", "-N", "-t", "idle", "-o", "%N"], env=cluster.env, capture_output=True, text=True
+    )
     return set(done.stdout.split())
 
 
@@ -178,8 +193,11 @@ def daemon(cluster: Cluster, name: str, *command: str) -> Iterator[None]:
     with (cluster.folder / f"{name}.log").open("wb") as log:
         process = subprocess.Popen(
             ["setpriv", "--pdeathsig", "TERM", *command],
-            env=cluster.env, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-        )  # fmt: skip
+            env=cluster.env,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+        )
         try:
             yield
         finally:

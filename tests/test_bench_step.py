@@ -12,9 +12,15 @@ from sat.model.captioner import Captioner
 from sat.model.loss import total_loss
 
 OURS = {
-    "embedding": "embedding", "project": "attention.project", "query": "attention.query", "score": "attention.score",
-    "init_h": "init_h", "init_c": "init_c", "gate": "gate", "vocabulary": "vocabulary",
-}  # fmt: skip
+    "embedding": "embedding",
+    "project": "attention.project",
+    "query": "attention.query",
+    "score": "attention.score",
+    "init_h": "init_h",
+    "init_c": "init_c",
+    "gate": "gate",
+    "vocabulary": "vocabulary",
+}
 
 
 def test_the_loop_computes_our_loss_and_gradients(monkeypatch):
@@ -22,9 +28,15 @@ def test_the_loop_computes_our_loss_and_gradients(monkeypatch):
         monkeypatch.setattr(step, name, value)
     torch.manual_seed(0)
     model = Captioner(
-        vocab_size=23, grid_size=5, feature_dim=7, embedding_dim=6, lstm_dim=6, attention_dim=6,
-        dropout=0.0, **PRESETS["tutorial"],
-    ).double()  # fmt: skip
+        vocab_size=23,
+        grid_size=5,
+        feature_dim=7,
+        embedding_dim=6,
+        lstm_dim=6,
+        attention_dim=6,
+        dropout=0.0,
+        **PRESETS["tutorial"],
+    ).double()
     loop = step.PerCaptionLoop().double().eval()
     parameters = dict(model.named_parameters())
     with torch.no_grad():
@@ -68,7 +80,7 @@ def test_the_rows_hold_both_speeds_and_their_ratio(tmp_path):
     assert (row["grid"], row["precision"]) == ("7x7", "fp32")
     assert row["ratio"] == pytest.approx(row["captions_per_s"] / row["baseline_captions_per_s"])
     assert row["ratio"] == row["ratio_same_precision"] > 1
-    assert 0 < row["gflops_per_s"] and 0 < row["peak_gflops_per_s"] and 100 < row["peak_memory_mb"]
+    assert row["gflops_per_s"] > 0 and row["peak_gflops_per_s"] > 0 and row["peak_memory_mb"] > 100
 
 
 def test_a_function_in_its_own_process_sees_none_of_our_settings_and_ends_with_us():

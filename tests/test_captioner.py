@@ -47,13 +47,25 @@ def many_captions(model, sampling_probability):
 
 def test_the_presets_are_the_columns_of_the_table_of_differences():
     assert PRESETS["paper"] == {
-        "state_init": "mlp", "score": "tanh", "gate": "scalar", "output": "deep", "first_input": "zero",
-        "penalty": "sum", "penalty_weight": 1.0, "weight_init": "normal",
-    }  # fmt: skip
+        "state_init": "mlp",
+        "score": "tanh",
+        "gate": "scalar",
+        "output": "deep",
+        "first_input": "zero",
+        "penalty": "sum",
+        "penalty_weight": 1.0,
+        "weight_init": "normal",
+    }
     assert PRESETS["tutorial"] == {
-        "state_init": "linear", "score": "relu", "gate": "vector", "output": "linear", "first_input": "start",
-        "penalty": "mean", "penalty_weight": 1.0, "weight_init": "uniform",
-    }  # fmt: skip
+        "state_init": "linear",
+        "score": "relu",
+        "gate": "vector",
+        "output": "linear",
+        "first_input": "start",
+        "penalty": "mean",
+        "penalty_weight": 1.0,
+        "weight_init": "uniform",
+    }
 
 
 @pytest.mark.parametrize("compile", ["never", "auto"])
@@ -272,9 +284,14 @@ def test_the_authors_initial_weights_are_small_normal_with_orthogonal_recurrent_
 def test_uniform_initial_weights_are_a_tenth_for_words_and_torchs_own_elsewhere():
     torch.manual_seed(0)
     model = Captioner(
-        vocab_size=500, grid_size=L, feature_dim=64, embedding_dim=48, lstm_dim=40, attention_dim=32,
+        vocab_size=500,
+        grid_size=L,
+        feature_dim=64,
+        embedding_dim=48,
+        lstm_dim=40,
+        attention_dim=32,
         **PRESETS["paper"] | {"weight_init": "uniform"},
-    )  # fmt: skip
+    )
     assert model.vocabulary.bias.count_nonzero() == 0
     bounds = {"embedding.weight": 0.1, "vocabulary.weight": 0.1}
     for name, module in model.named_modules():

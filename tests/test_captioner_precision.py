@@ -34,9 +34,17 @@ def same_draws(monkeypatch):
 def captioner(preset: str, attention: str, seed: int, compile: str = "auto") -> Captioner:
     torch.manual_seed(seed)
     model = Captioner(
-        vocab_size=V, grid_size=L, feature_dim=D, embedding_dim=E, lstm_dim=H, attention_dim=A, dropout=0.0,
-        attention=attention, compile=compile, **PRESETS[preset],
-    )  # fmt: skip
+        vocab_size=V,
+        grid_size=L,
+        feature_dim=D,
+        embedding_dim=E,
+        lstm_dim=H,
+        attention_dim=A,
+        dropout=0.0,
+        attention=attention,
+        compile=compile,
+        **PRESETS[preset],
+    )
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=1.5 / parameter.shape[-1] ** 0.5)

@@ -67,7 +67,10 @@ def test_any_single_flipped_bit_or_cut_is_noticed_and_the_older_one_used(tmp_pat
 def test_all_damaged_stops_instead_of_starting_afresh(tmp_path, alone):
     checkpoint.save(tmp_path, 1, alone, write_three("abc"), keep=2)
     (tmp_path / "step-00000001" / "state.json").unlink()
-    with pytest.warns(UserWarning, match=r"state\.json is missing"), pytest.raises(ValueError, match="all 1 checkpoints"):
+    with (
+        pytest.warns(UserWarning, match=r"state\.json is missing"),
+        pytest.raises(ValueError, match="all 1 checkpoints"),
+    ):
         checkpoint.latest(tmp_path)
 
 

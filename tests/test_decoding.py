@@ -157,11 +157,14 @@ def test_blocked_words_never_come_and_scores_stay_true_probabilities(method):
             assert hypothesis.score == pytest.approx(rescored(model, grid_of(image), hypothesis, 0.0), abs=1e-4)
 
 
-@pytest.mark.parametrize("options", [
-    DecodeOptions(beam_size=4, n_best=4, length_penalty=0.5, keep_attention=True),
-    DecodeOptions(method="greedy", keep_attention=True),
-    DecodeOptions(method="sample", n_best=3, temperature=1.3, top_p=0.9, keep_attention=True),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        DecodeOptions(beam_size=4, n_best=4, length_penalty=0.5, keep_attention=True),
+        DecodeOptions(method="greedy", keep_attention=True),
+        DecodeOptions(method="sample", n_best=3, temperature=1.3, top_p=0.9, keep_attention=True),
+    ],
+)
 def test_captions_do_not_depend_on_the_batch(options, monkeypatch):
     model, images = Toy(vocab_size=20, seed=6, end_bias=1.0), list(range(12))
     together = decode(model, grid_of(*images), options, [str(image) for image in images])
@@ -289,20 +292,23 @@ def test_no_images_give_no_captions():
     assert decode(Toy(), grid_of(), DecodeOptions()) == []
 
 
-@pytest.mark.parametrize("settings, message", [
-    ({"method": "bean"}, "'bean' is unknown; choose from beam, greedy, sample"),
-    ({"beam_size": 0}, "beam_size is 0"),
-    ({"beam_size": 2.5}, "beam_size is 2.5"),
-    ({"max_length": 0}, "max_length is 0"),
-    ({"block_ngram": -1}, "block_ngram is -1"),
-    ({"length_penalty": -0.5}, "length_penalty is -0.5"),
-    ({"length_penalty": math.nan}, "length_penalty is nan"),
-    ({"method": "sample", "temperature": 0}, "temperature is 0"),
-    ({"method": "sample", "top_p": 1.5}, "top_p is 1.5"),
-    ({"temperature": 0.5}, "no effect on method beam"),
-    ({"n_best": 4}, "raise beam_size"),
-    ({"method": "greedy", "n_best": 2}, "method beam or sample"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"method": "bean"}, "'bean' is unknown; choose from beam, greedy, sample"),
+        ({"beam_size": 0}, "beam_size is 0"),
+        ({"beam_size": 2.5}, "beam_size is 2.5"),
+        ({"max_length": 0}, "max_length is 0"),
+        ({"block_ngram": -1}, "block_ngram is -1"),
+        ({"length_penalty": -0.5}, "length_penalty is -0.5"),
+        ({"length_penalty": math.nan}, "length_penalty is nan"),
+        ({"method": "sample", "temperature": 0}, "temperature is 0"),
+        ({"method": "sample", "top_p": 1.5}, "top_p is 1.5"),
+        ({"temperature": 0.5}, "no effect on method beam"),
+        ({"n_best": 4}, "raise beam_size"),
+        ({"method": "greedy", "n_best": 2}, "method beam or sample"),
+    ],
+)
 def test_options_that_cannot_work_are_refused_with_the_way_out(settings, message):
     with pytest.raises(ValueError, match=message):
         DecodeOptions(**settings)

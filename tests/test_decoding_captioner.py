@@ -20,9 +20,15 @@ def captioner(preset="paper", kind="soft", seed=0, vocab_size=40) -> Captioner:
     """A small real model whose words are peaked, so that rounding does not decide, and whose captions end."""
     torch.manual_seed(seed)
     model = Captioner(
-        vocab_size=vocab_size, grid_size=4, feature_dim=12, embedding_dim=16, lstm_dim=16, attention_dim=8,
-        attention=kind, **PRESETS[preset],
-    ).eval()  # fmt: skip
+        vocab_size=vocab_size,
+        grid_size=4,
+        feature_dim=12,
+        embedding_dim=16,
+        lstm_dim=16,
+        attention_dim=8,
+        attention=kind,
+        **PRESETS[preset],
+    ).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=1.0)
     with torch.no_grad():

@@ -46,7 +46,6 @@ def images() -> torch.Tensor:
     return torch.randn(2, 3, 64, 96, generator=torch.Generator().manual_seed(1))
 
 
-
 def gradients(encoder: Encoder, images: torch.Tensor) -> dict[str, torch.Tensor]:
     encoder(images).square().mean().backward()
     return {name: p.grad for name, p in encoder.named_parameters() if p.grad is not None}

@@ -33,23 +33,59 @@ def prepared(tmp_path_factory):
     """Scenes, image shards, a barely trained encoder, feature shards and a vocabulary."""
     root = tmp_path_factory.mktemp("end_to_end")
     run("preprocessing.synthetic", "--out", root / "scenes", "--train", 160, "--val", 9, "--test", 31)
-    run("preprocessing.shard_images", *annotations_of(root / "scenes"), "--images", root / "scenes/images", "--out", root / "images")
-    run("preprocessing.pretrain_encoder", "--out", root / "weights/scenes.safetensors", "--steps", 12, "--batch-size", 32)
     run(
-        "preprocessing.extract_features", "--images", root / "images", "--weights", root / "weights/scenes.safetensors",
-        "--out", root / "features", "--size", 96,
-    )  # fmt: skip
-    run("preprocessing.build_vocab", "--features", root / "features", "--out", root / "tokenizer.json", "--min-count", 2)
+        "preprocessing.shard_images",
+        *annotations_of(root / "scenes"),
+        "--images",
+        root / "scenes/images",
+        "--out",
+        root / "images",
+    )
+    run(
+        "preprocessing.pretrain_encoder",
+        "--out",
+        root / "weights/scenes.safetensors",
+        "--steps",
+        12,
+        "--batch-size",
+        32,
+    )
+    run(
+        "preprocessing.extract_features",
+        "--images",
+        root / "images",
+        "--weights",
+        root / "weights/scenes.safetensors",
+        "--out",
+        root / "features",
+        "--size",
+        96,
+    )
+    run(
+        "preprocessing.build_vocab", "--features", root / "features", "--out", root / "tokenizer.json", "--min-count", 2
+    )
     return root
 
 
 def settings(root: Path, run_dir: Path) -> list[str]:
     return [
-        "configs/demo.yaml", f"data.features={root}/features", f"data.tokenizer={root}/tokenizer.json", f"train.run_dir={run_dir}",
-        "model.lstm_dim=96", "model.embedding_dim=64", "model.attention_dim=64", "model.dropout=0.2",
-        "train.epochs=40", "train.global_batch=16", "train.learning_rate=0.003", "train.warmup_steps=20",
-        "train.eval_every=100", "train.patience=0", "data.num_workers=0", "eval.metrics=[CIDEr,BLEU]",
-    ]  # fmt: skip
+        "configs/demo.yaml",
+        f"data.features={root}/features",
+        f"data.tokenizer={root}/tokenizer.json",
+        f"train.run_dir={run_dir}",
+        "model.lstm_dim=96",
+        "model.embedding_dim=64",
+        "model.attention_dim=64",
+        "model.dropout=0.2",
+        "train.epochs=40",
+        "train.global_batch=16",
+        "train.learning_rate=0.003",
+        "train.warmup_steps=20",
+        "train.eval_every=100",
+        "train.patience=0",
+        "data.num_workers=0",
+        "eval.metrics=[CIDEr,BLEU]",
+    ]
 
 
 @pytest.mark.parametrize("engine", ["ddp", "zero2"])
@@ -71,12 +107,24 @@ def test_pictures_are_captioned_and_a_bad_one_is_named(prepared, tmp_path):
     broken = tmp_path / "broken.jpg"
     broken.write_text("<html>not a picture</html>")
     out = run(
-        "sat.caption", *pictures, broken, "--model", run_dir, "--weights", prepared / "weights", "--out", tmp_path / "out", expect=1
+        "sat.caption",
+        *pictures,
+        broken,
+        "--model",
+        run_dir,
+        "--weights",
+        prepared / "weights",
+        "--out",
+        tmp_path / "out",
+        expect=1,
     )
     assert "broken.jpg" in out and "HTML" in out
     captions = json.loads((tmp_path / "out/captions.json").read_text())
     assert [Path(each["file"]).name for each in captions] == [path.name for path in pictures]
-    assert all(each["caption"] and (tmp_path / "out" / f"{path.stem}.png").stat().st_size > 10_000 for each, path in zip(captions, pictures))
+    assert all(
+        each["caption"] and (tmp_path / "out" / f"{path.stem}.png").stat().st_size > 10_000
+        for each, path in zip(captions, pictures)
+    )
 
 
 def test_the_summary_holds_the_scores_of_the_evaluation(prepared):
@@ -89,11 +137,28 @@ def test_the_summary_holds_the_scores_of_the_evaluation(prepared):
 
 
 def test_features_of_another_encoder_are_refused(prepared, tmp_path):
-    run("preprocessing.pretrain_encoder", "--out", tmp_path / "other.safetensors", "--steps", 1, "--batch-size", 4, "--seed", 9)
     run(
-        "preprocessing.extract_features", "--images", prepared / "images", "--weights", tmp_path / "other.safetensors",
-        "--out", tmp_path / "features", "--size", 96,
-    )  # fmt: skip
+        "preprocessing.pretrain_encoder",
+        "--out",
+        tmp_path / "other.safetensors",
+        "--steps",
+        1,
+        "--batch-size",
+        4,
+        "--seed",
+        9,
+    )
+    run(
+        "preprocessing.extract_features",
+        "--images",
+        prepared / "images",
+        "--weights",
+        tmp_path / "other.safetensors",
+        "--out",
+        tmp_path / "features",
+        "--size",
+        96,
+    )
     out = run("sat.evaluate", prepared / "run-ddp", "--features", tmp_path / "features", expect=1)
     assert "its encoder is" in out and "extract the features again" in out
 
@@ -104,5 +169,7 @@ def test_a_wrong_setting_ends_before_any_process_group_starts(prepared):
 
 
 def test_a_missing_data_set_is_named(tmp_path):
-    out = run("sat.train", "configs/demo.yaml", f"data.features={tmp_path}/nowhere", f"train.run_dir={tmp_path}/run", expect=1)
+    out = run(
+        "sat.train", "configs/demo.yaml", f"data.features={tmp_path}/nowhere", f"train.run_dir={tmp_path}/run", expect=1
+    )
     assert "nowhere" in out and "Traceback" not in out

@@ -20,7 +20,9 @@ def saved(tmp_path):
     manifest = make_feature_dataset(tmp_path / "features")
     config = settings.load(None, SMALL)
     torch.manual_seed(0)
-    model = build_captioner(config.model, vocab_size=tokenizer.vocab_size, feature_dim=8, grid_size=4, compile=config.train.compile)
+    model = build_captioner(
+        config.model, vocab_size=tokenizer.vocab_size, feature_dim=8, grid_size=4, compile=config.train.compile
+    )
     save_model(tmp_path / "best", model.state_dict(), tokenizer, config, manifest.fingerprint, step=7)
     return tmp_path / "best", model, manifest
 

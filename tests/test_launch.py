@@ -12,10 +12,26 @@ ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "launch").glob("*.yaml"))
 
 MACHINERY = {
-    "compute_environment", "distributed_type", "use_cpu", "gpu_ids", "num_machines", "num_processes", "machine_rank",
-    "main_process_port", "rdzv_backend", "same_network", "mixed_precision", "deepspeed_config",
-}  # fmt: skip
-ENGINE = {"zero_stage", "zero3_init_flag", "offload_optimizer_device", "offload_param_device", "deepspeed_multinode_launcher"}
+    "compute_environment",
+    "distributed_type",
+    "use_cpu",
+    "gpu_ids",
+    "num_machines",
+    "num_processes",
+    "machine_rank",
+    "main_process_port",
+    "rdzv_backend",
+    "same_network",
+    "mixed_precision",
+    "deepspeed_config",
+}
+ENGINE = {
+    "zero_stage",
+    "zero3_init_flag",
+    "offload_optimizer_device",
+    "offload_param_device",
+    "deepspeed_multinode_launcher",
+}
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

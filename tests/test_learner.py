@@ -28,11 +28,21 @@ from sat.training_data import open_data, reading_options
 from tests.helpers_shards import make_coco, make_feature_dataset
 
 SMALL = [
-    "data.num_workers=0", "data.captions_per_image=2",
-    "model.lstm_dim=8", "model.embedding_dim=6", "model.attention_dim=5", "train.epochs=1",
-    "train.global_batch=6", "train.warmup_steps=1", "train.precision=fp32", "train.log_every=1",
-    "eval.metrics=[CIDEr]", "eval.beam_size=2", "eval.max_length=6", "tracking.mlflow_uri=none",
-]  # fmt: skip
+    "data.num_workers=0",
+    "data.captions_per_image=2",
+    "model.lstm_dim=8",
+    "model.embedding_dim=6",
+    "model.attention_dim=5",
+    "train.epochs=1",
+    "train.global_batch=6",
+    "train.warmup_steps=1",
+    "train.precision=fp32",
+    "train.log_every=1",
+    "eval.metrics=[CIDEr]",
+    "eval.beam_size=2",
+    "eval.max_length=6",
+    "tracking.mlflow_uri=none",
+]
 
 
 @pytest.fixture(scope="module")
@@ -63,10 +73,18 @@ def pictures(tmp_path_factory) -> list[str]:
         if isinstance(module, nn.BatchNorm2d):  # in eval mode nothing else keeps a random network's values small
             nn.init.constant_(module.weight, 0.5)
     save_file(encoder.state_dict(), root / "encoder.safetensors")
-    return SMALL + with_tokenizer(root) + [
-        "encoder.train=true", f"encoder.weights={root}/encoder.safetensors", "encoder.image_size=64",
-        "encoder.open_stages=[4]", "encoder.learning_rate=0.00002", "train.learning_rate=0.003",
-    ]  # fmt: skip
+    return (
+        SMALL
+        + with_tokenizer(root)
+        + [
+            "encoder.train=true",
+            f"encoder.weights={root}/encoder.safetensors",
+            "encoder.image_size=64",
+            "encoder.open_stages=[4]",
+            "encoder.learning_rate=0.00002",
+            "train.learning_rate=0.003",
+        ]
+    )
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,26 @@ from sat.metrics import most_frequent_caption, sanitise, score
 ROOT = Path(__file__).resolve().parents[1]
 REAL = Path(os.environ.get("SAT_REAL_DATA", ROOT.parent / "shared/data")) / "coco_val2017/captions_val2017.json"
 NO_JAVA = ("BLEU", "ROUGE-L", "CIDEr")
-WORDS = "a the dog cat man on in with red blue ball grass street riding sitting bench near two".split()
+WORDS = [
+    "a",
+    "the",
+    "dog",
+    "cat",
+    "man",
+    "on",
+    "in",
+    "with",
+    "red",
+    "blue",
+    "ball",
+    "grass",
+    "street",
+    "riding",
+    "sitting",
+    "bench",
+    "near",
+    "two",
+]
 
 
 def real_captions() -> dict[str, list[str]]:

@@ -188,9 +188,10 @@ def test_fp32_products_stay_exact_whatever_route_was_chosen():
 
 
 @pytest.mark.parametrize(
-    "flags", [NEW_AMD | {"amx_tile", "amx_bf16"}, OLD_AMD, {"GenuineIntel", "avx512f"}, set()],
+    "flags",
+    [NEW_AMD | {"amx_tile", "amx_bf16"}, OLD_AMD, {"GenuineIntel", "avx512f"}, set()],
     ids=["AMX", "no AVX-512", "Intel", "unknown"],
-)  # fmt: skip
+)
 def test_fp32_products_keep_their_route_on_cpus_that_might_round_or_gain_nothing(flags, monkeypatch):
     monkeypatch.setattr(kernels, "_cpu_flags", lambda: flags)
     monkeypatch.setattr(kernels, "_product_error", lambda: pytest.fail("tried the other route"))

@@ -37,7 +37,9 @@ def test_closed_parameters_are_left_out():
     module = captioner()
     module.embedding.weight.requires_grad_(False)
     optimizer = build_optimizer(module, learning_rate=1.0, weight_decay=0.0, encoder_learning_rate=1.0)
-    assert all(parameter is not module.embedding.weight for group in optimizer.param_groups for parameter in group["params"])
+    assert all(
+        parameter is not module.embedding.weight for group in optimizer.param_groups for parameter in group["params"]
+    )
 
 
 @hypothesis_settings(deadline=None, max_examples=50)

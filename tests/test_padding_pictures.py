@@ -17,9 +17,15 @@ def test_pictures_without_captions_change_neither_loss_nor_gradients_nor_statist
     torch.manual_seed(0)
     encoder = Encoder(stage=1).open_for_training([1], freeze_batchnorm=False)
     captioner = Captioner(
-        vocab_size=11, grid_size=64, feature_dim=256, embedding_dim=4, lstm_dim=4, attention_dim=4, dropout=0.0,
+        vocab_size=11,
+        grid_size=64,
+        feature_dim=256,
+        embedding_dim=4,
+        lstm_dim=4,
+        attention_dim=4,
+        dropout=0.0,
         **PRESETS["tutorial"],
-    )  # fmt: skip
+    )
     padded = EndToEnd(encoder, captioner).train()
     plain = copy.deepcopy(padded)
     images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
@@ -34,7 +40,9 @@ def test_pictures_without_captions_change_neither_loss_nor_gradients_nor_statist
         expected = plain(images[:shown], captions[:shown], lengths[:shown])
         total_loss(expected, torch.tensor(10), torch.tensor(4)).backward()
         assert torch.equal(sums.per_token, expected.per_token)
-        assert all(torch.equal(a.grad, b.grad) for a, b in zip(padded.parameters(), plain.parameters()) if a.requires_grad)
+        assert all(
+            torch.equal(a.grad, b.grad) for a, b in zip(padded.parameters(), plain.parameters()) if a.requires_grad
+        )
         assert all(torch.equal(a, b) for a, b in zip(padded.buffers(), plain.buffers(), strict=True))
         assert padded.encoder.layer1[0].bn1.running_mean.ne(before["encoder.layer1.0.bn1.running_mean"]).any()
     else:

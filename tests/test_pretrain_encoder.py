@@ -27,7 +27,9 @@ def test_an_object_lies_within_its_crop_and_has_its_own_colour_there():
         near = abs(pixels - np.array(thing.rgb)).max(axis=-1) < 8
         rows, columns = np.nonzero(near)
         assert len(rows) > 0.15 * thing.radius**2
-        assert (abs(rows - thing.y) <= 1.3 * thing.radius + 2).all() and (abs(columns - thing.x) <= 1.3 * thing.radius + 2).all()
+        assert (abs(rows - thing.y) <= 1.3 * thing.radius + 2).all() and (
+            abs(columns - thing.x) <= 1.3 * thing.radius + 2
+        ).all()
 
 
 def test_a_batch_follows_from_its_seed_alone():

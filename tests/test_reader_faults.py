@@ -365,10 +365,13 @@ def test_batches_do_not_depend_on_hash_seed_locale_folder_time_zone_or_umask(pri
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", EPOCH, str(pristine), str(tmp_path / "tokenizer.json")],
-            cwd=folder, env=os.environ | extra | {"PYTHONPATH": repository}, umask=umask, stdout=subprocess.PIPE,
+            cwd=folder,
+            env=os.environ | extra | {"PYTHONPATH": repository},
+            umask=umask,
+            stdout=subprocess.PIPE,
         )
         for folder, extra, umask in worlds
-    ]  # fmt: skip
+    ]
     outputs = [process.communicate()[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0]
     assert outputs[0] == outputs[1] and len(outputs[0].strip()) == 64

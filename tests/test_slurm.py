@@ -23,7 +23,9 @@ pytestmark = pytest.mark.slurm
 
 
 def test_two_nodes_answer(slurm):
-    answers = slurm.run("srun", "--nodes=2", "bash", "-c", "echo $SLURM_NODEID of $SLURM_JOB_NUM_NODES on $SLURMD_NODENAME")
+    answers = slurm.run(
+        "srun", "--nodes=2", "bash", "-c", "echo $SLURM_NODEID of $SLURM_JOB_NUM_NODES on $SLURMD_NODENAME"
+    )
     assert sorted(answers.splitlines()) == ["0 of 2 on node1", "1 of 2 on node2"]
 
 
@@ -131,8 +133,12 @@ def test_two_nodes_train_and_evaluate_as_one_process_does(slurm, experiment, tmp
     submit("evaluate.sh", str(run), "--split", "val")
     alone = subprocess.run(
         [sys.executable, "-m", "sat.train", str(experiment), f"train.run_dir={tmp_path}/alone"],
-        cwd=ROOT, env=slurm.env, capture_output=True, text=True, timeout=180,
-    )  # fmt: skip
+        cwd=ROOT,
+        env=slurm.env,
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
     assert alone.returncode == 0, alone.stderr
     ours, theirs = (journal(folder, "nll_per_token") for folder in (run, tmp_path / "alone"))
     assert len(ours) == 8

@@ -125,7 +125,7 @@ def test_the_picture_shows_each_object_where_the_truth_says():
             assert len(exact) > 0.2 * item.radius**2
             middle = (exact.max(axis=0) + exact.min(axis=0)) / 2
             assert np.abs(middle - (item.y, item.x)).max() < 0.35 * item.radius
-            assert 0 <= exact.min() and np.ptp(exact, axis=0).max() <= 2.7 * item.radius
+            assert exact.min() >= 0 and np.ptp(exact, axis=0).max() <= 2.7 * item.radius
 
 
 def test_shapes_differ_from_one_another_when_drawn():

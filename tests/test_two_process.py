@@ -23,9 +23,18 @@ def launch(arguments: list[str], ranks: int, engine: str = "ddp") -> str:
     """Run a program on `ranks` real processes and return what it printed; a failure shows it."""
     command = [sys.executable]
     if ranks > 1 or engine != "ddp":
-        command += ["-m", "accelerate.commands.launch", "--config_file", LAUNCHERS[engine], "--num_processes", str(ranks)]
+        command += [
+            "-m",
+            "accelerate.commands.launch",
+            "--config_file",
+            LAUNCHERS[engine],
+            "--num_processes",
+            str(ranks),
+        ]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [*command, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, f"{' '.join(arguments)} on {ranks} ranks:\n{done.stdout}\n{done.stderr}"
     return done.stdout
 
@@ -59,7 +68,8 @@ def alone(config):
 
 
 @pytest.mark.parametrize(
-    ("preset", "ranks", "accumulation"), [("paper", 1, 2), ("paper", 2, 1), ("paper", 2, 3), ("paper", 3, 1), ("tutorial", 2, 3)]
+    ("preset", "ranks", "accumulation"),
+    [("paper", 1, 2), ("paper", 2, 1), ("paper", 2, 3), ("paper", 3, 1), ("tutorial", 2, 3)],
 )
 def test_any_split_of_the_global_batch_has_the_same_loss_and_gradient(config, alone, preset, ranks, accumulation):
     alone = alone if preset == "paper" else steps(config, 1, "ddp", f"model.preset={preset}")
@@ -123,5 +133,7 @@ def test_a_stopped_training_goes_on_exactly_where_it_was(config, trained):
     final = sorted((trained / "checkpoints").iterdir())[-1].name
     ours, theirs = (load_file(run / "checkpoints" / final / "model.safetensors") for run in (other, trained))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
-    steps_logged = [json.loads(line)["step"] for line in (other / "metrics.jsonl").read_text().splitlines() if "nll" in line]
+    steps_logged = [
+        json.loads(line)["step"] for line in (other / "metrics.jsonl").read_text().splitlines() if "nll" in line
+    ]
     assert steps_logged == sorted(set(steps_logged)) == list(range(1, 9))

@@ -123,9 +123,13 @@ def model_with_endings(preset: str, grid_size: int, width: int, vocab_size: int)
     """A model in eval mode with random but peaked words, whose captions end after about ten of them."""
     torch.manual_seed(0)
     model = Captioner(
-        vocab_size=vocab_size, grid_size=grid_size, embedding_dim=width, lstm_dim=width, attention_dim=width,
+        vocab_size=vocab_size,
+        grid_size=grid_size,
+        embedding_dim=width,
+        lstm_dim=width,
+        attention_dim=width,
         **PRESETS[preset],
-    ).eval()  # fmt: skip
+    ).eval()
     for name, parameter in model.named_parameters():
         if parameter.dim() > 1:  # keep the variance through every layer
             torch.nn.init.normal_(parameter, std=1.0 if name == "embedding.weight" else parameter.shape[1] ** -0.5)

@@ -75,7 +75,7 @@ def write_shards(root: Path, side: int, samples: int, shard_size: int = 256) -> 
 
 def captions_of(index: int) -> tuple[str, ...]:
     """Five captions of 8 to 12 words."""
-    words = "a man rides two horses along the quiet beach at noon today".split()
+    words = ["a", "man", "rides", "two", "horses", "along", "the", "quiet", "beach", "at", "noon", "today"]
     return tuple(" ".join(words[(index + k) % 3 : 9 + k]) for k in range(5))
 
 

@@ -122,7 +122,9 @@ class Captioner(nn.Module):
         grid = self._standardised(grid, order)
         projection = self.attention.project(grid) if self.attention else grid[:, :, :0]
         softly = self.kind == "soft" or self.hard_inference == "expectation"
-        serves = self.attention and softly and not torch.is_grad_enabled() and choose_kernels(self.compile, grid) is native
+        serves = (
+            self.attention and softly and not torch.is_grad_enabled() and choose_kernels(self.compile, grid) is native
+        )
         prepared = native.prepare(projection, self.attention.activation == "tanh") if serves else grid[:, :, :0]
         return Memory(grid, projection, prepared)
 
@@ -180,9 +182,12 @@ class Captioner(nn.Module):
     def _loss(self, rollout: Rollout, packing: Packing) -> LossSums:
         features = self.output_features(rollout.words, rollout.hidden, rollout.context)
         words = linear_cross_entropy(
-            features, *self.vocabulary.parameters(), packing.targets, self.label_smoothing,
+            features,
+            *self.vocabulary.parameters(),
+            packing.targets,
+            self.label_smoothing,
             choose_kernels(self.compile, features),
-        )  # fmt: skip
+        )
         per_token, penalty, zero = words.objective, torch.zeros_like(words.nll[0]), torch.zeros_like(words.nll[0])
         if self.kind == "soft":  # the regulariser belongs to soft attention (paper, section 4.2.1)
             penalty = self.penalty_weight * doubly_stochastic_penalty(rollout.alpha_sum, self.penalty).sum()

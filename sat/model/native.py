@@ -23,7 +23,7 @@ from torch import Tensor
 
 from sat.model.torch_kernels import Seen
 
-FLAGS = "-std=c++17 -O3 -march=native -fopenmp -fno-math-errno -fno-trapping-math -shared -fPIC".split()
+FLAGS = ["-std=c++17", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC"]
 
 
 @functools.cache
@@ -67,10 +67,22 @@ def attend(seen: Seen, t: int, query: Tensor, alpha: Tensor, context: Tensor) ->
     """Fill `alpha` [n, L] and `context` [n, D] for the `query` [n, A] of the rows running at step t."""
     _, L, D = seen.grid.shape
     _call(
-        f"attend_{_score(seen.tanh)}", seen.grid.dtype, len(query), seen.packing.images_running[t], L,
-        query.shape[1], D, *seen.packing.rows_by_image, seen.grid, seen.projection, query, query.stride(0), seen.score,
-        alpha, context,
-    )  # fmt: skip
+        f"attend_{_score(seen.tanh)}",
+        seen.grid.dtype,
+        len(query),
+        seen.packing.images_running[t],
+        L,
+        query.shape[1],
+        D,
+        *seen.packing.rows_by_image,
+        seen.grid,
+        seen.projection,
+        query,
+        query.stride(0),
+        seen.score,
+        alpha,
+        context,
+    )
 
 
 def attend_beams(grid: Tensor, prepared: Tensor, query: Tensor, score: Tensor, tanh: bool) -> tuple[Tensor, Tensor]:
@@ -88,19 +100,41 @@ def attend_beams(grid: Tensor, prepared: Tensor, query: Tensor, score: Tensor, t
 
 
 def attend_backward(
-    seen: Seen, t: int, query: Tensor, alpha: Tensor, grad_context: Tensor, grad_alpha: Tensor,
-    grad_scores: Tensor, grad_query: Tensor,
-) -> None:  # fmt: skip
+    seen: Seen,
+    t: int,
+    query: Tensor,
+    alpha: Tensor,
+    grad_context: Tensor,
+    grad_alpha: Tensor,
+    grad_scores: Tensor,
+    grad_query: Tensor,
+) -> None:
     """Fill `grad_scores` [n, L] and `grad_query` [n, A].
 
     From `grad_context` [n, D] and the regulariser's `grad_alpha` [n, L]; `alpha` [n, L] is that of `attend`.
     """
     _, L, D = seen.grid.shape
     _call(
-        f"attend_backward_{_score(seen.tanh)}", seen.grid.dtype, len(query), seen.packing.images_running[t], L,
-        query.shape[1], D, *seen.packing.rows_by_image, seen.grid, seen.projection, query, query.stride(0), seen.score,
-        alpha, grad_context, grad_alpha, grad_scores, grad_query, grad_query.stride(0),
-    )  # fmt: skip
+        f"attend_backward_{_score(seen.tanh)}",
+        seen.grid.dtype,
+        len(query),
+        seen.packing.images_running[t],
+        L,
+        query.shape[1],
+        D,
+        *seen.packing.rows_by_image,
+        seen.grid,
+        seen.projection,
+        query,
+        query.stride(0),
+        seen.score,
+        alpha,
+        grad_context,
+        grad_alpha,
+        grad_scores,
+        grad_query,
+        grad_query.stride(0),
+    )
 
 
 def attend_backward_shared(seen: Seen, query: Tensor, grad_scores: Tensor) -> tuple[Tensor, Tensor]:
@@ -109,9 +143,20 @@ def attend_backward_shared(seen: Seen, query: Tensor, grad_scores: Tensor) -> tu
     grad_projection = torch.empty_like(seen.projection)
     grad_score = grad_scores.new_empty(B, A)
     _call(
-        f"attend_backward_shared_{_score(seen.tanh)}", seen.grid.dtype, B, L, A, *seen.packing.words_by_image,
-        seen.projection, query, query.stride(0), seen.score, grad_scores, grad_projection, grad_score,
-    )  # fmt: skip
+        f"attend_backward_shared_{_score(seen.tanh)}",
+        seen.grid.dtype,
+        B,
+        L,
+        A,
+        *seen.packing.words_by_image,
+        seen.projection,
+        query,
+        query.stride(0),
+        seen.score,
+        grad_scores,
+        grad_projection,
+        grad_score,
+    )
     return grad_projection, grad_score.sum(0)
 
 
@@ -127,9 +172,19 @@ def cell_backward(
     """Fill `grad_gates` [n, 4H] and turn `grad_c` [n, H] into that of the step before."""
     n, H = c.shape
     _call(
-        "cell_backward", activations.dtype, n, H, activations, activations.stride(0), c_before, c, grad_h, grad_c,
-        grad_gates, grad_gates.stride(0),
-    )  # fmt: skip
+        "cell_backward",
+        activations.dtype,
+        n,
+        H,
+        activations,
+        activations.stride(0),
+        c_before,
+        c,
+        grad_h,
+        grad_c,
+        grad_gates,
+        grad_gates.stride(0),
+    )
 
 
 def cross_entropy(logits: Tensor, bias: Tensor, targets: Tensor, smoothing: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -30,9 +30,16 @@ class Weights(NamedTuple):
 
 
 def recur(
-    kernels: ModuleType, packing: Packing, tanh: bool, grid: Tensor, projection: Tensor, word_gates: Tensor,
-    h: Tensor, c: Tensor, weights: Weights,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    kernels: ModuleType,
+    packing: Packing,
+    tanh: bool,
+    grid: Tensor,
+    projection: Tensor,
+    word_gates: Tensor,
+    h: Tensor,
+    c: Tensor,
+    weights: Weights,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Run the loop over `packing`; returns hidden states [M, H], gated contexts [M, D], alpha summed per row [N, L].
 
     `grid` [B, L, D], `projection` [B, L, A], `word_gates` [M, 4H] (the words' share of the gates), h and c [N, H] from
@@ -91,17 +98,41 @@ class _Recurrence(torch.autograd.Function):
             kernels.cell(s[:, : 4 * H], word_gates[step], context_gates, c[:n], cells[step], hidden[step])
             h, c = hidden[step], cells[step]
         ctx.save_for_backward(
-            seen.grid, seen.projection, h_first, c_first, state_weight, context_weight, score,
-            states, hidden, cells, contexts, gated, alphas,
-        )  # fmt: skip
+            seen.grid,
+            seen.projection,
+            h_first,
+            c_first,
+            state_weight,
+            context_weight,
+            score,
+            states,
+            hidden,
+            cells,
+            contexts,
+            gated,
+            alphas,
+        )
         ctx.kernels, ctx.packing, ctx.tanh, ctx.gate_width = kernels, packing, tanh, len(gate_bias)
         ctx.set_materialize_grads(False)
         return hidden, gated, alpha_sum
 
     @staticmethod
     def backward(ctx, grad_hidden, grad_gated, grad_alpha_sum):
-        (grid, projection, h_first, c_first, state_weight, context_weight, score,
-         states, hidden, cells, contexts, gated, alphas) = ctx.saved_tensors  # fmt: skip
+        (
+            grid,
+            projection,
+            h_first,
+            c_first,
+            state_weight,
+            context_weight,
+            score,
+            states,
+            hidden,
+            cells,
+            contexts,
+            gated,
+            alphas,
+        ) = ctx.saved_tensors
         kernels, packing, H, A = ctx.kernels, ctx.packing, hidden.shape[1], len(score)
         seen = Seen(packing, grid, projection, score, ctx.tanh)
         grad_states, grad_scores = torch.empty_like(states), torch.empty_like(alphas)
@@ -137,12 +168,19 @@ class _Recurrence(torch.autograd.Function):
         grad_projection, grad_score = kernels.attend_backward_shared(seen, states[:, 4 * H : 4 * H + A], grad_scores)
         grad_gates = grad_states[:, : 4 * H]
         return (
-            None, None, None,
+            None,
+            None,
+            None,
             _grad_grid(packing, grid, alphas, grad_contexts) if ctx.needs_input_grad[3] else None,
-            grad_projection, grad_gates, grad_h.to(h_first.dtype), grad_c,
-            grad_states.t() @ before, grad_states[:, 4 * H + A :].sum(0), grad_gates.t() @ gated,
+            grad_projection,
+            grad_gates,
+            grad_h.to(h_first.dtype),
+            grad_c,
+            grad_states.t() @ before,
+            grad_states[:, 4 * H + A :].sum(0),
+            grad_gates.t() @ gated,
             grad_score.to(score.dtype),
-        )  # fmt: skip
+        )
 
 
 def _grad_grid(packing: Packing, grid: Tensor, alphas: Tensor, grad_contexts: Tensor) -> Tensor:

@@ -61,9 +61,16 @@ def fast(model: "Captioner", memory: "Memory", packing: Packing) -> Rollout:
     )
     h, c = (state[:, 0][packing.row_image] for state in model.init_state(memory))
     hidden, context, alpha_sum = recur(
-        choose_kernels(model.compile, memory.grid), packing, model.attention.activation == "tanh",
-        memory.grid, memory.projection, embedding(place, model.word_gates(vectors)), h.to(dtype), c, weights,
-    )  # fmt: skip
+        choose_kernels(model.compile, memory.grid),
+        packing,
+        model.attention.activation == "tanh",
+        memory.grid,
+        memory.projection,
+        embedding(place, model.word_gates(vectors)),
+        h.to(dtype),
+        c,
+        weights,
+    )
     return Rollout(embedding(place, vectors), hidden, context, alpha_sum, None, None)
 
 

@@ -46,9 +46,15 @@ def attend(seen: Seen, t: int, query: Tensor, alpha: Tensor, context: Tensor) ->
 
 
 def attend_backward(
-    seen: Seen, t: int, query: Tensor, alpha: Tensor, grad_context: Tensor, grad_alpha: Tensor,
-    grad_scores: Tensor, grad_query: Tensor,
-) -> None:  # fmt: skip
+    seen: Seen,
+    t: int,
+    query: Tensor,
+    alpha: Tensor,
+    grad_context: Tensor,
+    grad_alpha: Tensor,
+    grad_scores: Tensor,
+    grad_query: Tensor,
+) -> None:
     """Fill `grad_scores` [n, L] and `grad_query` [n, A].
 
     From `grad_context` [n, D] and the regulariser's `grad_alpha` [n, L]; `alpha` [n, L] is that of `attend`.
