@@ -16,7 +16,7 @@ import typer
 
 from preprocessing.annotations import read_annotations
 from preprocessing.console import run
-from sat.data.manifest import load_manifest
+from sat.shards.manifest import load_manifest
 from sat.text import SPECIALS, CaptionTokenizer, build_tokenizer, count_words, normalise
 
 

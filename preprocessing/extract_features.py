@@ -18,15 +18,15 @@ from typing import Annotated
 import typer
 
 from preprocessing.console import Step, available_cores, progress_line, run
-from preprocessing.extractor import Extractor
-from preprocessing.finalize import finalize
-from preprocessing.grids import merge_statistics
-from preprocessing.jobs import Summary, parse_stripe, process_pool, run_shards
-from preprocessing.plan import Plan, load_plan
-from preprocessing.plan_features import plan_features, scale_of, source_of
-from preprocessing.shards import PlannedShard, is_finished
-from preprocessing.weights import WEIGHTS_DIR, find_weights
-from sat.data.manifest import Manifest
+from preprocessing.features.extractor import Extractor
+from preprocessing.features.plan import plan_features, scale_of, source_of
+from preprocessing.features.statistics import merge_statistics
+from preprocessing.features.weights import WEIGHTS_DIR, find_weights
+from preprocessing.sharding.finalize import finalize
+from preprocessing.sharding.jobs import Summary, parse_stripe, process_pool, run_shards
+from preprocessing.sharding.plan import Plan, load_plan
+from preprocessing.sharding.write import PlannedShard, is_finished
+from sat.shards.manifest import Manifest
 
 SHARDS_UNDER_WAY = 2
 """Shards per CPU process, and processes per GPU: one computes while the other is written."""

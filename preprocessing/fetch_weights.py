@@ -17,8 +17,8 @@ from typing import Annotated
 import typer
 
 from preprocessing.console import run
-from preprocessing.shards import hash_file
-from preprocessing.weights import CONTENT_KEY, IMAGENET_FILE, WEIGHTS_DIR, content_digest, find_weights
+from preprocessing.features.weights import CONTENT_KEY, IMAGENET_FILE, WEIGHTS_DIR, content_digest, find_weights
+from preprocessing.sharding.write import hash_file
 
 URLS = {
     "v1": "https://download.pytorch.org/models/resnet50-0676ba61.pth",

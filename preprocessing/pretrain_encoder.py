@@ -26,8 +26,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from preprocessing.console import progress_line, run
-from preprocessing.crops import CLASSES, LabelledCrops, labelled_crops
-from sat.model.encoder import STAGES, Encoder, normalise
+from preprocessing.scenes.crops import CLASSES, LabelledCrops, labelled_crops
+from sat.model.encoders.resnet import STAGES, Encoder, normalise
 
 VERSION = 1
 """Raised by every change that alters the weights a recipe gives."""

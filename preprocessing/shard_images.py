@@ -22,11 +22,11 @@ import xxhash
 
 from preprocessing.annotations import RULES, ImageRecord, Records, read_annotations
 from preprocessing.console import Step, available_cores, progress_line, run
-from preprocessing.finalize import finalize
-from preprocessing.images import MAX_BYTES, BadPicture, decode, extension_of
-from preprocessing.jobs import Summary, parse_stripe, process_pool, run_shards
-from preprocessing.plan import Plan, load_plan, plan_rows_digest, publish_plan
-from preprocessing.shards import LeftOut, PlannedShard, Sample, write_shard
+from preprocessing.sharding.finalize import finalize
+from preprocessing.sharding.jobs import Summary, parse_stripe, process_pool, run_shards
+from preprocessing.sharding.plan import Plan, load_plan, plan_rows_digest, publish_plan
+from preprocessing.sharding.write import LeftOut, PlannedShard, Sample, write_shard
+from sat.shards.pictures import MAX_BYTES, BadPicture, decode, extension_of
 
 WRITER = 1
 """Version of what is written for given inputs; part of the fingerprint."""

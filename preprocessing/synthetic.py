@@ -21,8 +21,8 @@ from typing import Annotated
 import typer
 
 from preprocessing.console import progress_line, run
-from preprocessing.scene_captions import describe
-from preprocessing.scenes import SIZE, Scene, SceneObject, render, sample_scene
+from preprocessing.scenes.captions import describe
+from preprocessing.scenes.scenes import SIZE, Scene, SceneObject, render, sample_scene
 
 VERSION = 1
 """Raised by every change that alters a picture or a caption."""

@@ -18,11 +18,13 @@ import typer
 
 from preprocessing.console import available_cores, progress_line, run
 from preprocessing.extract_features import extract_stripe, finalize_features
-from preprocessing.finalize import finalize
-from preprocessing.plan import LEFT_OUT, Plan, load_plan
-from preprocessing.plan_features import source_of
+from preprocessing.features.plan import source_of
+from preprocessing.features.weights import check_planned
 from preprocessing.shard_images import check_pictures, shard_stripe
-from preprocessing.shards import (
+from preprocessing.sharding.finalize import finalize
+from preprocessing.sharding.plan import LEFT_OUT, Plan, load_plan
+from preprocessing.sharding.verify import Report, check_tables, recorded_bytes, verify
+from preprocessing.sharding.write import (
     PlannedShard,
     make_sidecar,
     publish_exclusive,
@@ -30,9 +32,7 @@ from preprocessing.shards import (
     sidecar_path,
     write_file,
 )
-from preprocessing.verify import Report, check_tables, recorded_bytes, verify
-from preprocessing.weights import check_planned
-from sat.data.manifest import MANIFEST, Manifest, seal
+from sat.shards.manifest import MANIFEST, Manifest, seal
 
 
 def repair(

@@ -12,14 +12,14 @@ import torch
 import typer
 from PIL import Image
 
-from preprocessing.images import BadPicture, fit
-from preprocessing.images import decode as decode_file
-from sat.attention_plot import plot_attention
-from sat.decoding import DecodeOptions, Hypothesis, decode
 from sat.evaluate import best_folder
+from sat.evaluation.attention_plot import plot_attention
+from sat.evaluation.decoding import DecodeOptions, Hypothesis, decode
 from sat.export import TrainedModel, load_model
-from sat.model.encoder import Encoder, load_encoder, normalise, weights_digest
-from sat.run import attach
+from sat.model.encoders.resnet import Encoder, load_encoder, normalise, weights_digest
+from sat.run_folder import attach
+from sat.shards.pictures import BadPicture, fit
+from sat.shards.pictures import decode as decode_file
 
 
 def find_encoder(trained: TrainedModel, weights: Path) -> Encoder:

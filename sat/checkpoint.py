@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-from sat.runtime import Runtime
+from sat.engine.processes import Runtime
 
 FOLDER = re.compile(r"step-(\d+)")
 COMMIT = "COMMIT.json"

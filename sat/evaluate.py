@@ -17,13 +17,13 @@ from torch import nn
 from sat import config as settings
 from sat.checkpoint import write_json
 from sat.data.loader import evaluation_batches, read_references
-from sat.data.manifest import Manifest, load_manifest
-from sat.decoding import DecodeOptions, decode
+from sat.engine.processes import Runtime, start
+from sat.evaluation.decoding import DecodeOptions, decode
+from sat.evaluation.metrics import Scores, most_frequent_caption, score
 from sat.export import TrainedModel, load_model, refuse_other_features
-from sat.metrics import Scores, most_frequent_caption, score
-from sat.model.kernels import speed_up
-from sat.run import attach
-from sat.runtime import Runtime, start
+from sat.model.kernels.choose import speed_up
+from sat.run_folder import attach
+from sat.shards.manifest import Manifest, load_manifest
 from sat.text import CaptionTokenizer, normalise
 from sat.training_data import reading_options
 

@@ -16,10 +16,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sat import config as settings
-from sat.data.manifest import Manifest
 from sat.model.captioner import Captioner
-from sat.model.encoder import Encoder
-from sat.model.end_to_end import EndToEnd
+from sat.model.encoders.end_to_end import EndToEnd
+from sat.model.encoders.resnet import Encoder
+from sat.shards.manifest import Manifest
 from sat.text import CaptionTokenizer
 
 FILES = ("model.safetensors", "config.json", "tokenizer.json")

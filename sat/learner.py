@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from sat import config as settings
 from sat.data.loader import evaluation_batches
-from sat.data.manifest import load_statistics
+from sat.engine.processes import Runtime
 from sat.export import build_captioner
-from sat.model.encoder import load_encoder
-from sat.model.end_to_end import EndToEnd, feature_statistics
+from sat.model.encoders.end_to_end import EndToEnd, feature_statistics
+from sat.model.encoders.resnet import load_encoder
 from sat.optim import WeightAverage, build_optimizer, learning_rate
-from sat.runtime import Runtime
+from sat.shards.manifest import load_statistics
 from sat.training_data import TrainingData
 from sat.word_vectors import load_word_vectors
 

@@ -12,8 +12,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from sat.engine.processes import Runtime
 from sat.model.loss import LossSums
-from sat.runtime import Runtime
 
 T = TypeVar("T")
 

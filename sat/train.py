@@ -22,14 +22,14 @@ from sat.data.batch import CaptionBatch
 from sat.data.loader import training_batches
 from sat.data.order import derive_key
 from sat.data.plan import Cursor
+from sat.engine.processes import Runtime, start
 from sat.evaluate import Evaluation, evaluate
 from sat.export import save_model
 from sat.learner import Learner, build_learner, check_resumable, load_tensors, save_tensors
 from sat.meter import Meter
-from sat.model.kernels import speed_up
+from sat.model.kernels.choose import speed_up
 from sat.model.loss import total_loss
-from sat.run import Run, open_run, read_status
-from sat.runtime import Runtime, start
+from sat.run_folder import Run, open_run, read_status
 from sat.training_data import TrainingData, open_data
 
 

@@ -6,12 +6,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from preprocessing.images import decode, fit
 from sat import config as settings
 from sat.data.loader import steps_per_epoch
-from sat.data.manifest import Manifest, load_manifest
 from sat.export import end_to_end_features, refuse_other_features
-from sat.model.encoder import weights_digest
+from sat.model.encoders.resnet import weights_digest
+from sat.shards.manifest import Manifest, load_manifest
+from sat.shards.pictures import decode, fit
 from sat.text import CaptionTokenizer
 
 

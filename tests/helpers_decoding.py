@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sat.decoding import DecodeOptions, Hypothesis
+from sat.evaluation.decoding import DecodeOptions, Hypothesis
 from sat.text import END, PAD, START, UNK
 
 CELLS = 3

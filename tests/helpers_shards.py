@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from preprocessing.finalize import finalize
-from preprocessing.grids import ChannelSums, merge_statistics, npy_bytes, restore, store
-from preprocessing.plan import Plan, publish_plan
-from preprocessing.shards import PlannedShard, Sample, write_shard
-from sat.data.manifest import Manifest
+from preprocessing.features.statistics import ChannelSums, merge_statistics, npy_bytes, restore, store
+from preprocessing.sharding.finalize import finalize
+from preprocessing.sharding.plan import Plan, publish_plan
+from preprocessing.sharding.write import PlannedShard, Sample, write_shard
+from sat.shards.manifest import Manifest
 
 REPOSITORY = Path(__file__).parents[1]
 WORDS = ["red", "blue", "green", "big", "small", "circle", "square", "star", "left", "right", "above", "below"]

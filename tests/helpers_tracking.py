@@ -9,9 +9,10 @@ from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
-from sat import mlflow_upload, tracking
-from sat.mlflow_upload import follow
-from sat.tracking import read_journal
+from sat.tracking.journal import journal as tracking
+from sat.tracking.journal import mlflow as mlflow_upload
+from sat.tracking.journal import read_journal
+from sat.tracking.mlflow import follow
 
 ROOT = Path(__file__).resolve().parents[1]
 

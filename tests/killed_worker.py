@@ -15,12 +15,12 @@ from pathlib import Path
 
 from PIL import Image
 
-from preprocessing import network  # noqa: F401  imported once, here
 from preprocessing.annotations import read_annotations
 from preprocessing.extract_features import extract_stripe, finalize_features
-from preprocessing.finalize import finalize
-from preprocessing.plan_features import plan_features
+from preprocessing.features import network as network  # noqa: F401  imported once
+from preprocessing.features.plan import plan_features
 from preprocessing.shard_images import plan_images, shard_stripe
+from preprocessing.sharding.finalize import finalize
 
 
 def images(root: Path, out: Path) -> None:

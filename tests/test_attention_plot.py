@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sat.attention_plot import DARK, light, plot_attention
+from sat.evaluation.attention_plot import DARK, light, plot_attention
 
 
 def hot(side: int, row: int, column: int) -> np.ndarray:

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from sat.bench import features, loader, plan
-from sat.data.manifest import load_manifest
+from sat.shards.manifest import load_manifest
 
 
 def test_the_plan_of_a_billion_samples_is_quick_small_and_balanced(tmp_path):

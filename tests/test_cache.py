@@ -17,14 +17,15 @@ import pytest
 import torch
 from helpers_shards import make_feature_dataset, self_describing_captions
 
-from preprocessing import finalize
-from sat.data import cache, retry
-from sat.data import manifest as manifest_module
-from sat.data.cache import FolderStore, RemoteStore, make_store
+from preprocessing.sharding import finalize
 from sat.data.loader import evaluation_batches, read_references, training_batches
-from sat.data.manifest import load_manifest, load_statistics
 from sat.data.plan import Cursor
 from sat.data.reader import BadSample, SampleReader
+from sat.shards import manifest as manifest_module
+from sat.shards import retry
+from sat.shards import store as cache
+from sat.shards.manifest import load_manifest, load_statistics
+from sat.shards.store import FolderStore, RemoteStore, make_store
 from sat.text import build_tokenizer
 
 

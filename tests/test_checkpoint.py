@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from sat import checkpoint, runtime
+from sat import checkpoint
+from sat.engine import processes as runtime
 
 ROOT = Path(__file__).parents[1]
 
@@ -89,7 +90,8 @@ def test_a_failed_save_warns_keeps_the_older_one_and_leaves_nothing(tmp_path, al
 KILLED = """
 import os, sys, shutil
 from pathlib import Path
-from sat import checkpoint, runtime
+from sat import checkpoint
+from sat.engine import processes as runtime
 from tests.test_checkpoint import write_three
 folder, deadline = Path(sys.argv[1]), int(sys.argv[2])
 alone, calls = runtime.start(), 0

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-import sat.decoding
-from sat.decoding import DecodeOptions, decode
+import sat.evaluation.decoding
+from sat.evaluation.decoding import DecodeOptions, decode
 from sat.text import END, PAD, START, UNK
 from tests.helpers_decoding import (
     CELLS,
@@ -170,7 +170,7 @@ def test_captions_do_not_depend_on_the_batch(options, monkeypatch):
     together = decode(model, grid_of(*images), options, [str(image) for image in images])
     alone = [decode(model, grid_of(image), options, [str(image)])[0] for image in images]
     backwards = decode(model, grid_of(*images[::-1]), options, [str(image) for image in images[::-1]])[::-1]
-    monkeypatch.setattr(sat.decoding, "CACHE_BYTES", {"cpu": 4 * options.width * CELLS * 7})
+    monkeypatch.setattr(sat.evaluation.decoding, "CACHE_BYTES", {"cpu": 4 * options.width * CELLS * 7})
     chunked = decode(model, grid_of(*images), options, [str(image) for image in images])
     assert together == alone == backwards == chunked
     for other in (alone, backwards, chunked):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sat.config import PRESETS
-from sat.decoding import DecodeOptions, decode
+from sat.evaluation.decoding import DecodeOptions, decode
 from sat.model.captioner import Captioner
 from sat.text import END
 from tests.helpers_decoding import assert_same, log_probs, one_thread, slow_beam_search  # noqa: F401  (a fixture)

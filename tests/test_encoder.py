@@ -9,7 +9,7 @@ from torch import nn
 from torchvision.models import resnet50
 from torchvision.transforms.functional import normalize
 
-from sat.model.encoder import (
+from sat.model.encoders.resnet import (
     IMAGE_MEAN,
     IMAGE_STD,
     Encoder,

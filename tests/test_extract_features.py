@@ -16,18 +16,18 @@ from safetensors.torch import save_file
 from preprocessing import fetch_weights
 from preprocessing.annotations import read_annotations
 from preprocessing.extract_features import extract_stripe, finalize_features
+from preprocessing.features.network import COMPUTE, best_compute, fast_forward, load_network
+from preprocessing.features.plan import plan_features
+from preprocessing.features.statistics import restore
+from preprocessing.features.weights import CONTENT_KEY, content_digest, find_weights
 from preprocessing.fetch_weights import convert
 from preprocessing.fetch_weights import main as fetch
-from preprocessing.finalize import finalize
-from preprocessing.grids import restore
-from preprocessing.images import decode, fit
-from preprocessing.network import COMPUTE, best_compute, fast_forward, load_network
-from preprocessing.plan_features import plan_features
 from preprocessing.shard_images import plan_images, shard_stripe
-from preprocessing.shards import hash_file
-from preprocessing.weights import CONTENT_KEY, content_digest, find_weights
-from sat.data.manifest import NPY_HEADER, TAR_BLOCK, load_manifest, load_statistics
-from sat.model.encoder import Encoder, load_encoder, normalise
+from preprocessing.sharding.finalize import finalize
+from preprocessing.sharding.write import hash_file
+from sat.model.encoders.resnet import Encoder, load_encoder, normalise
+from sat.shards.manifest import NPY_HEADER, TAR_BLOCK, load_manifest, load_statistics
+from sat.shards.pictures import decode, fit
 from tests.helpers_shards import REPOSITORY, encoded, make_coco, picture, run_program, snapshot
 
 SIZE, STAGE, DIM, CELLS = 32, 1, 256, 8

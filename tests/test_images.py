@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from preprocessing.images import RESIZE, BadPicture, decode, extension_of, fit
+from sat.shards.pictures import RESIZE, BadPicture, decode, extension_of, fit
 from tests.helpers_shards import encoded, picture, real_data
 
 RGB = picture(3)

@@ -10,19 +10,20 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from preprocessing import shard_images
-from sat import caption, runtime, train
+from sat import caption, train
 from sat import config as settings
 from sat.data.loader import read_references
-from sat.data.manifest import load_manifest
 from sat.data.plan import Cursor
+from sat.engine import processes as runtime
 from sat.evaluate import evaluate, refuse_unfit
 from sat.export import load_model
 from sat.learner import build_learner
 from sat.meter import Meter
 from sat.model.captioner import Captioner
-from sat.model.encoder import Encoder, load_encoder, normalise
-from sat.model.end_to_end import EndToEnd
-from sat.run import Run
+from sat.model.encoders.end_to_end import EndToEnd
+from sat.model.encoders.resnet import Encoder, load_encoder, normalise
+from sat.run_folder import Run
+from sat.shards.manifest import load_manifest
 from sat.text import build_tokenizer
 from sat.training_data import open_data, reading_options
 from tests.helpers_shards import make_coco, make_feature_dataset

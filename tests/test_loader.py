@@ -11,10 +11,10 @@ import torch
 from helpers_shards import encoded, grid_of, make_feature_dataset, picture, self_describing_captions
 from PIL import Image
 
-from preprocessing.finalize import finalize
-from preprocessing.grids import restore, store
-from preprocessing.plan import Plan, publish_plan
-from preprocessing.shards import PlannedShard, Sample, write_shard
+from preprocessing.features.statistics import restore, store
+from preprocessing.sharding.finalize import finalize
+from preprocessing.sharding.plan import Plan, publish_plan
+from preprocessing.sharding.write import PlannedShard, Sample, write_shard
 from sat.data import reader as reader_module
 from sat.data.loader import evaluation_batches, read_references, steps_per_epoch, training_batches
 from sat.data.plan import Cursor

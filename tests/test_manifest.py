@@ -11,11 +11,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from preprocessing import finalize
-from sat.data import manifest as manifest_module
-from sat.data import retry
+from preprocessing.sharding import finalize
 from sat.data.loader import read_references
-from sat.data.manifest import (
+from sat.shards import manifest as manifest_module
+from sat.shards import retry
+from sat.shards.manifest import (
     MANIFEST,
     NPY_HEADER,
     SAMPLES,

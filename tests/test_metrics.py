@@ -19,8 +19,8 @@ from pathlib import Path
 
 import pytest
 
-from sat import metrics
-from sat.metrics import most_frequent_caption, sanitise, score
+from sat.evaluation import metrics
+from sat.evaluation.metrics import most_frequent_caption, sanitise, score
 
 ROOT = Path(__file__).resolve().parents[1]
 REAL = Path(os.environ.get("SAT_REAL_DATA", ROOT.parent / "shared/data")) / "coco_val2017/captions_val2017.json"
@@ -280,7 +280,7 @@ def test_when_the_evaluation_is_killed_its_java_goes_too(tmp_path):
     fake_java(tmp_path / "bin", f"echo $$ > {tmp_path}/pid; exec sleep 1000")
     script = """if True:
         import sys
-        from sat import metrics
+        from sat.evaluation import metrics
         metrics.java_folder = lambda: sys.argv[1]
         metrics.score({"0": ["a"]}, {"0": "a"})
     """
@@ -306,7 +306,7 @@ def test_a_read_only_installation_is_enough():
     mount = f"mount --bind '{site}' '{site}' && mount -o remount,ro,bind '{site}' && ! touch '{site}/x' 2>/dev/null"
     if subprocess.run(["unshare", "-Urm", "sh", "-c", mount], capture_output=True).returncode:
         pytest.skip("this machine lets nobody mount a folder read-only (unshare -Urm)")
-    script = "from sat.metrics import score; print(score({'0': ['a dog']}, {'0': 'a dog'}, ('BLEU',)))"
+    script = "from sat.evaluation.metrics import score; print(score({'0': ['a dog']}, {'0': 'a dog'}, ('BLEU',)))"
     command = ["unshare", "-Urm", "sh", "-c", f'{mount}; exec "$0" -c "$1"', sys.executable, script]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from sat import mlflow_upload
-from sat.mlflow_upload import sync
-from sat.tracking import Tracker, read_journal
+from sat.tracking.journal import Tracker, read_journal
+from sat.tracking.journal import mlflow as mlflow_upload
+from sat.tracking.mlflow import sync
 from tests.helpers_tracking import (
     ROOT,
     NoUploader,
@@ -42,7 +42,7 @@ def in_thread(monkeypatch):
 LIFE = """
 import sys, time
 from pathlib import Path
-from sat.tracking import Tracker
+from sat.tracking.journal import Tracker
 folder, first, last, rate, end = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], sys.argv[5]
 tracker = Tracker(folder, params={"train.learning_rate": rate, "model.width": 8}, resume_step=first - 1)
 for step in range(first, last + 1):
@@ -105,7 +105,7 @@ def test_runs_that_meet_a_fresh_store_at_once_stand_side_by_side_with_params_and
     for folder, (rate, cider) in runs.items():
         write_run(folder, uri, rate, cider)
     children = [
-        subprocess.Popen([sys.executable, "-m", "sat.mlflow_upload", folder], cwd=ROOT, stdout=subprocess.PIPE)
+        subprocess.Popen([sys.executable, "-m", "sat.tracking.mlflow", folder], cwd=ROOT, stdout=subprocess.PIPE)
         for folder in runs
     ]
     said = [child.communicate()[0] for child in children]
@@ -259,7 +259,7 @@ def test_a_read_only_store_costs_no_line_and_is_caught_up(tmp_path):
     command = ["unshare", "-Urm", "sh", "-c", f'{mount}; exec "$0" "$@"', *life]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    assert "Read-only" in done.stderr and "catch up: python -m sat.mlflow_upload" in done.stderr
+    assert "Read-only" in done.stderr and "catch up: python -m sat.tracking.mlflow" in done.stderr
     assert [entry["step"] for entry in read_journal(folder)] == list(range(1, 21))
     assert sync(folder) == 43  # 20 losses, 20 rates, 2 scores, 1 artifact
     run_id = json.loads((folder / "mlflow_run.json").read_text())["run_id"]

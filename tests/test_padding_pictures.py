@@ -7,8 +7,8 @@ import torch
 
 from sat.config import PRESETS
 from sat.model.captioner import Captioner
-from sat.model.encoder import Encoder
-from sat.model.end_to_end import EndToEnd
+from sat.model.encoders.end_to_end import EndToEnd
+from sat.model.encoders.resnet import Encoder
 from sat.model.loss import total_loss
 
 

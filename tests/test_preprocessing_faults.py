@@ -18,16 +18,17 @@ from pathlib import Path
 
 import pytest
 
-from preprocessing import finalize as finalizing
-from preprocessing import jobs, shards
-from preprocessing import plan as planning
-from preprocessing.finalize import finalize
-from preprocessing.jobs import run_shards
-from preprocessing.plan import Plan, load_plan, publish_plan
 from preprocessing.shard_images import build_image_shard, main
-from preprocessing.shards import PlannedShard, Sample, hash_file, read_members, read_sidecar, write_shard
-from preprocessing.verify import verify
-from sat.data.manifest import load_manifest
+from preprocessing.sharding import finalize as finalizing
+from preprocessing.sharding import jobs
+from preprocessing.sharding import plan as planning
+from preprocessing.sharding import write as shards
+from preprocessing.sharding.finalize import finalize
+from preprocessing.sharding.jobs import run_shards
+from preprocessing.sharding.plan import Plan, load_plan, publish_plan
+from preprocessing.sharding.verify import verify
+from preprocessing.sharding.write import PlannedShard, Sample, hash_file, read_members, read_sidecar, write_shard
+from sat.shards.manifest import load_manifest
 from tests.helpers_shards import REPOSITORY, make_coco, run_program, snapshot
 
 pytestmark = pytest.mark.faults

@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from preprocessing.verify import verify
+from preprocessing.sharding.verify import verify
 from tests.helpers_shards import REPOSITORY, make_coco, run_program, snapshot
 from tests.slurm_cluster import poll
 from tests.test_extract_features import OPTIONS, make_images, random_weights

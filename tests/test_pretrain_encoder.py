@@ -10,10 +10,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from preprocessing import pretrain_encoder
-from preprocessing.crops import CLASSES, EXTENT, labelled_crops, sample_crop
 from preprocessing.pretrain_encoder import LAST_RATE, Pretrainer, Recipe, make_encoder, pretrain, pretraining_loss
-from preprocessing.scenes import BACKGROUNDS, render
-from sat.model.encoder import Encoder, load_encoder
+from preprocessing.scenes.crops import CLASSES, EXTENT, labelled_crops, sample_crop
+from preprocessing.scenes.scenes import BACKGROUNDS, render
+from sat.model.encoders.resnet import Encoder, load_encoder
 
 TINY = Recipe(steps=3, batch_size=4, size=32)
 

@@ -18,12 +18,12 @@ import torch
 import xxhash
 from helpers_shards import make_feature_dataset, self_describing_captions
 
-from sat.data import retry
-from sat.data.cache import make_store
 from sat.data.loader import training_batches
-from sat.data.manifest import NPY_HEADER, SAMPLES_SCHEMA, TAR_BLOCK, Manifest, ShardTable, load_manifest
 from sat.data.plan import Cursor
 from sat.data.reader import BadSample, SampleReader
+from sat.shards import retry
+from sat.shards.manifest import NPY_HEADER, SAMPLES_SCHEMA, TAR_BLOCK, Manifest, ShardTable, load_manifest
+from sat.shards.store import make_store
 from sat.text import build_tokenizer
 
 pytestmark = pytest.mark.faults
@@ -343,7 +343,7 @@ def test_short_reads_are_completed(pristine, read_epoch, monkeypatch):
 EPOCH = """
 import hashlib, sys
 from sat.data.loader import training_batches
-from sat.data.manifest import load_manifest
+from sat.shards.manifest import load_manifest
 from sat.data.plan import Cursor
 from sat.text import CaptionTokenizer
 sources = [(load_manifest(sys.argv[1]), 1.0)]

@@ -10,12 +10,12 @@ import pytest
 import webdataset
 
 from preprocessing.annotations import read_annotations
-from preprocessing.finalize import finalize
-from preprocessing.images import decode
-from preprocessing.jobs import parse_stripe
-from preprocessing.plan import load_plan
 from preprocessing.shard_images import main, plan_images, shard_stripe
-from sat.data.manifest import load_manifest
+from preprocessing.sharding.finalize import finalize
+from preprocessing.sharding.jobs import parse_stripe
+from preprocessing.sharding.plan import load_plan
+from sat.shards.manifest import load_manifest
+from sat.shards.pictures import decode
 from tests.helpers_shards import (
     REPOSITORY,
     encoded,

@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from sat.data.loader import read_references
-from sat.data.manifest import load_manifest
+from sat.shards.manifest import load_manifest
 from sat.text import build_tokenizer
 from tests.helpers_shards import make_coco, make_feature_dataset, run_program, snapshot
 from tests.slurm_cluster import poll

@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from preprocessing import synthetic
-from preprocessing.scene_captions import check_claims, describe
-from preprocessing.scenes import COLOURS, SHAPES, SIZE, Scene, SceneObject, render, sample_scene
+from preprocessing.scenes.captions import check_claims, describe
+from preprocessing.scenes.scenes import COLOURS, SHAPES, SIZE, Scene, SceneObject, render, sample_scene
 from preprocessing.synthetic import load_truth, make_scenes
 
 COUNTS = {"train": 12, "val": 3, "test": 4}

@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from sat import tracking
-from sat.tracking import Tracker, read_journal
+from sat.tracking.journal import Tracker, read_journal
+from sat.tracking.journal import journal as tracking
 from tests.helpers_tracking import NoUploader, replace_uploader, run_python
 
 
@@ -56,7 +56,7 @@ def test_a_damaged_line_costs_no_other_line(tmp_path):
 
 FULL_DISK = """
 import resource, sys
-from sat.tracking import Tracker
+from sat.tracking.journal import Tracker
 tracker = Tracker(sys.argv[1], mlflow_uri="none")
 for step in range(1, 31):
     limit = 450 if 5 < step < 20 else -1  # a file cannot grow beyond: as a full disk, in the middle of a line

@@ -5,15 +5,15 @@ import shutil
 
 import pytest
 
-from preprocessing import verify as verify_module
 from preprocessing.extract_features import extract_stripe
-from preprocessing.finalize import finalize
-from preprocessing.plan import load_plan
-from preprocessing.plan_features import plan_features
+from preprocessing.features.plan import plan_features
 from preprocessing.shard_images import shard_stripe
-from preprocessing.verify import check_shard, recorded_bytes, verify
+from preprocessing.sharding import verify as verify_module
+from preprocessing.sharding.finalize import finalize
+from preprocessing.sharding.plan import load_plan
+from preprocessing.sharding.verify import check_shard, recorded_bytes, verify
 from preprocessing.verify_shards import repair
-from sat.data.manifest import load_manifest
+from sat.shards.manifest import load_manifest
 from tests.helpers_shards import flip_bit, make_coco, make_feature_dataset, run_program, snapshot
 from tests.test_extract_features import SMALL, extract, make_images, random_weights
 
@@ -318,7 +318,7 @@ def test_a_flipped_bit_anywhere_in_manifest_sidecar_plan_and_tables_is_seen(tmp_
 
 
 def _recorded(root):
-    from preprocessing.verify import _recorded as recorded
+    from preprocessing.sharding.verify import _recorded as recorded
 
     return list(recorded(load_manifest(root)))
 

@@ -11,10 +11,10 @@ from safetensors.torch import save_file
 
 from sat import config as settings
 from sat.data.plan import Cursor
+from sat.engine.processes import start
 from sat.learner import build_learner
 from sat.meter import Meter
-from sat.run import Run
-from sat.runtime import start
+from sat.run_folder import Run
 from sat.train import steps_from, take_step
 from sat.training_data import open_data
 

@@ -17,9 +17,9 @@ from torch.nn import functional
 
 from sat.bench.harness import InOwnProcess, alternated_medians, report
 from sat.config import PRESETS
-from sat.decoding import DecodeOptions, decode
+from sat.evaluation.decoding import DecodeOptions, decode
 from sat.model.captioner import CLAMP, Captioner, Memory
-from sat.model.kernels import speed_up
+from sat.model.kernels.choose import speed_up
 from sat.text import END, PAD, START
 
 LOGITS_STD = 6.0

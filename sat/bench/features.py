@@ -27,7 +27,7 @@ def run(
     """Images/s of the whole job, the bare network at the same precision and a naive loop (PIL, batch 1, fp32)."""
     import torch
 
-    from preprocessing.network import best_compute
+    from preprocessing.features.network import best_compute
     from sat.bench.harness import InOwnProcess, report
 
     device, compute = "cuda:0" if torch.cuda.is_available() else "cpu", best_compute()
@@ -57,9 +57,9 @@ def _job(root: Path, files: list[Path], weights: Path, size: int, batch_size: in
     """The extraction from plan to manifest over image shards made of `files`, as a user would run it."""
     from preprocessing.annotations import ImageRecord, Records
     from preprocessing.extract_features import extract_stripe, finalize_features
-    from preprocessing.finalize import finalize
-    from preprocessing.plan_features import plan_features
+    from preprocessing.features.plan import plan_features
     from preprocessing.shard_images import plan_images, shard_stripe
+    from preprocessing.sharding.finalize import finalize
 
     records = tuple(
         ImageRecord(str(number), file.name, "train", ("a picture",), str(number), file.stat().st_size)
@@ -85,8 +85,8 @@ def _bare(weights: Path, size: int, batch_size: int, compute: str, device: str, 
     """The network that the job uses, on one finished batch over and over."""
     import torch
 
-    from preprocessing.network import COMPUTE, fast_forward
-    from sat.model.encoder import load_encoder
+    from preprocessing.features.network import COMPUTE, fast_forward
+    from sat.model.encoders.resnet import load_encoder
 
     forward = fast_forward(load_encoder(weights), size, compute, device, images)
     batch = torch.randn(batch_size, 3, size, size, device=device).to(
@@ -113,7 +113,7 @@ def _naive(files: list[Path], weights: Path, size: int, device: str) -> Callable
     import torch
     from PIL import Image
 
-    from sat.model.encoder import load_encoder, normalise
+    from sat.model.encoders.resnet import load_encoder, normalise
 
     encoder = load_encoder(weights).to(device)
 
@@ -147,7 +147,7 @@ def _random_weights(path: Path) -> Path:
     import torch
     from safetensors.torch import save_file
 
-    from sat.model.encoder import Encoder
+    from sat.model.encoders.resnet import Encoder
 
     torch.manual_seed(1)
     save_file({name: tensor.contiguous() for name, tensor in Encoder().state_dict().items()}, path)

@@ -53,10 +53,10 @@ def run(
 
 def write_shards(root: Path, side: int, samples: int, shard_size: int = 256) -> None:
     """A finished feature data set of random fp16 grids, by the writer that preprocessing uses."""
-    from preprocessing.finalize import finalize
-    from preprocessing.grids import npy_bytes
-    from preprocessing.plan import Plan, publish_plan
-    from preprocessing.shards import PlannedShard, Sample, write_shard
+    from preprocessing.features.statistics import npy_bytes
+    from preprocessing.sharding.finalize import finalize
+    from preprocessing.sharding.plan import Plan, publish_plan
+    from preprocessing.sharding.write import PlannedShard, Sample, write_shard
 
     random = np.random.default_rng(1)
     fingerprint = {"grid": [side, side], "dim": DIM, "dtype": "fp16", "encoder": None, "transform": None}
@@ -152,8 +152,8 @@ class OurEpochs:
 
     def __init__(self, root: Path, workers: int, epochs: int):
         from sat.data.loader import read_references, training_batches
-        from sat.data.manifest import load_manifest
         from sat.data.plan import Cursor
+        from sat.shards.manifest import load_manifest
         from sat.text import build_tokenizer
 
         sources = [(load_manifest(str(root)), 1.0)]

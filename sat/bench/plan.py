@@ -23,7 +23,7 @@ CHILD = """
 import time
 began, busy = time.perf_counter(), time.process_time()
 import json, sys
-from sat.data.manifest import load_manifest
+from sat.shards.manifest import load_manifest
 from sat.data.plan import Cursor, plan_training
 
 root, (ranks, rank, worker, done, global_batch) = sys.argv[1], map(int, sys.argv[2:])
@@ -84,7 +84,7 @@ def write_manifest(root: Path, samples: int, shards: int) -> None:
     """What finalizing writes of a data set of this size, without the samples: its manifest and the table of shards."""
     import pyarrow.parquet as pq
 
-    from sat.data.manifest import MANIFEST, SCHEMA, SHARDS, SHARDS_PER_GROUP, dataset_digest, place_of_rows, seal
+    from sat.shards.manifest import MANIFEST, SCHEMA, SHARDS, SHARDS_PER_GROUP, dataset_digest, place_of_rows, seal
 
     table = shard_table(samples, shards)
     pq.write_table(table, root / SHARDS, SHARDS_PER_GROUP, compression="zstd", write_statistics=False)
@@ -100,7 +100,7 @@ def shard_table(samples: int, shards: int) -> "pa.Table":
     import numpy as np
     import pyarrow as pa
 
-    from sat.data.manifest import SHARDS_SCHEMA
+    from sat.shards.manifest import SHARDS_SCHEMA
 
     random = np.random.default_rng(1)
     counts = np.full(shards, samples // shards, dtype=np.int64)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from sat.bench.harness import InOwnProcess, alternated_medians, gemm_peak, peak_memory_mb, report
 from sat.config import PRESETS
 from sat.model.captioner import Captioner
-from sat.model.kernels import speed_up
+from sat.model.kernels.choose import speed_up
 from sat.model.loss import total_loss
 from sat.optim import build_optimizer
 

@@ -15,10 +15,10 @@ import xxhash
 from torch import Tensor
 
 from sat.data.buffers import Ring, attach
-from sat.data.manifest import Manifest
 from sat.data.order import choose_captions
 from sat.data.plan import Slots
 from sat.data.reader import BadSample, Rows, SampleReader
+from sat.shards.manifest import Manifest
 from sat.text import END, PAD, START, CaptionTokenizer
 
 TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "int8": torch.int8}

@@ -17,8 +17,6 @@ from torch import Tensor
 
 from sat.data.batch import BatchReader, CaptionBatch, CaptionOptions, InTransit, Stretch, row_of, stretches_of
 from sat.data.buffers import Ring
-from sat.data.cache import make_store
-from sat.data.manifest import Manifest, check_files
 from sat.data.plan import (
     Cursor,
     EvaluationPlan,
@@ -30,6 +28,8 @@ from sat.data.plan import (
     sources_digest,
 )
 from sat.data.reader import SampleReader
+from sat.shards.manifest import Manifest, check_files
+from sat.shards.store import make_store
 from sat.text import CaptionTokenizer
 
 logger = logging.getLogger(__name__)

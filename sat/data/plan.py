@@ -16,7 +16,7 @@ import numpy as np
 from sat.data.order import EpochOrder, Layout, epoch_order, make_layout, micro_batch_rows
 
 if TYPE_CHECKING:  # planning itself needs no file and so none of the libraries that read them
-    from sat.data.manifest import Manifest
+    from sat.shards.manifest import Manifest
 
 Sources = Sequence[tuple["Manifest", float]]
 """The main data set first, each sample once per epoch; then others, with the samples drawn per sample of the first."""

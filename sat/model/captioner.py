@@ -14,10 +14,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sat.model import native
 from sat.model.attention import BASELINE_DECAY, Attended, Attention, attend_for_inference, reinforce_sums
 from sat.model.initialise import initialise
-from sat.model.kernels import choose_kernels
+from sat.model.kernels import native
+from sat.model.kernels.choose import choose_kernels
 from sat.model.loss import LossSums, doubly_stochastic_penalty, linear_cross_entropy
 from sat.model.packing import Packing, pack
 from sat.model.rollout import Rollout, roll_out

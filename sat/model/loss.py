@@ -63,7 +63,7 @@ def linear_cross_entropy(
     """Cross-entropy of `hidden` [M, E] @ `weight` [V, E]^T + `bias` [V] against `targets` int64 [M]; keeps no logits.
 
     Matrix products run in the type of `hidden`, softmax and sums in float32 (float64 for float64).
-    `kernels` is `sat.model.native` or `sat.model.torch_kernels`.
+    `kernels` is `sat.model.kernels.native` or `sat.model.kernels.torch_kernels`.
     """
     return WordLoss(*_LinearCrossEntropy.apply(hidden, weight, bias, targets, smoothing, kernels))
 

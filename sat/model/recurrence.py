@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sat.model.kernels.torch_kernels import Seen
 from sat.model.packing import Packing
-from sat.model.torch_kernels import Seen
 
 
 class Weights(NamedTuple):
@@ -44,7 +44,7 @@ def recur(
 
     `grid` [B, L, D], `projection` [B, L, A], `word_gates` [M, 4H] (the words' share of the gates), h and c [N, H] from
     before the first step; c and alpha in float32 or wider, all else in the type of the matrix products. `kernels` is
-    `sat.model.native` or `sat.model.torch_kernels`.
+    `sat.model.kernels.native` or `sat.model.kernels.torch_kernels`.
     """
     return _Recurrence.apply(kernels, packing, tanh, grid, projection, word_gates, h, c, *weights)
 

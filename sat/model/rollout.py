@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import embedding
 
 from sat.model.attention import Attended, attend_for_inference, attend_hard
-from sat.model.kernels import choose_kernels
+from sat.model.kernels.choose import choose_kernels
 from sat.model.packing import Packing
 from sat.model.recurrence import Weights, recur
 

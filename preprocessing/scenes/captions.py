@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import permutations
 from random import Random
 
-from preprocessing.scenes import BACKGROUNDS, COLOURS, SHAPES, SIZE, SIZES, Scene, SceneObject
+from preprocessing.scenes.scenes import BACKGROUNDS, COLOURS, SHAPES, SIZE, SIZES, Scene, SceneObject
 
 SYNONYMS = {
     "circle": ("disc",),

@@ -15,8 +15,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from preprocessing.plan import LEFT_OUT, Plan
-from preprocessing.shards import (
+from preprocessing.sharding.plan import LEFT_OUT, Plan
+from preprocessing.sharding.write import (
     WORK,
     LeftOut,
     crash_point,
@@ -29,7 +29,7 @@ from preprocessing.shards import (
     temporary_path,
     write_file,
 )
-from sat.data.manifest import (
+from sat.shards.manifest import (
     MANIFEST,
     SAMPLES_SCHEMA,
     SCHEMA,

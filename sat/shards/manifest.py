@@ -28,7 +28,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from sat.data.retry import Result, StillFailing, io_error, remote_error, retrying
+from sat.shards.retry import Result, StillFailing, io_error, remote_error, retrying
 
 logger = logging.getLogger(__name__)
 

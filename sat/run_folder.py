@@ -14,8 +14,8 @@ from pathlib import Path
 
 from sat import config as settings
 from sat.checkpoint import write_json
-from sat.runtime import Runtime
-from sat.tracking import Tracker
+from sat.engine.processes import Runtime
+from sat.tracking.journal import Tracker
 
 STOP_FILE = "STOP"
 

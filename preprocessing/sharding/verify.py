@@ -14,9 +14,9 @@ from pathlib import Path
 
 import xxhash
 
-from preprocessing.plan import LEFT_OUT, PLAN, Plan, check_table, load_plan, table_path
-from preprocessing.shards import LOCK, WORK, PlannedShard, hash_file, read_sidecar, sidecar_path
-from sat.data.manifest import MANIFEST, Manifest, load_manifest, unseal
+from preprocessing.sharding.plan import LEFT_OUT, PLAN, Plan, check_table, load_plan, table_path
+from preprocessing.sharding.write import LOCK, WORK, PlannedShard, hash_file, read_sidecar, sidecar_path
+from sat.shards.manifest import MANIFEST, Manifest, load_manifest, unseal
 
 _CHUNK = 4 << 20
 

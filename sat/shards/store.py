@@ -21,8 +21,8 @@ from typing import BinaryIO
 import fsspec
 import pyarrow as pa
 
-from sat.data.manifest import Manifest, ShardInfo, check_root, place_of_rows
-from sat.data.retry import remote_error, retrying
+from sat.shards.manifest import Manifest, ShardInfo, check_root, place_of_rows
+from sat.shards.retry import remote_error, retrying
 
 logger = logging.getLogger(__name__)
 

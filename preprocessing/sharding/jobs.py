@@ -24,8 +24,8 @@ from functools import lru_cache
 from multiprocessing import get_context
 from pathlib import Path
 
-from preprocessing.plan import Plan
-from preprocessing.shards import WORK, PlannedShard, is_finished, publish_exclusive, read_sidecar
+from preprocessing.sharding.plan import Plan
+from preprocessing.sharding.write import WORK, PlannedShard, is_finished, publish_exclusive, read_sidecar
 
 _POLL_SECONDS = 0.2
 _PR_SET_PDEATHSIG = 1  # from linux/prctl.h

@@ -1,4 +1,4 @@
-"""Bring a run folder's journal and artifacts to MLflow: `python -m sat.mlflow_upload RUN_DIR`, at any time, repeatedly.
+"""Bring a run folder's journal and artifacts to MLflow: `python -m sat.tracking.mlflow RUN_DIR`, at any time, repeatedly.
 
 MLflow is asked what it has and gets what is missing, so nothing is lost or sent twice, whatever broke when. The
 surprise: of a step that was taken again after a crash MLflow keeps the first point; the journal has the one that
@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from uuid import uuid4
 
-from sat.tracking import ARTIFACTS, JOURNAL, SETTINGS, UPLOADED, entries, read_json, write_json
+from sat.tracking.journal import ARTIFACTS, JOURNAL, SETTINGS, UPLOADED, entries, read_json, write_json
 
 ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
@@ -29,7 +29,7 @@ ENVIRONMENT = {
 }
 """By itself MLflow waits four minutes for a dead server and reports usage to its makers. Values already set win."""
 
-KEY_TAG = "sat.run"
+KEY_TAG = "sat.run_folder"
 """Tag that names our run on the server: it is found again even when the answer to its creation was lost."""
 POINTS_PER_REQUEST = 1000
 PARAMS_PER_REQUEST = 100
@@ -85,7 +85,7 @@ def follow(folder: Path, parent: int) -> None:
             uploader, failures = None, failures + 1
         if last:
             if failures:
-                _say(f"MLflow lacks a part of this run; catch up: python -m sat.mlflow_upload {folder}")
+                _say(f"MLflow lacks a part of this run; catch up: python -m sat.tracking.mlflow {folder}")
             return
         _pause(folder, parent, min(SEND_EVERY_S * 2 ** min(failures, 10), LONGEST_RETRY_S))
 

@@ -1,7 +1,7 @@
 """Score captions with pycocoevalcap: BLEU-1..4, METEOR, ROUGE-L, CIDEr. Call it on one rank only.
 
 The package is not used where it lies: it writes into its own folder, hangs or shifts captions on odd characters and
-hides a missing Java. So every metric is a child process (`python -m sat.metrics NAME FOLDER`) inside a private folder
+hides a missing Java. So every metric is a child process (`python -m sat.evaluation.metrics NAME FOLDER`) inside a private folder
 of links to the package, and one that fails or runs out of time is reported as None with its reason beside the others.
 """
 
@@ -186,7 +186,7 @@ def _run_children(names: Sequence[str], folder: Path, deadline: float, reasons: 
         for name in names:
             with open(folder / f"{name}.err", "wb") as errors:
                 children[name] = subprocess.Popen(
-                    [sys.executable, "-P", "-m", "sat.metrics", name, str(folder)],
+                    [sys.executable, "-P", "-m", "sat.evaluation.metrics", name, str(folder)],
                     stdin=subprocess.PIPE,
                     stdout=errors,
                     stderr=errors,
@@ -210,7 +210,7 @@ def _run_children(names: Sequence[str], folder: Path, deadline: float, reasons: 
 def _environment(folder: Path) -> dict[str, str]:
     """The child's: our Java first, an English locale, temporary files in `folder`, no Java options of the user."""
     environment = {k: v for k, v in os.environ.items() if k not in ("_JAVA_OPTIONS", "JDK_JAVA_OPTIONS", "LANGUAGE")}
-    root = str(Path(__file__).resolve().parents[1])
+    root = str(Path(__file__).resolve().parents[2])
     java = java_folder()
     environment |= {
         "PATH": os.pathsep.join(filter(None, [java, os.environ.get("PATH")])),

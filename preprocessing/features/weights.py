@@ -8,7 +8,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from preprocessing.shards import hash_file
+from preprocessing.sharding.write import hash_file
 
 IMAGENET_FILE = "resnet50-imagenet.safetensors"
 WEIGHTS_DIR = Path("weights")

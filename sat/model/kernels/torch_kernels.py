@@ -1,4 +1,4 @@
-"""The fast step's kernels in plain PyTorch: for GPUs, and for CPUs where `sat.model.native` cannot be built.
+"""The fast step's kernels in plain PyTorch: for GPUs, and for CPUs where `sat.model.kernels.native` cannot be built.
 
 Surprising: they write into tensors they are given, so that each step's results land in its slice of the packed buffers.
 B images, N rows, n of them running at step t, M packed words, L locations, D features, A attention width, H LSTM width.

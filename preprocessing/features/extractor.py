@@ -16,12 +16,12 @@ from typing import TypeVar
 import numpy as np
 import xxhash
 
-from preprocessing.grids import ChannelSums, npy_bytes, restore, store
-from preprocessing.images import BadPicture, decode, fit
-from preprocessing.plan import Plan
-from preprocessing.shards import PlannedShard, Sample, read_members, write_shard
-from preprocessing.weights import check_planned
-from sat.data.manifest import Manifest
+from preprocessing.features.statistics import ChannelSums, npy_bytes, restore, store
+from preprocessing.features.weights import check_planned
+from preprocessing.sharding.plan import Plan
+from preprocessing.sharding.write import PlannedShard, Sample, read_members, write_shard
+from sat.shards.manifest import Manifest
+from sat.shards.pictures import BadPicture, decode, fit
 
 In, Out = TypeVar("In"), TypeVar("Out")
 
@@ -105,7 +105,7 @@ class Extractor:
     def _compute(self, pictures: np.ndarray) -> np.ndarray:
         """uint8 [B, S, S, 3] -> grids [B, L, D]: float32, or bf16 as uint16 bits."""
         if self.network is None:
-            from preprocessing.network import load_network
+            from preprocessing.features.network import load_network
 
             stage = self.plan.fingerprint["encoder"]["stage"]
             weights, size = self.plan.settings["weights"], self.transform["size"]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sat.model.captioner import Captioner, Memory, State
-from sat.model.encoder import Encoder, normalise
+from sat.model.encoders.resnet import Encoder, normalise
 from sat.model.loss import LossSums
 
 

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import numpy as np
 
-from preprocessing.extractor import Extractor
-from preprocessing.grids import calibrate, check_dtype
-from preprocessing.images import GEOMETRIES, RESIZE
-from preprocessing.plan import Plan, publish_plan, standing_plan
-from preprocessing.shards import PlannedShard, hash_file
-from sat.data.manifest import Manifest, load_manifest
+from preprocessing.features.extractor import Extractor
+from preprocessing.features.statistics import calibrate, check_dtype
+from preprocessing.sharding.plan import Plan, publish_plan, standing_plan
+from preprocessing.sharding.write import PlannedShard, hash_file
+from sat.shards.manifest import Manifest, load_manifest
+from sat.shards.pictures import GEOMETRIES, RESIZE
 
 WRITER = 1
 """Version of what is written for given inputs; part of the fingerprint."""
@@ -109,7 +109,7 @@ def _resolve_compute(out: Path, compute: str) -> str:
     standing = standing_plan(out)
     if standing is not None and "compute" in standing.fingerprint:
         return standing.fingerprint["compute"]
-    from preprocessing.network import best_compute
+    from preprocessing.features.network import best_compute
 
     return best_compute()
 

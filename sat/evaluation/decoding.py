@@ -120,7 +120,7 @@ def decode(
 ) -> list[list[Hypothesis]]:
     """The `n_best` captions of every image of `grid` [B, L, D], best first: finished ones, then unfinished ones.
 
-    `grid` is what `models` encode: features as stored, or uint8 pictures [B, 3, S, S] for `sat.model.end_to_end.EndToEnd`.
+    `grid` is what `models` encode: features as stored, or uint8 pictures [B, 3, S, S] for `sat.model.encoders.end_to_end.EndToEnd`.
     Several models vote by the mean of their probabilities (float32); alphas are averaged too. An image gets fewer
     captions only where fewer exist. `<pad>` and `<start>` are never chosen, blocked words keep their share of the
     probability: scores are true log-probabilities. Equal scores go to the lower slot, then the lower word id, so

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from sat.data.manifest import NPY_HEADER
+from sat.shards.manifest import NPY_HEADER
 
 STORED = {"bf16": np.dtype("<u2"), "fp16": np.dtype("<f2"), "fp32": np.dtype("<f4"), "int8": np.dtype("|i1")}
 """npy type of every storage format."""

@@ -2,7 +2,7 @@
 
 Surprising: not a PyTorch extension. Without PyTorch's headers the build takes seconds instead of most of a minute and
 needs a C++ compiler only; the finished library is kept in the user's cache. Where there is no compiler, `library` says
-why and `sat.model.torch_kernels` does the same work. The kernels mirror that module's; shapes as in `native.cpp`.
+why and `sat.model.kernels.torch_kernels` does the same work. The kernels mirror that module's; shapes as in `native.cpp`.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sat.model.torch_kernels import Seen
+from sat.model.kernels.torch_kernels import Seen
 
 FLAGS = ["-std=c++17", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC"]
 

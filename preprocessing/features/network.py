@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sat.model.encoder import STAGES, Encoder, fold_batchnorm, load_encoder, normalise
+from sat.model.encoders.resnet import STAGES, Encoder, fold_batchnorm, load_encoder, normalise
 
 COMPUTE = {"bf16": torch.bfloat16, "fp32": torch.float32}
 """Precisions of the network's arithmetic; fp16 is left out, it is many times slower on a CPU."""

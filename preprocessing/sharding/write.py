@@ -27,7 +27,7 @@ from uuid import uuid4
 
 import xxhash
 
-from sat.data.manifest import TAR_BLOCK, seal, unseal
+from sat.shards.manifest import TAR_BLOCK, seal, unseal
 
 WORK, LOCK = "work", "lock"
 _CHUNK = 1 << 22

@@ -12,7 +12,7 @@ from random import Random
 
 import numpy as np
 
-from preprocessing.scenes import BACKGROUNDS, COLOURS, SHAPES, SIZES, Scene, compose, render, sample_object
+from preprocessing.scenes.scenes import BACKGROUNDS, COLOURS, SHAPES, SIZES, Scene, compose, render, sample_object
 
 EXTENT = 80
 """Side of a crop in the unit of scenes."""

@@ -1,7 +1,7 @@
 """Record a run: `metrics.jsonl` in its folder always, MLflow beside it.
 
 The journal is the truth and also the queue: `log` appends one line and returns, and a separate process
-(`sat.mlflow_upload`) follows the file. So MLflow costs the training neither memory, nor a lock, nor time, its import
+(`sat.tracking.mlflow`) follows the file. So MLflow costs the training neither memory, nor a lock, nor time, its import
 included; whatever a dead server missed is still in the journal when it returns.
 """
 
@@ -126,7 +126,7 @@ class Tracker:
         except (OSError, subprocess.TimeoutExpired) as error:
             self._uploader.kill()
             self._uploader.wait()
-            _log.warning("MLflow is behind (%s); catch up: python -m sat.mlflow_upload %s", error, self._folder)
+            _log.warning("MLflow is behind (%s); catch up: python -m sat.tracking.mlflow %s", error, self._folder)
 
     def _append(self) -> None:
         """Write what is pending, whole lines or nothing."""
@@ -141,8 +141,8 @@ class Tracker:
         self._pending = b""
 
     def _start_uploader(self) -> None:
-        command = [sys.executable, "-P", "-m", "sat.mlflow_upload", str(self._folder), "--parent", str(os.getpid())]
-        root = str(Path(__file__).resolve().parents[1])
+        command = [sys.executable, "-P", "-m", "sat.tracking.mlflow", str(self._folder), "--parent", str(os.getpid())]
+        root = str(Path(__file__).resolve().parents[2])
         path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
         try:
             write_json(self._folder / SETTINGS, self._settings)

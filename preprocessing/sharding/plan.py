@@ -18,7 +18,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from preprocessing.shards import (
+from preprocessing.sharding.write import (
     LOCK,
     WORK,
     LeftOut,
@@ -31,7 +31,7 @@ from preprocessing.shards import (
     temporary_path,
     write_file,
 )
-from sat.data.manifest import MANIFEST, SHARDS, STATISTICS, seal, unseal
+from sat.shards.manifest import MANIFEST, SHARDS, STATISTICS, seal, unseal
 
 PLAN, LEFT_OUT = "plan.json", "left_out.jsonl"
 PLAN_SCHEMA = pa.schema(
