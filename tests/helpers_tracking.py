@@ -9,8 +9,8 @@ from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
-from sat.tracking.journal import journal as tracking
-from sat.tracking.journal import mlflow as mlflow_upload
+from sat.tracking import journal as tracking
+from sat.tracking import mlflow as mlflow_upload
 from sat.tracking.journal import read_journal
 from sat.tracking.mlflow import follow
 

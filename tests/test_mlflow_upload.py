@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from sat.tracking import mlflow as mlflow_upload
 from sat.tracking.journal import Tracker, read_journal
-from sat.tracking.journal import mlflow as mlflow_upload
 from sat.tracking.mlflow import sync
 from tests.helpers_tracking import (
     ROOT,

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from sat.model.kernels import choose as kernels
 from sat.model.kernels import native, torch_kernels
-from sat.model.kernels.choose import choose as kernels
 from sat.model.loss import linear_cross_entropy
 from sat.model.packing import pack
 from sat.model.recurrence import Weights, recur

@@ -6,8 +6,8 @@ import time
 
 import pytest
 
+from sat.tracking import journal as tracking
 from sat.tracking.journal import Tracker, read_journal
-from sat.tracking.journal import journal as tracking
 from tests.helpers_tracking import NoUploader, replace_uploader, run_python
 
 
