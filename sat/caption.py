@@ -5,6 +5,7 @@ cell lies exactly over the pixels it stands for.
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -14,7 +15,8 @@ from PIL import Image
 
 from sat.evaluate import best_folder
 from sat.evaluation.attention_plot import plot_attention
-from sat.evaluation.decoding import DecodeOptions, Hypothesis, decode
+from sat.evaluation.decoding import Hypothesis, decode
+from sat.evaluation.options import DecodeOptions
 from sat.export import TrainedModel, load_model
 from sat.model.encoders.resnet import Encoder, load_encoder, normalise, weights_digest
 from sat.run_folder import attach
@@ -60,13 +62,8 @@ def main(
     files = expand(pictures)[: limit or None]
     trained = load_model(best_folder(model))
     encoder = None if trained.config.encoder.train else find_encoder(trained, weights)
-    wanted = trained.config.eval
-    options = DecodeOptions(
-        beam_size=beam_size or wanted.beam_size,
-        max_length=wanted.max_length,
-        length_penalty=wanted.length_penalty,
-        keep_attention=True,
-    )
+    search = trained.config.eval
+    options = replace(search, beam_size=beam_size or search.beam_size, keep_attention=True)
     out.mkdir(parents=True, exist_ok=True)
     written, unreadable = [], []
     for path in files:

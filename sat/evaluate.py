@@ -6,7 +6,7 @@ independently of one another, so the caption of image i under the features of im
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -14,12 +14,13 @@ import torch
 import typer
 from torch import nn
 
-from sat import config as settings
 from sat.checkpoint import write_json
+from sat.config import Config
 from sat.data.loader import evaluation_batches, read_references
 from sat.engine.processes import Runtime, start
-from sat.evaluation.decoding import DecodeOptions, decode
+from sat.evaluation.decoding import decode
 from sat.evaluation.metrics import Scores, most_frequent_caption, score
+from sat.evaluation.options import METRICS
 from sat.export import TrainedModel, load_model, refuse_other_features
 from sat.model.kernels.choose import speed_up
 from sat.run_folder import attach
@@ -42,7 +43,7 @@ def evaluate(
     manifest: Manifest,
     split: str,
     tokenizer: CaptionTokenizer,
-    config: settings.Config,
+    config: Config,
     runtime: Runtime,
     reading: dict,
 ) -> Evaluation:
@@ -69,19 +70,13 @@ def decode_split(
     manifest: Manifest,
     split: str,
     tokenizer: CaptionTokenizer,
-    config: settings.Config,
+    config: Config,
     runtime: Runtime,
     reading: dict,
 ) -> list[tuple[str, str, bool]]:
     """This rank's (image_id, caption, finished) of the split; a progress line on rank 0."""
     from tqdm import tqdm
 
-    how = DecodeOptions(
-        method="beam",
-        beam_size=config.eval.beam_size,
-        max_length=config.eval.max_length,
-        length_penalty=config.eval.length_penalty,
-    )
     batches = evaluation_batches(
         manifest,
         split=split,
@@ -96,7 +91,7 @@ def decode_split(
     with tqdm(total=images, desc=f"decode {split}", unit="image", disable=not runtime.is_main, leave=False) as bar:
         for batch in batches:
             with runtime.autocast():
-                best = [hypotheses[0] for hypotheses in decode(models, batch.grid.to(runtime.device), how)]
+                best = [hypotheses[0] for hypotheses in decode(models, batch.grid.to(runtime.device), config.eval)]
             for image_id, hypothesis in zip(batch.image_ids, best, strict=True):
                 results.append((image_id, tokenizer.decode(hypothesis.tokens), hypothesis.finished))
             bar.update(min(len(batch.image_ids) * runtime.world_size, images - bar.n))
@@ -137,8 +132,8 @@ def main(
     """
     trained = [load_model(best_folder(folder)) for folder in [run, *(also or [])]]
     config = trained[0].config
-    config.eval.metrics = ["BLEU", "METEOR", "ROUGE-L", "CIDEr"]
-    config.eval.beam_size = beam_size or config.eval.beam_size
+    search = replace(config.eval, metrics=list(METRICS), beam_size=beam_size or config.eval.beam_size)
+    config = replace(config, eval=search)
     manifest = load_manifest(features or config.data.features)
     for model in trained:
         refuse_unfit(model, manifest)
@@ -147,7 +142,7 @@ def main(
                 f"the ensemble's models have different vocabularies ({run} and {also}); they cannot vote on words"
             )
     runtime = start(config.train.precision if torch.cuda.is_available() or config.train.precision != "fp16" else "bf16")
-    kernels = speed_up(config.train.compile, runtime.device)
+    kernels = speed_up(config.train.kernels, runtime.device)
     if runtime.is_main:
         print(kernels, flush=True)
     models = [each.model.to(runtime.device) for each in trained]

@@ -15,10 +15,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from sat import config as settings
+from sat.config import Config, config_from_dict, config_to_dict
 from sat.model.captioner import Captioner
 from sat.model.encoders.end_to_end import EndToEnd
 from sat.model.encoders.resnet import Encoder
+from sat.model.spec import CaptionerSpec
 from sat.shards.manifest import Manifest
 from sat.text import CaptionTokenizer
 
@@ -30,26 +31,26 @@ class TrainedModel:
     model: Captioner | EndToEnd
     """EndToEnd, which takes pictures, when the encoder was trained with it."""
     tokenizer: CaptionTokenizer
-    config: settings.Config
+    config: Config
     features: dict
     """Fingerprint of the features it was trained on; after end-to-end training what its pictures go through."""
     step: int
 
 
 def build_captioner(
-    model: settings.ModelConfig, *, vocab_size: int, feature_dim: int, grid_size: int, compile: str
+    model: CaptionerSpec, *, vocab_size: int, feature_dim: int, grid_size: int, kernels: str
 ) -> Captioner:
     """The captioner of these settings, freshly initialised from torch's default generator."""
     not_the_models = {"preset", "word_vectors", "tune_word_vectors", "scheduled_sampling"}
     numbers = {k: v for k, v in dataclasses.asdict(model).items() if k not in not_the_models}
-    return Captioner(vocab_size=vocab_size, feature_dim=feature_dim, grid_size=grid_size, compile=compile, **numbers)
+    return Captioner(vocab_size=vocab_size, feature_dim=feature_dim, grid_size=grid_size, kernels=kernels, **numbers)
 
 
 def save_model(
     folder: Path,
     state: dict[str, torch.Tensor],
     tokenizer: CaptionTokenizer,
-    config: settings.Config,
+    config: Config,
     features: dict,
     step: int,
 ) -> None:
@@ -61,7 +62,7 @@ def save_model(
         for name, value in state.items()
     }
     save_file(weights, temporary / FILES[0])
-    about = {"format": 1, "step": step, "features": features, "config": settings.to_dict(config)}
+    about = {"format": 1, "step": step, "features": features, "config": config_to_dict(config)}
     (temporary / FILES[1]).write_text(json.dumps(about, indent=1) + "\n")
     tokenizer.save(temporary / FILES[2])
     if folder.exists():
@@ -81,7 +82,7 @@ def load_model(folder: Path, device: torch.device | str = "cpu") -> TrainedModel
                 f"{folder} is not a trained model: {name} is missing; train one, or give the run's `best` folder"
             )
     about = json.loads((folder / FILES[1]).read_text())
-    config = settings.from_dict(about["config"])
+    config = config_from_dict(about["config"])
     tokenizer = CaptionTokenizer.load(folder / FILES[2])
     features = about["features"]
     model = build_captioner(
@@ -89,7 +90,7 @@ def load_model(folder: Path, device: torch.device | str = "cpu") -> TrainedModel
         vocab_size=tokenizer.vocab_size,
         feature_dim=features["dim"],
         grid_size=features["grid"][0] * features["grid"][1],
-        compile=config.train.compile,
+        kernels=config.train.kernels,
     )
     if config.encoder.train:
         model = EndToEnd(Encoder(), model)
@@ -100,7 +101,7 @@ def load_model(folder: Path, device: torch.device | str = "cpu") -> TrainedModel
     return TrainedModel(model.to(device).eval(), tokenizer, config, features, about["step"])
 
 
-def end_to_end_features(config: settings.Config, weights_sha256: str) -> dict:
+def end_to_end_features(config: Config, weights_sha256: str) -> dict:
     """What stands for a fingerprint when the encoder is trained too, beginning from the weights of that digest."""
     size, encoder = config.encoder.image_size, Encoder()
     return {

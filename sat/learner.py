@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from sat import config as settings
+from sat.config import Config
 from sat.data.loader import evaluation_batches
 from sat.engine.processes import Runtime
 from sat.export import build_captioner
@@ -34,7 +34,7 @@ class Learner:
     optimizer: torch.optim.Optimizer
     average: WeightAverage | None
     """Exponential moving average of the weights, or None."""
-    config: settings.Config
+    config: Config
     total_steps: int
 
     @property
@@ -60,7 +60,7 @@ class Learner:
             self.average.update(self.module)
 
 
-def build_learner(config: settings.Config, data: TrainingData, runtime: Runtime) -> Learner:
+def build_learner(config: Config, data: TrainingData, runtime: Runtime) -> Learner:
     """A fresh learner; the weights are a function of the seed alone. All ranks enter."""
     if runtime.deepspeed and config.encoder.train and config.train.precision != "fp32":
         raise ValueError(
@@ -88,7 +88,7 @@ def build_learner(config: settings.Config, data: TrainingData, runtime: Runtime)
     return Learner(model, module, wrapped, average, config, data.total_steps)
 
 
-def build_model(config: settings.Config, data: TrainingData, runtime: Runtime) -> nn.Module:
+def build_model(config: Config, data: TrainingData, runtime: Runtime) -> nn.Module:
     """The captioner with the statistics of its features; with `encoder.train`, behind the ResNet-50."""
     encoder = None
     if config.encoder.train:
@@ -104,7 +104,7 @@ def build_model(config: settings.Config, data: TrainingData, runtime: Runtime) -
         vocab_size=data.tokenizer.vocab_size,
         feature_dim=data.features["dim"],
         grid_size=data.features["grid"][0] * data.features["grid"][1],
-        compile=config.train.compile,
+        kernels=config.train.kernels,
     )
     with torch.no_grad():
         for name, buffer in (
@@ -121,7 +121,7 @@ def build_model(config: settings.Config, data: TrainingData, runtime: Runtime) -
     return EndToEnd(encoder, captioner) if encoder is not None else captioner
 
 
-def _some_pictures(config: settings.Config, data: TrainingData) -> Tensor:
+def _some_pictures(config: Config, data: TrainingData) -> Tensor:
     """The first 256 training pictures in shard order, uint8 [n, 3, S, S]; the same on every rank."""
     split = config.data.train_splits[0]
     return next(evaluation_batches(data.main, split=split, batch_size=256, **data.reading)).grid

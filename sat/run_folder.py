@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sat import config as settings
 from sat.checkpoint import write_json
+from sat.config import Config, flatten, load_config, save_config
 from sat.engine.processes import Runtime
 from sat.tracking.journal import Tracker
 
@@ -69,13 +69,13 @@ def read_status(folder: Path) -> dict:
 @contextlib.contextmanager
 def attach(folder: Path) -> Iterator[Tracker]:
     """The journal and MLflow run of a trained run folder, to add figures and files to. Rank 0 only."""
-    config = settings.load(folder / "config.yaml")
+    config = load_config(folder / "config.yaml")
     tracker = Tracker(
         folder,
         mlflow_uri=config.tracking.mlflow_uri,
         experiment=config.tracking.experiment,
         run_name=config.tracking.run_name,
-        params=settings.flatten(config),
+        params=flatten(config),
         resume_step=sys.maxsize,
     )
     try:
@@ -84,7 +84,7 @@ def attach(folder: Path) -> Iterator[Tracker]:
         tracker.close()
 
 
-def open_run(config: settings.Config, runtime: Runtime, resume_step: int) -> Run:
+def open_run(config: Config, runtime: Runtime, resume_step: int) -> Run:
     """Make or re-open the run folder, and start listening for SIGTERM and SIGUSR1. All ranks enter; only rank 0 writes.
 
     Journal lines after `resume_step` belong to a life that was lost, and are superseded.
@@ -93,7 +93,7 @@ def open_run(config: settings.Config, runtime: Runtime, resume_step: int) -> Run
 
     def prepare() -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        settings.save(config, folder / "config.yaml")
+        save_config(config, folder / "config.yaml")
         (folder / STOP_FILE).unlink(missing_ok=True)  # it was for an earlier life
 
     runtime.run_on_main(prepare)
@@ -104,7 +104,7 @@ def open_run(config: settings.Config, runtime: Runtime, resume_step: int) -> Run
             mlflow_uri=config.tracking.mlflow_uri,
             experiment=config.tracking.experiment,
             run_name=config.tracking.run_name,
-            params=settings.flatten(config) | {"world_size": runtime.world_size, "deepspeed": runtime.deepspeed},
+            params=flatten(config) | {"world_size": runtime.world_size, "deepspeed": runtime.deepspeed},
             resume_step=resume_step,
         )
     run = Run(folder, runtime, tracker)

@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from sat import checkpoint
-from sat import config as settings
+from sat.config import Config, fixed_settings, load_config
 from sat.data.batch import CaptionBatch
 from sat.data.loader import training_batches
 from sat.data.order import derive_key
@@ -44,7 +44,7 @@ class Progress:
     evaluations_without_gain: int = 0
 
 
-def train(config: settings.Config, runtime: Runtime) -> Progress:
+def train(config: Config, runtime: Runtime) -> Progress:
     """Run, or continue, the training that `config` describes. All ranks enter; returns where it ended."""
     data = open_data(config)
     learner = build_learner(config, data, runtime)
@@ -79,7 +79,7 @@ def train(config: settings.Config, runtime: Runtime) -> Progress:
 
 
 def steps_from(
-    config: settings.Config, data: TrainingData, cursor: Cursor, runtime: Runtime, meter: Meter
+    config: Config, data: TrainingData, cursor: Cursor, runtime: Runtime, meter: Meter
 ) -> Iterator[list[CaptionBatch]]:
     """The micro-batches of each remaining optimizer step, over all remaining epochs; waiting time goes to the meter."""
     while cursor.epoch < config.train.epochs:
@@ -138,7 +138,7 @@ def cursor_after(cursor: Cursor, batch: CaptionBatch) -> Cursor:
     return (cursor if batch.epoch == cursor.epoch else cursor.next_epoch()).advanced(batch.samples_done)
 
 
-def resume(config: settings.Config, data: TrainingData, learner: Learner, runtime: Runtime) -> Progress:
+def resume(config: Config, data: TrainingData, learner: Learner, runtime: Runtime) -> Progress:
     """Load the newest whole checkpoint of the run folder, if there is one. All ranks enter.
 
     Raises ValueError when it belongs to another training, or when all checkpoints are damaged.
@@ -156,25 +156,9 @@ def resume(config: settings.Config, data: TrainingData, learner: Learner, runtim
     return progress
 
 
-def identity(config: settings.Config, data: TrainingData, runtime: Runtime) -> dict:
+def identity(config: Config, data: TrainingData, runtime: Runtime) -> dict:
     """The settings that make a training what it is. Others (workers, ranks, evaluation) may change between its lives."""
-    values = settings.flatten(config)
-    free = {
-        "train.run_dir",
-        "train.epochs",
-        "train.log_every",
-        "train.eval_every",
-        "train.save_every",
-        "train.keep_checkpoints",
-        "train.patience",
-        "train.compile",
-        "train.accumulation_steps",
-        "data.features",
-        "data.tokenizer",
-        "data.extra",
-    }
-    kept = {k: v for k, v in values.items() if k.split(".")[0] in ("train", "model", "encoder") and k not in free}
-    kept["data.captions_per_image"], kept["data.run_length"] = config.data.captions_per_image, config.data.run_length
+    kept = fixed_settings(config)
     kept["features"] = [[manifest.digest, weight] for manifest, weight in data.sources]
     kept["tokenizer"] = data.tokenizer.digest
     kept["total_steps"] = data.total_steps
@@ -182,7 +166,7 @@ def identity(config: settings.Config, data: TrainingData, runtime: Runtime) -> d
     return kept
 
 
-def save(config: settings.Config, data: TrainingData, learner: Learner, progress: Progress, run: Run) -> None:
+def save(config: Config, data: TrainingData, learner: Learner, progress: Progress, run: Run) -> None:
     """Commit a checkpoint. All ranks enter."""
     state = {"progress": dataclasses.asdict(progress), "identity": identity(config, data, run.runtime)}
 
@@ -209,9 +193,7 @@ def log_step(step: int, learner: Learner, meter: Meter, run: Run, bar: tqdm) -> 
         )
 
 
-def score_and_keep_best(
-    config: settings.Config, data: TrainingData, learner: Learner, progress: Progress, run: Run
-) -> Progress:
+def score_and_keep_best(config: Config, data: TrainingData, learner: Learner, progress: Progress, run: Run) -> Progress:
     """Score the evaluation split by free-running decoding; export the model when its CIDEr is the best yet. All ranks enter."""
     model = learner.evaluated.eval()
     split = config.data.eval_split
@@ -247,7 +229,7 @@ def write_captions(path: Path, result: Evaluation) -> None:
     )
 
 
-def out_of_patience(config: settings.Config, progress: Progress) -> bool:
+def out_of_patience(config: Config, progress: Progress) -> bool:
     return 0 < config.train.patience <= progress.evaluations_without_gain
 
 
@@ -255,7 +237,7 @@ def main(arguments: list[str]) -> None:
     """`python -m sat.train CONFIG [key=value ...]`; under `accelerate launch` one such process per rank."""
     if not arguments or arguments[0].startswith("-"):
         raise SystemExit("usage: accelerate launch --config_file launch/cpu.yaml -m sat.train CONFIG [key=value ...]")
-    config = settings.load(arguments[0], arguments[1:])
+    config = load_config(arguments[0], arguments[1:])
     status = read_status(Path(config.train.run_dir))
     if status.get("state") == "finished":
         print(
@@ -263,7 +245,7 @@ def main(arguments: list[str]) -> None:
         )
         return
     runtime = start(config.train.precision)
-    kernels = speed_up(config.train.compile, runtime.device)
+    kernels = speed_up(config.train.kernels, runtime.device)
     if runtime.is_main:
         print(kernels, flush=True)
     train(config, runtime)

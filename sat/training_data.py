@@ -6,7 +6,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from sat import config as settings
+from sat.config import Config
 from sat.data.loader import steps_per_epoch
 from sat.export import end_to_end_features, refuse_other_features
 from sat.model.encoders.resnet import weights_digest
@@ -36,7 +36,7 @@ class TrainingData:
         return self.sources[0][0]
 
 
-def open_data(config: settings.Config) -> TrainingData:
+def open_data(config: Config) -> TrainingData:
     """Open manifests and tokenizer. Raises ValueError naming the data set, split or setting that does not fit."""
     main = load_manifest(config.data.features)
     wanted = "images" if config.encoder.train else "features"
@@ -71,7 +71,7 @@ def open_data(config: settings.Config) -> TrainingData:
     )
 
 
-def reading_options(config: settings.Config) -> dict:
+def reading_options(config: Config) -> dict:
     """Cache of remote shards and, with `encoder.train`, how a picture file becomes what the encoder sees."""
     options = {"cache_dir": config.data.cache_dir, "cache_gb": config.data.cache_gb}
     if config.encoder.train:
@@ -85,7 +85,7 @@ def decode_picture(data: bytes, size: int) -> Tensor:
     return torch.from_numpy(fit(decode(data), size)).permute(2, 0, 1)
 
 
-def _features(config: settings.Config, main: Manifest) -> dict:
+def _features(config: Config, main: Manifest) -> dict:
     return (
         end_to_end_features(config, weights_digest(config.encoder.weights))
         if config.encoder.train

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from sat.config import PRESETS
 from sat.model.captioner import Captioner
 from sat.model.loss import total_loss
+from sat.model.spec import PRESETS
 
 PAPER, TUTORIAL = (PRESETS[name] | {"penalty_weight": 0.7} for name in ("paper", "tutorial"))
 both_presets = pytest.mark.parametrize("preset", [PAPER, TUTORIAL], ids=["paper", "tutorial"])

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from sat.evaluation.decoding import DecodeOptions, Hypothesis
+from sat.evaluation.decoding import Hypothesis
+from sat.evaluation.options import DecodeOptions
 from sat.text import END, PAD, START, UNK
 
 CELLS = 3

@@ -7,9 +7,9 @@ import torch
 
 from sat.bench import step
 from sat.bench.harness import InOwnProcess
-from sat.config import PRESETS
 from sat.model.captioner import Captioner
 from sat.model.loss import total_loss
+from sat.model.spec import PRESETS
 
 OURS = {
     "embedding": "embedding",

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from sat.config import PRESETS
 from sat.model.attention import attend_for_inference, attend_hard
 from sat.model.captioner import Captioner
 from sat.model.loss import total_loss
 from sat.model.packing import pack
 from sat.model.rollout import roll_out
+from sat.model.spec import PRESETS
 from tests.helpers_captioner import (
     LENGTHS,
     PAPER,
@@ -68,13 +68,13 @@ def test_the_presets_are_the_columns_of_the_table_of_differences():
     }
 
 
-@pytest.mark.parametrize("compile", ["never", "auto"])
+@pytest.mark.parametrize("kernels", ["torch", "auto"])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-6), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("attention", ["soft", "none"])
 @both_presets
-def test_loss_and_every_gradient_are_those_of_the_equations(preset, attention, dtype, tolerance, compile):
+def test_loss_and_every_gradient_are_those_of_the_equations(preset, attention, dtype, tolerance, kernels):
     settings = preset | {"attention": attention}
-    assert_same(make_model(dtype, compile=compile, **settings), settings, tolerance=tolerance)
+    assert_same(make_model(dtype, kernels=kernels, **settings), settings, tolerance=tolerance)
 
 
 @pytest.mark.parametrize("settings", ONE_ROW_CHANGED, ids=lambda s: "-".join(map(str, s.values())))
@@ -165,10 +165,10 @@ def test_dropout_sits_on_the_initial_hidden_layer_and_before_the_vocabulary(pres
 
 @pytest.mark.parametrize("attention", ["soft", "none"])
 @both_presets
-@pytest.mark.parametrize("compile", ["never", "auto"])
+@pytest.mark.parametrize("kernels", ["torch", "auto"])
 @torch.no_grad()
-def test_forward_equals_decoding_step_by_step(preset, attention, compile):
-    model = make_model(compile=compile, **preset | {"attention": attention}).eval()
+def test_forward_equals_decoding_step_by_step(preset, attention, kernels):
+    model = make_model(kernels=kernels, **preset | {"attention": attention}).eval()
     grid, captions, lengths = make_batch()
     memory = model.encode(grid)
     state, nll = model.init_state(memory), torch.zeros(()).double()

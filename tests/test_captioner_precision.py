@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from sat.config import PRESETS
 from sat.model.captioner import Captioner
 from sat.model.loss import total_loss
+from sat.model.spec import PRESETS
 from tests.helpers_captioner import all_attentions, make_batch, make_model
 
 V, L, D, E, H, A = 97, 9, 64, 40, 48, 32
@@ -31,7 +31,7 @@ def same_draws(monkeypatch):
     monkeypatch.setattr(torch, "rand", lambda *shape, device=None: torch.full(shape, 0.9, device=device))
 
 
-def captioner(preset: str, attention: str, seed: int, compile: str = "auto") -> Captioner:
+def captioner(preset: str, attention: str, seed: int, kernels: str = "auto") -> Captioner:
     torch.manual_seed(seed)
     model = Captioner(
         vocab_size=V,
@@ -42,7 +42,7 @@ def captioner(preset: str, attention: str, seed: int, compile: str = "auto") -> 
         attention_dim=A,
         dropout=0.0,
         attention=attention,
-        compile=compile,
+        kernels=kernels,
         **PRESETS[preset],
     )
     with torch.no_grad():
@@ -172,12 +172,12 @@ def test_the_plain_code_computes_our_objective(preset, attention, same_draws):
         assert (found - expected[name]).norm() <= 1e-9 * expected[name].norm(), name
 
 
-@pytest.mark.parametrize("compile", ["never", "auto"])
+@pytest.mark.parametrize("kernels", ["torch", "auto"])
 @ways
 @all_attentions
 @both_presets
-def test_bf16_loss_and_gradients_err_no_more_than_plain_bf16_code(preset, attention, way, compile, same_draws):
-    ours = errors(way, preset, attention, our_loss, compile=compile)
+def test_bf16_loss_and_gradients_err_no_more_than_plain_bf16_code(preset, attention, way, kernels, same_draws):
+    ours = errors(way, preset, attention, our_loss, kernels=kernels)
     assert_no_worse(ours, errors(way, preset, attention, plain_in_bf16))
 
 
@@ -223,4 +223,4 @@ def test_a_gpus_fp32_loss_and_gradients_are_those_of_a_cpu(preset, attention, sa
 def test_a_gpus_bf16_loss_and_gradients_err_no_more_than_a_cpus(preset, attention, way, same_draws):
     """Against a CPU with the same kernels; the native ones round less."""
     ours = errors(way, preset, attention, our_loss, "cuda")
-    assert_no_worse(ours, errors(way, preset, attention, our_loss, compile="never"))
+    assert_no_worse(ours, errors(way, preset, attention, our_loss, kernels="torch"))

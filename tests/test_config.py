@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sat import config as settings
+from sat.config import config_from_dict, config_to_dict, load_config, save_config
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = sorted((ROOT / "configs").glob("*.yaml"))
@@ -15,7 +15,7 @@ SHIPPED = sorted((ROOT / "configs").glob("*.yaml"))
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
 def test_every_shipped_file_loads_and_says_how_to_run_it(path):
-    settings.load(path)
+    load_config(path)
     header = [line for line in path.read_text().splitlines() if line.startswith("#")]
     assert any("sat.train" in line and path.name in line for line in header)
 
@@ -45,21 +45,24 @@ def test_there_are_shipped_files():
         ("train.accumulation_steps=65", "exceeds train.global_batch"),
         ("encoder.train=true", "encoder.weights"),
         ("encoder.open_stages=[5]", "1, 2, 3, 4"),
-        ("eval.metrics=[BLEU]", "use CIDEr"),
+        ("eval.metrics=[BLEU]", "CIDEr must be in it"),
         ("data.extra=[{features: a, wait: 1}]", "weight"),
         ("data.extra=[{features: '', weight: 1}]", "data.extra"),
+        ("data.extra=[{features: a, weight: 0}]", "data.extra.weight is 0.0; it must be above 0"),
+        ("eval.beam_size=0", "eval.beam_size is 0; it must be at least 1"),
+        ("eval.top_k=3", "no effect on method beam"),
     ],
 )
 def test_a_mistake_is_refused_naming_the_setting_and_the_way_out(override, expected):
     with pytest.raises(ValueError, match=r"[a-z]") as refusal:
-        settings.load(None, [override])
+        load_config(None, [override])
     assert expected in str(refusal.value)
 
 
 def test_a_later_layer_wins_and_the_preset_lies_under_the_file(tmp_path):
     path = tmp_path / "a.yaml"
     path.write_text("model: {preset: tutorial, gate: none}\ntrain: {epochs: 3, learning_rate: 4e-4}\n")
-    config = settings.load(path, ["train.epochs=5"])
+    config = load_config(path, ["train.epochs=5"])
     assert (config.model.score, config.model.gate) == ("relu", "none")
     assert (config.train.epochs, config.train.learning_rate) == (5, 4e-4)
 
@@ -67,7 +70,7 @@ def test_a_later_layer_wins_and_the_preset_lies_under_the_file(tmp_path):
 def test_a_preset_given_as_argument_replaces_the_files(tmp_path):
     path = tmp_path / "a.yaml"
     path.write_text("model: {preset: tutorial}\n")
-    assert settings.load(path, ["model.preset=paper"]).model.state_init == "mlp"
+    assert load_config(path, ["model.preset=paper"]).model.state_init == "mlp"
 
 
 @pytest.mark.parametrize("text", ["a: [", "- 1\n- 2\n", "just words"])
@@ -75,27 +78,27 @@ def test_a_broken_file_is_refused_by_name(tmp_path, text):
     path = tmp_path / "broken.yaml"
     path.write_text(text)
     with pytest.raises(ValueError, match=r"broken\.yaml"):
-        settings.load(path)
+        load_config(path)
 
 
 def test_a_missing_file_is_refused_by_name():
     with pytest.raises(ValueError, match=r"no config file nowhere\.yaml"):
-        settings.load("nowhere.yaml")
+        load_config("nowhere.yaml")
 
 
 @hypothesis.settings(deadline=None, max_examples=20)
 @given(epochs=st.integers(1, 10**6), rate=st.floats(1e-9, 10), splits=st.lists(st.text("abc", min_size=1), min_size=1))
 def test_what_is_saved_is_what_is_loaded(tmp_path_factory, epochs, rate, splits):
     given_ = [f"train.epochs={epochs}", f"train.learning_rate={rate!r}", f"data.train_splits=[{','.join(splits)}]"]
-    config = settings.load(None, [*given_, "model.preset=tutorial", "data.extra=[{features: x, weight: 0.5}]"])
+    config = load_config(None, [*given_, "model.preset=tutorial", "data.extra=[{features: x, weight: 0.5}]"])
     path = tmp_path_factory.mktemp("config") / "config.yaml"
-    settings.save(config, path)
-    assert settings.load(path) == config == settings.from_dict(settings.to_dict(config))
+    save_config(config, path)
+    assert load_config(path) == config == config_from_dict(config_to_dict(config))
 
 
 def test_yaml_cannot_run_code(tmp_path):
     path = tmp_path / "a.yaml"
     path.write_text(f"train: !!python/object/apply:pathlib.Path.touch [{tmp_path}/executed]\n")
     with pytest.raises(ValueError):
-        settings.load(path)
+        load_config(path)
     assert not (tmp_path / "executed").exists()

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 import sat.evaluation.decoding
-from sat.evaluation.decoding import DecodeOptions, decode
+from sat.evaluation.decoding import decode
+from sat.evaluation.options import DecodeOptions
 from sat.text import END, PAD, START, UNK
 from tests.helpers_decoding import (
     CELLS,
@@ -295,7 +296,7 @@ def test_no_images_give_no_captions():
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"method": "bean"}, "'bean' is unknown; choose from beam, greedy, sample"),
+        ({"method": "bean"}, "'bean'; choose one of beam, greedy, sample"),
         ({"beam_size": 0}, "beam_size is 0"),
         ({"beam_size": 2.5}, "beam_size is 2.5"),
         ({"max_length": 0}, "max_length is 0"),

@@ -5,9 +5,10 @@ import json
 import pytest
 import torch
 
-from sat.config import PRESETS
-from sat.evaluation.decoding import DecodeOptions, decode
+from sat.evaluation.decoding import decode
+from sat.evaluation.options import DecodeOptions
 from sat.model.captioner import Captioner
+from sat.model.spec import PRESETS
 from sat.text import END
 from tests.helpers_decoding import assert_same, log_probs, one_thread, slow_beam_search  # noqa: F401  (a fixture)
 

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from sat import config as settings
+from sat.config import load_config
 from sat.evaluate import baselines
 from sat.export import build_captioner, load_model, refuse_other_features, save_model
 from sat.text import build_tokenizer
@@ -18,10 +18,10 @@ SMALL = ["model.lstm_dim=8", "model.embedding_dim=6", "model.attention_dim=5"]
 def saved(tmp_path):
     tokenizer = build_tokenizer(["a red circle above a blue square"] * 2, 1)
     manifest = make_feature_dataset(tmp_path / "features")
-    config = settings.load(None, SMALL)
+    config = load_config(None, SMALL)
     torch.manual_seed(0)
     model = build_captioner(
-        config.model, vocab_size=tokenizer.vocab_size, feature_dim=8, grid_size=4, compile=config.train.compile
+        config.model, vocab_size=tokenizer.vocab_size, feature_dim=8, grid_size=4, kernels=config.train.kernels
     )
     save_model(tmp_path / "best", model.state_dict(), tokenizer, config, manifest.fingerprint, step=7)
     return tmp_path / "best", model, manifest

@@ -11,7 +11,7 @@ from torch import nn
 
 from preprocessing import shard_images
 from sat import caption, train
-from sat import config as settings
+from sat.config import Config, load_config
 from sat.data.loader import read_references
 from sat.data.plan import Cursor
 from sat.engine import processes as runtime
@@ -97,13 +97,13 @@ def features(tmp_path_factory) -> list[str]:
 
 
 def fresh(given: list[str], alone):
-    config = settings.load(None, given)
+    config = load_config(None, given)
     data = open_data(config)
     return build_learner(config, data, alone), data
 
 
-def trained(given: list[str], folder: Path, alone) -> settings.Config:
-    config = settings.load(None, [*given, f"train.run_dir={folder}"])
+def trained(given: list[str], folder: Path, alone) -> Config:
+    config = load_config(None, [*given, f"train.run_dir={folder}"])
     train.train(config, alone)
     return config
 
@@ -128,7 +128,7 @@ def assert_equal(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor])
 
 
 @pytest.fixture(scope="module")
-def run_on_pictures(pictures, alone, tmp_path_factory) -> tuple[Path, settings.Config, dict[str, torch.Tensor]]:
+def run_on_pictures(pictures, alone, tmp_path_factory) -> tuple[Path, Config, dict[str, torch.Tensor]]:
     """The folder of a finished training end to end, its settings and the weights it began with."""
     folder = tmp_path_factory.mktemp("runs") / "end_to_end"
     learner, _ = fresh(pictures, alone)

@@ -147,8 +147,8 @@ def test_without_a_compiler_the_pytorch_kernels_serve_and_always_is_refused(monk
     try:
         assert kernels.choose_kernels("auto", torch.empty(0)) is torch_kernels
         assert "there is no C++ compiler" in kernels.speed_up("auto", "cpu")
-        with pytest.raises(ValueError, match="train.compile is always, but .* there is no C\\+\\+ compiler; use auto"):
-            kernels.choose_kernels("always", torch.empty(0))
+        with pytest.raises(ValueError, match="train.kernels is native, but .* there is no C\\+\\+ compiler; use auto"):
+            kernels.choose_kernels("native", torch.empty(0))
     finally:
         native.library.cache_clear()
 
@@ -178,12 +178,12 @@ def test_two_processes_build_at_once_and_leave_one_library(tmp_path):
 
 def test_never_calls_no_compiler(monkeypatch):
     monkeypatch.setattr(native, "library", lambda: pytest.fail("built"))
-    assert kernels.choose_kernels("never", torch.empty(0)) is torch_kernels
-    assert "train.compile=never" in kernels.speed_up("never", "cpu")
+    assert kernels.choose_kernels("torch", torch.empty(0)) is torch_kernels
+    assert "train.kernels=torch" in kernels.speed_up("torch", "cpu")
 
 
 def test_fp32_products_stay_exact_whatever_route_was_chosen():
-    kernels.speed_up("never", "cpu")
+    kernels.speed_up("torch", "cpu")
     a, b = torch.randn(33, 2048), torch.randn(2048, 65)
     assert ((a @ b) - a.double() @ b.double()).norm() < 4e-6 * (a.double() @ b.double()).norm()
 
@@ -197,7 +197,7 @@ def test_fp32_products_keep_their_route_on_cpus_that_might_round_or_gain_nothing
     monkeypatch.setattr(kernels, "_cpu_flags", lambda: flags)
     monkeypatch.setattr(kernels, "_product_error", lambda: pytest.fail("tried the other route"))
     torch.backends.mkldnn.matmul.fp32_precision = "ieee"
-    assert kernels.speed_up("never", "cpu").endswith("; fp32 products by torch's default library")
+    assert kernels.speed_up("torch", "cpu").endswith("; fp32 products by torch's default library")
     assert torch.backends.mkldnn.matmul.fp32_precision == "ieee"
 
 
@@ -220,7 +220,7 @@ def test_fp32_products_go_to_onednn_only_where_it_was_seen_to_be_exact(before, e
     monkeypatch.setattr(kernels, "_cpu_flags", lambda: NEW_AMD)
     monkeypatch.setattr(kernels, "_product_error", product_error)
     torch.backends.mkldnn.matmul.fp32_precision = before
-    assert kernels.speed_up("never", "cpu").endswith(f"; fp32 products by {line}")
+    assert kernels.speed_up("torch", "cpu").endswith(f"; fp32 products by {line}")
     assert routes == ["bf16"]  # it was measured on the route it judges
     assert torch.backends.mkldnn.matmul.fp32_precision == (after or before)
 

@@ -5,11 +5,11 @@ import copy
 import pytest
 import torch
 
-from sat.config import PRESETS
 from sat.model.captioner import Captioner
 from sat.model.encoders.end_to_end import EndToEnd
 from sat.model.encoders.resnet import Encoder
 from sat.model.loss import total_loss
+from sat.model.spec import PRESETS
 
 
 @pytest.mark.parametrize("shown", [2, 0])

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from sat import config as settings
+from sat.config import load_config
 from sat.data.plan import Cursor
 from sat.engine.processes import start
 from sat.learner import build_learner
@@ -38,7 +38,7 @@ def losses_are_kept(learner, kept: list[float]):
 
 
 def main() -> None:
-    config = settings.load(sys.argv[1], sys.argv[4:])
+    config = load_config(sys.argv[1], sys.argv[4:])
     runtime = start(config.train.precision)
     data = open_data(config)
     learner = build_learner(config, data, runtime)

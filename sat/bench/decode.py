@@ -16,10 +16,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from sat.bench.harness import InOwnProcess, alternated_medians, report
-from sat.config import PRESETS
-from sat.evaluation.decoding import DecodeOptions, decode
+from sat.evaluation.decoding import decode
+from sat.evaluation.options import DecodeOptions
 from sat.model.captioner import CLAMP, Captioner, Memory
 from sat.model.kernels.choose import speed_up
+from sat.model.spec import PRESETS
 from sat.text import END, PAD, START
 
 LOGITS_STD = 6.0

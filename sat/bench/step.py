@@ -23,10 +23,10 @@ import typer
 from torch import Tensor, nn
 
 from sat.bench.harness import InOwnProcess, alternated_medians, gemm_peak, peak_memory_mb, report
-from sat.config import PRESETS
 from sat.model.captioner import Captioner
 from sat.model.kernels.choose import speed_up
 from sat.model.loss import total_loss
+from sat.model.spec import PRESETS
 from sat.optim import build_optimizer
 
 IMAGES, CAPTIONS, VOCABULARY, WIDTH, FEATURES = 32, 5, 10_000, 512, 2048

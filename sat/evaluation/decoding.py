@@ -18,68 +18,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sat.evaluation.options import DecodeOptions
 from sat.text import END, PAD, START, UNK
 
 if TYPE_CHECKING:
     from sat.model.captioner import Captioner
 
-METHODS = ("beam", "greedy", "sample")
 CACHE_BYTES = {"cpu": 32 << 20}
 """Where attention's hidden layer [images, slots, L, A] is written out, it may take this much; other devices: 1 GiB."""
-
-
-@dataclass(frozen=True)
-class DecodeOptions:
-    """How captions are searched for. ValueError at once for a setting that cannot work or would be ignored."""
-
-    method: str = "beam"
-    """`beam`, `greedy` (beam of one) or `sample`."""
-    beam_size: int = 3
-    """Beams kept per image; 1 is greedy. Only read by `beam`."""
-    max_length: int = 20
-    """Steps at most: this many words, or fewer words and `<end>`."""
-    length_penalty: float = 0.0
-    """A caption's score is its log-probability / words ** this; `<end>` is no word, the empty caption counts as one."""
-    n_best: int = 1
-    """Captions returned per image, best first; with `sample` the number of independent samples."""
-    block_unk: bool = False
-    """Never choose `<unk>`."""
-    block_ngram: int = 0
-    """No caption repeats a sequence of this many words; 0: allowed."""
-    temperature: float = 1.0
-    """`sample`: logits are divided by this."""
-    top_k: int = 0
-    """`sample`: only the k most probable words; 0: all."""
-    top_p: float = 1.0
-    """`sample`: only the fewest words that together reach this probability."""
-    seed: int = 0
-    """`sample`: with the image's id it fixes the captions, whatever the batch."""
-    keep_attention: bool = False
-    """Return the attention of every step."""
-
-    def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise ValueError(f"method {self.method!r} is unknown; choose from {', '.join(METHODS)}")
-        for name, least in (("beam_size", 1), ("max_length", 1), ("n_best", 1), ("block_ngram", 0), ("top_k", 0)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} is {value!r}; it must be a whole number of at least {least}")
-        if not 0 <= self.length_penalty < math.inf:
-            raise ValueError(f"length_penalty is {self.length_penalty}; use 0 (none) or more, e.g. 0.7")
-        if not 0 < self.temperature < math.inf:
-            raise ValueError(f"temperature is {self.temperature}; it must be above 0 (greedy takes the best word)")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p is {self.top_p}; it must be above 0 and at most 1 (all words)")
-        if self.method != "sample" and (self.temperature, self.top_k, self.top_p) != (1.0, 0, 1.0):
-            raise ValueError(f"temperature, top_k and top_p have no effect on method {self.method}; use method sample")
-        if self.n_best > self.width:
-            way_out = "beam_size" if self.method == "beam" else "method beam or sample"
-            raise ValueError(f"n_best {self.n_best} captions cannot come from a width of {self.width}; raise {way_out}")
-
-    @property
-    def width(self) -> int:
-        """Slots per image."""
-        return {"beam": self.beam_size, "greedy": 1, "sample": self.n_best}[self.method]
 
 
 @dataclass(frozen=True)

@@ -72,10 +72,10 @@ class Captioner(nn.Module):
         weight_init: str = "normal",
         hard_inference: str = "expectation",
         label_smoothing: float = 0.0,
-        compile: str = "auto",
+        kernels: str = "auto",
     ):
         super().__init__()
-        self.grid_size, self.kind, self.hard_inference, self.compile = grid_size, attention, hard_inference, compile
+        self.grid_size, self.kind, self.hard_inference, self.kernels = grid_size, attention, hard_inference, kernels
         self.first_input, self.label_smoothing = first_input, label_smoothing
         self.penalty, self.penalty_weight = penalty, penalty_weight
         attends, deep = attention != "none", output == "deep"
@@ -123,7 +123,7 @@ class Captioner(nn.Module):
         projection = self.attention.project(grid) if self.attention else grid[:, :, :0]
         softly = self.kind == "soft" or self.hard_inference == "expectation"
         serves = (
-            self.attention and softly and not torch.is_grad_enabled() and choose_kernels(self.compile, grid) is native
+            self.attention and softly and not torch.is_grad_enabled() and choose_kernels(self.kernels, grid) is native
         )
         prepared = native.prepare(projection, self.attention.activation == "tanh") if serves else grid[:, :, :0]
         return Memory(grid, projection, prepared)
@@ -186,7 +186,7 @@ class Captioner(nn.Module):
             *self.vocabulary.parameters(),
             packing.targets,
             self.label_smoothing,
-            choose_kernels(self.compile, features),
+            choose_kernels(self.kernels, features),
         )
         per_token, penalty, zero = words.objective, torch.zeros_like(words.nll[0]), torch.zeros_like(words.nll[0])
         if self.kind == "soft":  # the regulariser belongs to soft attention (paper, section 4.2.1)

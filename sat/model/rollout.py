@@ -61,7 +61,7 @@ def fast(model: "Captioner", memory: "Memory", packing: Packing) -> Rollout:
     )
     h, c = (state[:, 0][packing.row_image] for state in model.init_state(memory))
     hidden, context, alpha_sum = recur(
-        choose_kernels(model.compile, memory.grid),
+        choose_kernels(model.kernels, memory.grid),
         packing,
         model.attention.activation == "tanh",
         memory.grid,

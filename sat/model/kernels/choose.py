@@ -20,27 +20,27 @@ EXACT = 4e-6
 """Relative error allowed to an fp32 product of inner length 2048; bf16 rounding would give 2e-3."""
 
 
-def choose_kernels(compile: str, like: Tensor) -> ModuleType:
+def choose_kernels(kernels: str, like: Tensor) -> ModuleType:
     """Kernels of the time loop for tensors such as `like`: `native` on CPUs, `torch_kernels` elsewhere or if it must.
 
-    `compile`: `auto`, `never` (no compiler is called) or `always` (ValueError where the kernels cannot be built).
+    `kernels`: `auto`, `torch` (no compiler is called) or `native` (ValueError where the kernels cannot be built).
     """
-    if compile == "never" or like.device.type != "cpu" or like.dtype == torch.float16:
+    if kernels == "torch" or like.device.type != "cpu" or like.dtype == torch.float16:
         return torch_kernels
     library, explanation = native.library()
-    if library is None and compile == "always":
-        raise ValueError(f"train.compile is always, but there are no native kernels: {explanation}; use auto or never")
+    if library is None and kernels == "native":
+        raise ValueError(f"train.kernels is native, but there are no native kernels: {explanation}; use auto or torch")
     return torch_kernels if library is None else native
 
 
-def speed_up(compile: str, device: torch.device | str) -> str:
+def speed_up(kernels: str, device: torch.device | str) -> str:
     """Build the kernels, route matrix products and tune malloc before the first step; returns one line for the log."""
     if torch.device(device).type != "cpu":
         return "soft attention in PyTorch kernels"
     _keep_freed_memory()
-    if compile == "never":
-        loop = "PyTorch kernels (train.compile=never)"
-    elif choose_kernels(compile, torch.empty(0)) is native:
+    if kernels == "torch":
+        loop = "PyTorch kernels (train.kernels=torch)"
+    elif choose_kernels(kernels, torch.empty(0)) is native:
         loop = f"native kernels from {native.library()[1]}"
     else:
         loop = f"PyTorch kernels ({native.library()[1]})"

@@ -1,0 +1,237 @@
+"""The only writers of the program: a file or folder appears whole or not at all, is on the disk, and obeys the umask.
+
+Everything is written under a temporary name in the same folder, synced, and then renamed, exchanged or linked; a kill at
+any point leaves the old or the new content. Temporary names hold `.tmp-`, so that `sweep` and the readers know them.
+"""
+
+import ctypes
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import signal
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+from uuid import uuid4
+
+TEMPORARY = ".tmp-"
+"""Stands in the name of everything that is not finished."""
+OLD = ".old-"
+"""Stands in the name of a folder while it is being replaced where the file system cannot exchange two names."""
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # from linux/fs.h
+
+
+# ------------------------------------------------------------------ files
+
+
+@contextmanager
+def replacing(path: Path, folder: Path | None = None) -> Iterator[Path]:
+    """Yields a temporary name to write to by any library; afterwards `path` holds what was written, whole and synced.
+
+    Nothing changes when the block raises. `folder`, on the same file system, takes the temporary file; default: the
+    folder of `path`, which is made where it is missing.
+    """
+    place = folder or path.parent
+    place.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_name(path, place)
+    try:
+        with open(temporary, "xb") as file:
+            mode = os.fstat(file.fileno()).st_mode & 0o777  # what the umask leaves
+        yield temporary
+        os.chmod(temporary, mode)  # safetensors, for one, makes files that nobody else may read
+        sync(temporary)
+        os.replace(temporary, path)
+        sync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_bytes(path: Path, data: bytes, folder: Path | None = None) -> None:
+    """Give `path` these bytes, replacing what is there; `folder` as for `replacing`."""
+    with replacing(path, folder) as temporary:
+        temporary.write_bytes(data)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Give `path` this text, in UTF-8."""
+    write_bytes(path, text.encode())
+
+
+def write_json(path: Path, value: object) -> None:
+    """Give `path` this value as indented JSON. Raises ValueError for NaN and infinities, which JSON has not."""
+    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a file; {} where there is none, or none that can be read."""
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def create(path: Path, data: bytes) -> bool:
+    """Make `path` with these bytes, whole and synced; False when it exists already (or our temporary was swept)."""
+    temporary = temporary_name(path, path.parent)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            sync_open(file)
+        os.link(temporary, path)
+    except (FileExistsError, FileNotFoundError):
+        return False
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync(path.parent)
+    return True
+
+
+def temporary_name(path: Path, folder: Path) -> Path:
+    """A fresh temporary name for `path` in `folder`."""
+    return folder / f"{path.name}{TEMPORARY}{uuid4().hex}"
+
+
+def sync_open(file: IO[bytes]) -> None:
+    """Bring everything written so far to an open file to the disk."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def sync(path: Path) -> None:
+    """Bring a file's bytes, or the names in a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sweep(folder: Path, pattern: str = "*") -> None:
+    """Remove what killed writers left directly in `folder` of names that match `pattern`. Call it as the only writer."""
+    for path in sorted(folder.glob(f"{pattern}{TEMPORARY}*")):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+# ------------------------------------------------------------------ folders
+
+
+@contextmanager
+def replacing_folder(path: Path) -> Iterator[Path]:
+    """Yields a new folder to fill; afterwards it stands at `path`, synced, in place of what was there.
+
+    At every moment `path` is a whole folder, the old or the new one. On a file system that cannot exchange two names
+    (NFS) there is a moment without one; a kill in it is mended by `recover_folder`.
+    """
+    temporary = temporary_name(path, path.parent)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        for file in [*(each for each in temporary.rglob("*") if each.is_file()), temporary]:
+            sync(file)
+        _swap(temporary, path)
+        sync(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def recover_folder(path: Path) -> None:
+    """Put back the folder `path` where a kill came between the two renames that replace it."""
+    if not path.exists():
+        for old in sorted(path.parent.glob(f"{path.name}{OLD}*")):
+            os.rename(old, path)
+            return
+
+
+def _swap(new: Path, path: Path) -> None:
+    """Exchange two folders, or give `new` the name `path` where that is free; what was there is left at `new`."""
+    if not path.exists():
+        os.rename(new, path)
+    elif not _exchange(new, path):
+        old = path.with_name(f"{path.name}{OLD}{uuid4().hex}")
+        os.rename(path, old)
+        os.rename(new, path)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Swap two names in one step; False where the system or the file system cannot."""
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except AttributeError:  # another system, or a C library from before 2018
+        return False
+    if rename(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), _RENAME_EXCHANGE) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+        return False
+    raise OSError(code, os.strerror(code), str(a), None, str(b))
+
+
+# ------------------------------------------------------------------ digests, locks, places
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes, hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_of(data: bytes | str) -> str:
+    """SHA-256 of these bytes, or of this text in UTF-8, hex."""
+    return hashlib.sha256(data.encode() if isinstance(data, str) else data).hexdigest()
+
+
+@contextmanager
+def locked(path: Path, wait: bool = True) -> Iterator[bool]:
+    """Hold the lock of the file `path`, which is made and stays; yields False where another has it and `wait` is false.
+
+    A killed holder's lock ends with its process. It is freed by name: a process forked meanwhile has the file open too.
+    On a file system without locks everybody gets it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "ab") as file:
+        with suppress(OSError):  # another user's file
+            os.fchmod(file.fileno(), 0o666)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+            return
+        except OSError:  # no locks here
+            yield True
+            return
+        try:
+            yield True
+        finally:
+            fcntl.flock(file, fcntl.LOCK_UN)
+
+
+def cache_folder(*, private: bool = False) -> Path:
+    """Where this program keeps what it can make again; made if need be.
+
+    The user's cache (XDG_CACHE_HOME, else ~/.cache); where that cannot be written, a new folder of the machine's
+    temporary one. `private`: for code that is loaded, so that nobody else may write there.
+    """
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "show-attend-and-tell"
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700 if private else 0o777)
+        if os.access(folder, os.W_OK):
+            return folder
+    except OSError:
+        pass
+    return Path(tempfile.mkdtemp(prefix="show-attend-and-tell-"))
+
+
+def crash_point(name: str) -> None:
+    """Die here, as by a power cut, when a test names this place in SAT_CRASH_POINT; else do nothing."""
+    if os.environ.get("SAT_CRASH_POINT") == name:
+        os.kill(os.getpid(), signal.SIGKILL)
