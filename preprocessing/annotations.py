@@ -23,7 +23,7 @@ from pathlib import Path, PurePosixPath
 
 import xxhash
 
-from preprocessing.sharding.write import LeftOut
+from sat.shards.schema import LeftOut
 from sat.text import normalise
 
 MAX_WORDS = 200

@@ -25,8 +25,9 @@ from preprocessing.console import Step, available_cores, progress_line, run
 from preprocessing.sharding.finalize import finalize
 from preprocessing.sharding.jobs import Summary, parse_stripe, process_pool, run_shards
 from preprocessing.sharding.plan import Plan, load_plan, plan_rows_digest, publish_plan
-from preprocessing.sharding.write import LeftOut, PlannedShard, Sample, write_shard
+from preprocessing.sharding.write import PlannedShard, Sample, write_shard
 from sat.shards.pictures import MAX_BYTES, BadPicture, decode, extension_of
+from sat.shards.schema import LeftOut
 
 WRITER = 1
 """Version of what is written for given inputs; part of the fingerprint."""

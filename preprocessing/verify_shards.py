@@ -32,7 +32,9 @@ from preprocessing.sharding.write import (
     sidecar_path,
     write_file,
 )
-from sat.shards.manifest import MANIFEST, Manifest, seal
+from sat.shards.manifest import Manifest
+from sat.shards.schema import MANIFEST
+from sat.shards.sealed import seal
 
 
 def repair(

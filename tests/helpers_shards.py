@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from preprocessing.features.statistics import ChannelSums, merge_statistics, npy_bytes, restore, store
+from preprocessing.features.statistics import ChannelSums, merge_statistics, restore, store
 from preprocessing.sharding.finalize import finalize
 from preprocessing.sharding.plan import Plan, publish_plan
 from preprocessing.sharding.write import PlannedShard, Sample, write_shard
+from sat.shards.features import FeatureSpec
 from sat.shards.manifest import Manifest
 
 REPOSITORY = Path(__file__).parents[1]
@@ -56,8 +57,8 @@ def make_feature_dataset(
             indices = range(start, min(start + shard_size, count))
             shards.append(PlannedShard(f"{split}-{number:06d}.tar", split, len(indices), "0" * 64))
             members.append(indices)
-    fingerprint = {"name": name, "grid": list(grid), "dim": dim, "dtype": dtype, "encoder": None, "transform": None}
-    plan = publish_plan(Plan(root, "features", fingerprint, {}, tuple(shards)))
+    spec = FeatureSpec("grid", grid, dim, dtype, encoder=None, transform=None)
+    plan = publish_plan(Plan(root, "features", {"name": name} | spec.to_fingerprint(), {}, tuple(shards)))
     for shard, indices in zip(shards, members, strict=True):
         sums = ChannelSums(dim)
         samples = []
@@ -66,7 +67,7 @@ def make_feature_dataset(
             sums.add(restore(stored, dtype, scale))
             key = f"{shard.split}-{index}"
             texts = tuple(captions(shard.split, index))
-            samples.append(Sample(key, key, f"{key}.jpg", texts, 64, 48, "npy", npy_bytes(stored)))
+            samples.append(Sample(key, key, f"{key}.jpg", texts, 64, 48, "npy", spec.npy_bytes(stored)))
         write_shard(root, shard, plan.digest, samples, extra=sums.to_json)
     return finalize(plan, lambda sidecars: merge_statistics(sidecars, ["train"], dim, scale))
 

@@ -17,15 +17,14 @@ import pytest
 import torch
 from helpers_shards import make_feature_dataset, self_describing_captions
 
-from preprocessing.sharding import finalize
 from sat.data.loader import evaluation_batches, read_references, training_batches
 from sat.data.plan import Cursor
 from sat.data.reader import BadSample, SampleReader
-from sat.shards import manifest as manifest_module
-from sat.shards import retry
+from sat.shards import retry, schema
 from sat.shards import store as cache
 from sat.shards.manifest import load_manifest, load_statistics
 from sat.shards.store import FolderStore, RemoteStore, make_store
+from sat.shards.tables import forget_footers
 from sat.text import build_tokenizer
 
 
@@ -249,7 +248,7 @@ def test_a_copy_that_the_disk_damaged_is_fetched_once_more(root, serve, epoch, t
     # in place, as a disk does it: the first page of a table holds rows of the first shard
     flipped = bytes(byte ^ (place in (300, 777)) for place, byte in enumerate(whole))
     path.write_bytes(whole[:-512] if damage == "cut" else flipped)
-    manifest_module._parquet_metadata.cache_clear()
+    forget_footers()
     assert_same(epoch(server.url, tmp_path, num_workers=num_workers), expected)
     assert path.read_bytes() == whole
     assert server.gets[f"/{name}"] == before[f"/{name}"] + 1
@@ -257,8 +256,7 @@ def test_a_copy_that_the_disk_damaged_is_fetched_once_more(root, serve, epoch, t
 
 
 def test_of_several_tables_of_samples_each_is_fetched_once_when_it_is_needed(serve, epoch, tmp_path, monkeypatch):
-    for module in (finalize, manifest_module):
-        monkeypatch.setattr(module, "SHARDS_PER_TABLE", 2)
+    monkeypatch.setattr(schema, "SHARDS_PER_TABLE", 2)
     folder = tmp_path / "features"
     make_feature_dataset(folder, {"train": 30, "val": 3}, shard_size=5)
     server = serve(folder=folder)

@@ -6,6 +6,7 @@ import sys
 import threading
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,8 +27,10 @@ from preprocessing.shard_images import plan_images, shard_stripe
 from preprocessing.sharding.finalize import finalize
 from preprocessing.sharding.write import hash_file
 from sat.model.encoders.resnet import Encoder, load_encoder, normalise
-from sat.shards.manifest import NPY_HEADER, TAR_BLOCK, load_manifest, load_statistics
+from sat.shards.features import NPY_HEADER
+from sat.shards.manifest import load_manifest, load_statistics
 from sat.shards.pictures import decode, fit
+from sat.shards.tar import TAR_BLOCK
 from tests.helpers_shards import REPOSITORY, encoded, make_coco, picture, run_program, snapshot
 
 SIZE, STAGE, DIM, CELLS = 32, 1, 256, 8
@@ -85,7 +88,7 @@ def grids_of(manifest) -> dict[str, np.ndarray]:
     shape = (manifest.fingerprint["grid"][0] * manifest.fingerprint["grid"][1], manifest.fingerprint["dim"])
     grids = {}
     for index, shard in enumerate(manifest.shards):
-        blob = open(f"{manifest.root}/{shard.name}", "rb").read()
+        blob = Path(manifest.root, shard.name).read_bytes()
         for row in manifest.rows(index).to_pylist():
             start = row["offset"] + TAR_BLOCK + NPY_HEADER
             count = shape[0] * shape[1]

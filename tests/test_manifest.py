@@ -11,25 +11,14 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from preprocessing.sharding import finalize
 from sat.data.loader import read_references
-from sat.shards import manifest as manifest_module
-from sat.shards import retry
-from sat.shards.manifest import (
-    MANIFEST,
-    NPY_HEADER,
-    SAMPLES,
-    SAMPLES_SCHEMA,
-    SHARDS,
-    STATISTICS,
-    TAR_BLOCK,
-    check_files,
-    load_manifest,
-    load_statistics,
-    rows_digest,
-    seal,
-    unseal,
-)
+from sat.shards import location, retry, schema, tables
+from sat.shards.features import NPY_HEADER
+from sat.shards.manifest import check_files, load_manifest, load_statistics
+from sat.shards.schema import MANIFEST, SAMPLES, SAMPLES_SCHEMA, SHARDS, STATISTICS
+from sat.shards.sealed import seal, unseal
+from sat.shards.tables import rows_digest
+from sat.shards.tar import TAR_BLOCK
 from tests.helpers_shards import grid_of, make_feature_dataset, self_describing_captions
 
 
@@ -160,7 +149,9 @@ def test_what_is_read_at_the_start_is_tried_again_too(root, monkeypatch, code, c
         return call
 
     with monkeypatch.context() as patch:
-        patch.setattr(manifest_module, "open_file", often_failing(manifest_module.open_file, 1))
+        often_failing_open = often_failing(location.open_file, 1)
+        for module in (location, tables):
+            patch.setattr(module, "open_file", often_failing_open)
         patch.setattr(os, "stat", often_failing(os.stat, 0))
         assert read() == expected
     assert {name for _, name in calls} >= {"manifest.json", "shards.parquet", "samples.parquet", "train-000001.tar"}
@@ -189,13 +180,12 @@ def test_a_sealed_document_opens_only_unchanged():
 def test_many_shards_are_spread_over_tables_and_row_groups_and_read_the_same(tmp_path, root, monkeypatch):
     one = load_manifest(root)
     rows = [one.rows(i) for i in range(4)]
-    monkeypatch.setattr(manifest_module, "SHARDS_PER_TABLE", 3)
-    for name, value in (("SHARDS_PER_TABLE", 3), ("SHARDS_PER_GROUP", 2)):
-        monkeypatch.setattr(finalize, name, value)
-    monkeypatch.setattr(manifest_module, "KEPT_GROUPS", 1)
+    monkeypatch.setattr(schema, "SHARDS_PER_TABLE", 3)
+    monkeypatch.setattr(tables, "SHARDS_PER_GROUP", 2)
+    monkeypatch.setattr(tables, "KEPT_GROUPS", 1)
     many = make_feature_dataset(tmp_path / "many")
-    tables = sorted(path.name for path in (tmp_path / "many").glob("*.parquet"))
-    assert tables == ["samples-000001.parquet", SAMPLES, SHARDS]
+    names = sorted(path.name for path in (tmp_path / "many").glob("*.parquet"))
+    assert names == ["samples-000001.parquet", SAMPLES, SHARDS]
     assert (many.digest, many.splits, list(many.shards)) == (one.digest, one.splits, list(one.shards))
     assert many.shards.samples.tolist() == one.shards.samples.tolist() and many.shards[-1] == one.shards[3]
     assert all(many.rows(i).equals(rows[i]) for i in (3, 0, 2, 1))

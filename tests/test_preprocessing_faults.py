@@ -27,8 +27,9 @@ from preprocessing.sharding.finalize import finalize
 from preprocessing.sharding.jobs import run_shards
 from preprocessing.sharding.plan import Plan, load_plan, publish_plan
 from preprocessing.sharding.verify import verify
-from preprocessing.sharding.write import PlannedShard, Sample, hash_file, read_members, read_sidecar, write_shard
+from preprocessing.sharding.write import PlannedShard, Sample, hash_file, read_sidecar, write_shard
 from sat.shards.manifest import load_manifest
+from sat.shards.tar import read_members
 from tests.helpers_shards import REPOSITORY, make_coco, run_program, snapshot
 
 pytestmark = pytest.mark.faults
@@ -350,7 +351,7 @@ def test_nothing_in_a_sample_is_executed_or_written(tmp_path, monkeypatch):
 def test_plans_published_at_once_agree(tmp_path):
     plans = [Plan(tmp_path, "features", {"a": 1}, {}, ()) for _ in range(8)]
     with ThreadPoolExecutor(8) as pool:
-        assert set(plan.digest for plan in pool.map(publish_plan, plans)) == {plans[0].digest}
+        assert {plan.digest for plan in pool.map(publish_plan, plans)} == {plans[0].digest}
     with pytest.raises(ValueError, match=r"other inputs or settings \(a\)"):
         publish_plan(Plan(tmp_path, "features", {"a": 2}, {}, ()))
     assert hashlib.sha256((tmp_path / "work" / "plan.json").read_bytes()).digest()

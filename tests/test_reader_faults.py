@@ -22,8 +22,12 @@ from sat.data.loader import training_batches
 from sat.data.plan import Cursor
 from sat.data.reader import BadSample, SampleReader
 from sat.shards import retry
-from sat.shards.manifest import NPY_HEADER, SAMPLES_SCHEMA, TAR_BLOCK, Manifest, ShardTable, load_manifest
+from sat.shards.features import NPY_HEADER
+from sat.shards.manifest import Manifest, load_manifest
+from sat.shards.schema import SAMPLES_SCHEMA
 from sat.shards.store import make_store
+from sat.shards.tables import ShardTable
+from sat.shards.tar import TAR_BLOCK
 from sat.text import build_tokenizer
 
 pytestmark = pytest.mark.faults

@@ -16,12 +16,14 @@ from typing import TypeVar
 import numpy as np
 import xxhash
 
-from preprocessing.features.statistics import ChannelSums, npy_bytes, restore, store
+from preprocessing.features.statistics import ChannelSums, restore, store
 from preprocessing.features.weights import check_planned
 from preprocessing.sharding.plan import Plan
-from preprocessing.sharding.write import PlannedShard, Sample, read_members, write_shard
+from preprocessing.sharding.write import PlannedShard, Sample, write_shard
+from sat.shards.features import FeatureSpec
 from sat.shards.manifest import Manifest
 from sat.shards.pictures import BadPicture, decode, fit
+from sat.shards.tar import read_members
 
 In, Out = TypeVar("In"), TypeVar("Out")
 
@@ -34,6 +36,7 @@ class Extractor:
         self.plan, self.source, self.scale, self.device = plan, source, scale, device
         self.dtype, self.compute = plan.fingerprint["dtype"], plan.fingerprint["compute"]
         self.transform = plan.fingerprint["transform"]
+        self.spec = FeatureSpec.from_fingerprint(plan.fingerprint)
         self.decoding = ThreadPoolExecutor(decode_threads, thread_name_prefix="decode")
         self.computing = ThreadPoolExecutor(1, thread_name_prefix="network")
         self.progress: Callable[[int], None] = lambda images: None
@@ -68,7 +71,7 @@ class Extractor:
             sums.add(restore(grids, self.dtype, self.scale))
             for row, grid in zip(rows, grids, strict=True):
                 about = {name: row[name] for name in ("key", "image_id", "file_name", "width", "height")}
-                yield Sample(**about, captions=tuple(row["captions"]), extension="npy", data=npy_bytes(grid))
+                yield Sample(**about, captions=tuple(row["captions"]), extension="npy", data=self.spec.npy_bytes(grid))
             self.progress(len(rows))
 
     def _to_stored(self, grids: np.ndarray) -> np.ndarray:

@@ -14,9 +14,10 @@ from pathlib import Path
 import numpy as np
 
 from preprocessing.features.extractor import Extractor
-from preprocessing.features.statistics import calibrate, check_dtype
+from preprocessing.features.statistics import calibrate
 from preprocessing.sharding.plan import Plan, publish_plan, standing_plan
 from preprocessing.sharding.write import PlannedShard, hash_file
+from sat.shards.features import EncoderSpec, FeatureSpec, Transform, storage_type
 from sat.shards.manifest import Manifest, load_manifest
 from sat.shards.pictures import GEOMETRIES, RESIZE
 
@@ -24,7 +25,6 @@ WRITER = 1
 """Version of what is written for given inputs; part of the fingerprint."""
 CALIBRATION_IMAGES = 256
 """Pictures from which the int8 scales are taken."""
-STAGES = (1, 2, 3, 4)
 PRECISIONS = ("auto", "bf16", "fp32")
 
 
@@ -46,19 +46,17 @@ def plan_features(
 
     Raises ValueError for settings that do not exist, images that are not finished, or a folder planned otherwise.
     """
-    _check_settings(size, stage, dtype, geometry, compute)
+    _check_settings(dtype, geometry, compute)
+    encoder = EncoderSpec("resnet50", stage, weights_sha256=hash_file(weights))
+    transform = Transform(size, geometry, resize=RESIZE, normalise="imagenet")
+    spec = FeatureSpec("grid", encoder.cells(size), encoder.dim, dtype, encoder, transform)
     source = load_manifest(images)
     if source.kind != "images":
         raise ValueError(f"{images} holds {source.kind}, expected image shards")
-    cells = size // 2 ** (stage + 1)
     fingerprint = {
         "writer": WRITER,
         "source": source.digest,
-        "encoder": {"architecture": "resnet50", "stage": stage, "weights_sha256": hash_file(weights)},
-        "transform": {"size": size, "geometry": geometry, "resize": RESIZE, "normalise": "imagenet"},
-        "grid": [cells, cells],
-        "dim": 256 * 2 ** (stage - 1),
-        "dtype": dtype,
+        **spec.to_fingerprint(),
         "compute": _resolve_compute(out, compute),
         "statistics_splits": list(statistics_splits),
     }
@@ -88,18 +86,11 @@ def source_of(plan: Plan) -> Manifest:
     return source
 
 
-def _check_settings(size: int, stage: int, dtype: str, geometry: str, compute: str) -> None:
-    check_dtype(dtype)
-    for name, value, choices in (
-        ("stage", stage, STAGES),
-        ("geometry", geometry, GEOMETRIES),
-        ("compute", compute, PRECISIONS),
-    ):
+def _check_settings(dtype: str, geometry: str, compute: str) -> None:
+    storage_type(dtype)
+    for name, value, choices in (("geometry", geometry, GEOMETRIES), ("compute", compute, PRECISIONS)):
         if value not in choices:
             raise ValueError(f"{name} {value!r} is unknown; choose one of {', '.join(map(str, choices))}")
-    stride = 2 ** (stage + 1)
-    if size < stride or size % stride:
-        raise ValueError(f"size {size} is not a multiple of {stride}, the stride of stage {stage}; use e.g. 224 or 448")
 
 
 def _resolve_compute(out: Path, compute: str) -> str:

@@ -1,27 +1,18 @@
-"""Grids on disk: the npy member of a feature sample, and the statistics that standardise it.
+"""The values of grids on disk: how they are rounded, and the statistics that standardise them.
 
-The surprising decision: bfloat16 has no npy type, so it is stored as its uint16 bit pattern and the fingerprint's
-`dtype` says so. Statistics are those of the values a reader gets back, after rounding, not of what the network put out.
+The surprising decision: statistics are those of the values a reader gets back, after rounding, not of what the network
+put out.
 """
 
 import base64
-import io
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from sat.shards.manifest import NPY_HEADER
+from sat.shards.features import storage_type
 
-STORED = {"bf16": np.dtype("<u2"), "fp16": np.dtype("<f2"), "fp32": np.dtype("<f4"), "int8": np.dtype("|i1")}
-"""npy type of every storage format."""
 MIN_STD = 1e-6
 """Floor of the standard deviation, so that a channel that never fires stays finite when it is divided by it."""
-
-
-def check_dtype(dtype: str) -> None:
-    """ValueError listing the choices for an unknown storage format."""
-    if dtype not in STORED:
-        raise ValueError(f"dtype {dtype!r} is unknown; choose one of {', '.join(STORED)}")
 
 
 def store(values: np.ndarray, dtype: str, scale: np.ndarray | None = None) -> np.ndarray:
@@ -31,7 +22,7 @@ def store(values: np.ndarray, dtype: str, scale: np.ndarray | None = None) -> np
         return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2")
     if dtype == "int8":
         return np.clip(np.rint(values / scale), -127, 127).astype(np.int8)
-    return values.astype(STORED[dtype])
+    return values.astype(storage_type(dtype).numpy)
 
 
 def restore(stored: np.ndarray, dtype: str, scale: np.ndarray | None = None) -> np.ndarray:
@@ -40,14 +31,6 @@ def restore(stored: np.ndarray, dtype: str, scale: np.ndarray | None = None) -> 
         return (stored.astype("<u4") << 16).view("<f4")
     values = stored.astype(np.float32)
     return values * scale if dtype == "int8" else values
-
-
-def npy_bytes(grid: np.ndarray) -> bytes:
-    """A stored grid [L, D] as an npy file, version 1, whose header is NPY_HEADER bytes long."""
-    header = io.BytesIO()
-    np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(grid))
-    assert header.tell() == NPY_HEADER, f"npy header of {header.tell()} bytes for shape {grid.shape}"
-    return header.getvalue() + np.ascontiguousarray(grid).tobytes()
 
 
 def calibrate(grids: Iterable[np.ndarray]) -> np.ndarray:

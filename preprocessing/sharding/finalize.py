@@ -9,43 +9,23 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
-from itertools import chain, islice
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from preprocessing.sharding.plan import LEFT_OUT, Plan
 from preprocessing.sharding.write import (
     WORK,
-    LeftOut,
     crash_point,
     exclusive,
     hash_file,
     read_sidecar,
-    replace_file,
-    sync_file,
     sync_folder,
-    temporary_path,
     write_file,
 )
-from sat.shards.manifest import (
-    MANIFEST,
-    SAMPLES_SCHEMA,
-    SCHEMA,
-    SHARDS,
-    SHARDS_PER_GROUP,
-    SHARDS_PER_TABLE,
-    SHARDS_SCHEMA,
-    STATISTICS,
-    Manifest,
-    check_files,
-    dataset_digest,
-    load_manifest,
-    place_of_rows,
-    rows_digest,
-    seal,
-)
+from sat.shards.manifest import Manifest, check_files, load_manifest, manifest_bytes
+from sat.shards.schema import MANIFEST, SHARDS, STATISTICS, LeftOut, Sidecar, place_of_rows
+from sat.shards.tables import write_sample_tables, write_shard_table
 
 
 def finalize(
@@ -71,14 +51,14 @@ def _write_tables(plan: Plan, statistics: Callable[[Iterable[dict]], bytes] | No
     """Write all files beside the shards, the manifest last."""
     root, names = plan.root, [SHARDS, LEFT_OUT]
     (root / MANIFEST).unlink(missing_ok=True)
-    shards = _write_samples(plan)
-    _write_table(root / SHARDS, [(shards, SHARDS_PER_GROUP)], SHARDS_SCHEMA)
+    shards = write_sample_tables(root, map(Sidecar.from_document, _sidecars(plan)), root / WORK)
+    write_shard_table(root, shards, root / WORK)
     if statistics is not None:
         write_file(root, root / STATISTICS, statistics(_sidecars(plan)))
         names.append(STATISTICS)
     write_file(root, root / LEFT_OUT, "".join(json.dumps(asdict(item)) + "\n" for item in left_out).encode())
     crash_point("tables-written")
-    write_file(root, root / MANIFEST, seal(_document(plan, shards, names, left_out)))
+    write_file(root, root / MANIFEST, _manifest(plan, shards, names, left_out))
     crash_point("manifest-written")
 
 
@@ -136,57 +116,14 @@ def _sidecars(plan: Plan) -> Iterator[dict]:
         yield sidecar
 
 
-def _write_samples(plan: Plan) -> pa.Table:
-    """Write the tables of samples, one row group per shard that has samples; returns the table of those shards."""
-    infos = []
-
-    def row_groups() -> Iterator[tuple[pa.Table, int]]:
-        for sidecar in _sidecars(plan):
-            if sidecar["samples"] == 0:
-                continue
-            rows = pa.Table.from_pylist(sidecar["rows"], SAMPLES_SCHEMA)
-            info = {
-                "name": sidecar["shard"],
-                "sha256": bytes.fromhex(sidecar["sha256"]),
-                "rows_sha256": rows_digest(rows),
-            }
-            infos.append(info | {name: sidecar[name] for name in ("split", "samples", "bytes")})
-            yield rows, rows.num_rows
-
-    groups = row_groups()
-    for group in groups:  # the first one of each table
-        name, _ = place_of_rows(len(infos) - 1)
-        _write_table(plan.root / name, chain([group], islice(groups, SHARDS_PER_TABLE - 1)), SAMPLES_SCHEMA)
-    return pa.Table.from_pylist(infos, SHARDS_SCHEMA)
-
-
-def _document(plan: Plan, shards: pa.Table, names: list[str], left_out: list[LeftOut]) -> dict:
+def _manifest(plan: Plan, shards: pa.Table, names: list[str], left_out: list[LeftOut]) -> bytes:
     """The content of manifest.json."""
     names = {*names, *(place_of_rows(shard)[0] for shard in range(len(shards)))}
     files = {
         name: {"bytes": (plan.root / name).stat().st_size, "sha256": hash_file(plan.root / name)} for name in names
     }
-    return {
-        "schema": SCHEMA,
-        "kind": plan.kind,
-        "fingerprint": plan.fingerprint,
-        "digest": dataset_digest(plan.kind, plan.fingerprint, shards),
-        "files": files,
-        "left_out": dict(sorted(Counter(item.reason for item in left_out).items())),
-    }
-
-
-def _write_table(path: Path, row_groups: Iterable[tuple[pa.Table, int]], schema: pa.Schema) -> None:
-    temporary = temporary_path(path.parent, path.name)
-    try:
-        with open(temporary, "wb") as file:
-            with pq.ParquetWriter(file, schema, compression="zstd", write_statistics=False) as writer:
-                for table, size in row_groups:
-                    writer.write_table(table, row_group_size=max(size, 1))
-            sync_file(file)
-        replace_file(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    reasons = dict(sorted(Counter(item.reason for item in left_out).items()))
+    return manifest_bytes(plan.kind, plan.fingerprint, shards, files, reasons)
 
 
 def _sweep(root: Path) -> None:

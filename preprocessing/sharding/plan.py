@@ -21,7 +21,6 @@ import pyarrow.parquet as pq
 from preprocessing.sharding.write import (
     LOCK,
     WORK,
-    LeftOut,
     PlannedShard,
     crash_point,
     exclusive,
@@ -31,7 +30,8 @@ from preprocessing.sharding.write import (
     temporary_path,
     write_file,
 )
-from sat.shards.manifest import MANIFEST, SHARDS, STATISTICS, seal, unseal
+from sat.shards.schema import MANIFEST, SHARDS, STATISTICS, LeftOut
+from sat.shards.sealed import seal, unseal
 
 PLAN, LEFT_OUT = "plan.json", "left_out.jsonl"
 PLAN_SCHEMA = pa.schema(

@@ -16,7 +16,9 @@ import xxhash
 
 from preprocessing.sharding.plan import LEFT_OUT, PLAN, Plan, check_table, load_plan, table_path
 from preprocessing.sharding.write import LOCK, WORK, PlannedShard, hash_file, read_sidecar, sidecar_path
-from sat.shards.manifest import MANIFEST, Manifest, load_manifest, unseal
+from sat.shards.manifest import Manifest, load_manifest
+from sat.shards.schema import MANIFEST
+from sat.shards.sealed import unseal
 
 _CHUNK = 4 << 20
 

@@ -14,10 +14,8 @@ workers one wins and the other throws its work away; a pair mixed of both cannot
 
 import fcntl
 import hashlib
-import json
 import os
 import signal
-import tarfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -27,7 +25,9 @@ from uuid import uuid4
 
 import xxhash
 
-from sat.shards.manifest import TAR_BLOCK, seal, unseal
+from sat.shards.schema import LeftOut
+from sat.shards.sealed import seal, unseal
+from sat.shards.tar import TAR_BLOCK, sample_bytes
 
 WORK, LOCK = "work", "lock"
 _CHUNK = 1 << 22
@@ -45,16 +45,6 @@ class Sample:
     height: int
     extension: str
     data: bytes
-
-
-@dataclass(frozen=True)
-class LeftOut:
-    """A picture that is not in the data set: the reason names the rule (and is counted), the detail tells the case."""
-
-    image_id: str
-    file_name: str
-    reason: str
-    detail: str = ""
 
 
 @dataclass(frozen=True)
@@ -276,7 +266,7 @@ def _write_tar(
         if isinstance(sample, LeftOut):
             left_out.append(sample)
             continue
-        blob = _tar_members(sample)
+        blob = sample_bytes(**vars(sample))
         file.write(blob)
         digest.update(blob)
         row = {"key": sample.key, "image_id": sample.image_id, "file_name": sample.file_name, "split": shard.split}
@@ -289,35 +279,6 @@ def _write_tar(
     file.write(end)
     digest.update(end)
     return rows, left_out, offset + len(end), digest.hexdigest()
-
-
-def _tar_members(sample: Sample) -> bytes:
-    """The sample as a piece of a tar: data member, json member; no clock, user or machine in it."""
-    about = {"image_id": sample.image_id, "file_name": sample.file_name, "captions": list(sample.captions)}
-    about |= {"width": sample.width, "height": sample.height}
-    text = json.dumps(about, ensure_ascii=False, sort_keys=True).encode()
-    parts = []
-    for extension, data in ((sample.extension, sample.data), ("json", text)):
-        member = tarfile.TarInfo(f"{sample.key}.{extension}")
-        member.size, member.mode, member.mtime = len(data), 0o644, 0
-        parts += [member.tobuf(tarfile.USTAR_FORMAT), data, bytes(-len(data) % TAR_BLOCK)]
-    return b"".join(parts)
-
-
-def read_members(blob: bytes | memoryview, where: str) -> dict[str, bytes]:
-    """Members of a sample by extension, from its bytes in the tar. Raises ValueError naming `where` on anything odd."""
-    members, position, end = {}, 0, len(blob)
-    while position < end:
-        try:
-            member = tarfile.TarInfo.frombuf(bytes(blob[position : position + TAR_BLOCK]), "utf-8", "strict")
-        except (tarfile.HeaderError, UnicodeDecodeError) as error:
-            raise ValueError(f"{where}: damaged tar header ({error})") from None
-        start = position + TAR_BLOCK
-        position = start + member.size + -member.size % TAR_BLOCK
-        if not member.isreg() or position > end:
-            raise ValueError(f"{where}: member {member.name!r} is no plain file inside the sample")
-        members[member.name.partition(".")[2]] = bytes(blob[start : start + member.size])
-    return members
 
 
 def _tar_size(root: Path, shard: PlannedShard) -> int:

@@ -53,20 +53,22 @@ def run(
 
 def write_shards(root: Path, side: int, samples: int, shard_size: int = 256) -> None:
     """A finished feature data set of random fp16 grids, by the writer that preprocessing uses."""
-    from preprocessing.features.statistics import npy_bytes
     from preprocessing.sharding.finalize import finalize
     from preprocessing.sharding.plan import Plan, publish_plan
     from preprocessing.sharding.write import PlannedShard, Sample, write_shard
+    from sat.shards.features import FeatureSpec
 
     random = np.random.default_rng(1)
-    fingerprint = {"grid": [side, side], "dim": DIM, "dtype": "fp16", "encoder": None, "transform": None}
+    spec = FeatureSpec("grid", (side, side), DIM, "fp16", encoder=None, transform=None)
     names = [f"train-{number:06d}.tar" for number in range(samples // shard_size)]
     planned = tuple(PlannedShard(name, "train", shard_size, "0" * 64) for name in names)
-    plan = publish_plan(Plan(root, "features", fingerprint, {}, planned))
+    plan = publish_plan(Plan(root, "features", spec.to_fingerprint(), {}, planned))
     for number, shard in enumerate(plan.shards):
         grids = random.integers(0, 1 << 14, (shard_size, side * side, DIM), dtype=np.uint16).view(np.float16)
         items = (
-            Sample(f"k{number}-{i}", f"k{number}-{i}", f"{i}.jpg", captions_of(i), 224, 224, "npy", npy_bytes(grid))
+            Sample(
+                f"k{number}-{i}", f"k{number}-{i}", f"{i}.jpg", captions_of(i), 224, 224, "npy", spec.npy_bytes(grid)
+            )
             for i, grid in enumerate(grids)
         )
         write_shard(root, shard, plan.digest, items)

@@ -82,17 +82,16 @@ def run(
 
 def write_manifest(root: Path, samples: int, shards: int) -> None:
     """What finalizing writes of a data set of this size, without the samples: its manifest and the table of shards."""
-    import pyarrow.parquet as pq
-
-    from sat.shards.manifest import MANIFEST, SCHEMA, SHARDS, SHARDS_PER_GROUP, dataset_digest, place_of_rows, seal
+    from sat.shards.manifest import manifest_bytes
+    from sat.shards.schema import MANIFEST, SHARDS, place_of_rows
+    from sat.shards.tables import write_shard_table
 
     table = shard_table(samples, shards)
-    pq.write_table(table, root / SHARDS, SHARDS_PER_GROUP, compression="zstd", write_statistics=False)
+    write_shard_table(root, table)
     blob = (root / SHARDS).read_bytes()
     files = {place_of_rows(shard)[0]: {"bytes": 0, "sha256": "0" * 64} for shard in range(shards)}
     files[SHARDS] = {"bytes": len(blob), "sha256": hashlib.sha256(blob).hexdigest()}
-    document = {"schema": SCHEMA, "kind": "features", "fingerprint": {}, "files": files, "left_out": {}}
-    (root / MANIFEST).write_bytes(seal(document | {"digest": dataset_digest("features", {}, table)}))
+    (root / MANIFEST).write_bytes(manifest_bytes("features", {}, table, files, left_out={}))
 
 
 def shard_table(samples: int, shards: int) -> "pa.Table":
@@ -100,7 +99,7 @@ def shard_table(samples: int, shards: int) -> "pa.Table":
     import numpy as np
     import pyarrow as pa
 
-    from sat.shards.manifest import SHARDS_SCHEMA
+    from sat.shards.schema import SHARDS_SCHEMA
 
     random = np.random.default_rng(1)
     counts = np.full(shards, samples // shards, dtype=np.int64)

@@ -16,9 +16,11 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
-from sat.shards.manifest import NPY_HEADER, TAR_BLOCK, Manifest
+from sat.shards.features import NPY_HEADER
+from sat.shards.manifest import Manifest
 from sat.shards.retry import Result, io_error, retrying
 from sat.shards.store import ShardStore
+from sat.shards.tar import TAR_BLOCK
 
 PAYLOAD = TAR_BLOCK + NPY_HEADER
 STORED_DTYPES = {"bf16": np.dtype("<u2"), "fp16": np.dtype("<f2"), "fp32": np.dtype("<f4"), "int8": np.dtype("|i1")}

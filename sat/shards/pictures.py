@@ -95,6 +95,7 @@ def _resize(pixels: np.ndarray, size: int) -> np.ndarray:
 
 def extension_of(image: Image.Image) -> str:
     """File name extension of the format a picture was decoded from."""
+    assert image.format is not None, "not an image that `decode` gave"
     return EXTENSIONS.get(image.format, image.format.lower())
 
 

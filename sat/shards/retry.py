@@ -58,7 +58,7 @@ def retrying(
                 raise
             if attempt == ATTEMPTS - 1:
                 cause = io_error(error)
-                code = cause.errno if cause else errno.EIO
+                code = (cause.errno if cause else None) or errno.EIO
                 detail = os.strerror(code) if cause else f"{type(error).__name__}: {error}"
                 raise StillFailing(code, f"{what}: {detail} (after {ATTEMPTS} attempts)") from error
         before_retry()

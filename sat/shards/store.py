@@ -21,8 +21,10 @@ from typing import BinaryIO
 import fsspec
 import pyarrow as pa
 
-from sat.shards.manifest import Manifest, ShardInfo, check_root, place_of_rows
+from sat.shards.location import check_root
+from sat.shards.manifest import Manifest
 from sat.shards.retry import remote_error, retrying
+from sat.shards.schema import ShardInfo, place_of_rows
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,215 @@
+"""What a feature is: the one table of storage types, the one npy header, the one geometry of an encoder.
+
+A FeatureSpec is a typed view of a data set's fingerprint, the document on disk. bfloat16 has no npy type: it is stored
+as its uint16 bit pattern, and the fingerprint's `dtype` says so.
+"""
+
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+Part = TypeVar("Part", "EncoderSpec", "Transform")
+
+NPY_HEADER = 128
+"""Bytes of the npy header before every grid."""
+KINDS = ("grid",)
+"""What a picture's features are: a `grid` has the same cells for every picture."""
+
+
+@dataclass(frozen=True)
+class StorageType:
+    """A type on disk: what numpy calls it, and what torch calls the numbers that the bits mean."""
+
+    numpy: np.dtype[Any]
+    torch: str
+
+
+STORAGE = {
+    "bf16": StorageType(np.dtype("<u2"), "bfloat16"),
+    "fp16": StorageType(np.dtype("<f2"), "float16"),
+    "fp32": StorageType(np.dtype("<f4"), "float32"),
+    "int8": StorageType(np.dtype("|i1"), "int8"),
+}
+"""Storage types by the fingerprint's name."""
+
+GEOMETRY = {"resnet50": {1: (4, 256), 2: (8, 512), 3: (16, 1024), 4: (32, 2048)}}
+"""Pixels between two cells and width of a cell's features, by architecture and stage."""
+
+
+def storage_type(dtype: str) -> StorageType:
+    """The storage type of this name. ValueError, listing the choices, for one that does not exist."""
+    if dtype not in STORAGE:
+        raise ValueError(f"dtype {dtype!r} is unknown; choose one of {', '.join(STORAGE)}")
+    return STORAGE[dtype]
+
+
+@dataclass(frozen=True)
+class EncoderSpec:
+    """The network in front of the features, and the stage of it that they are taken from."""
+
+    architecture: str
+    stage: int
+    weights_sha256: str = ""
+    """SHA-256 of the frozen weights' file."""
+    trained_from: str = ""
+    """Instead of it, for an encoder that is trained with the captioner: SHA-256 of the weights it began from."""
+
+    @property
+    def stride(self) -> int:
+        """Pixels between two cells. ValueError for an encoder whose geometry this program does not know."""
+        return self._geometry()[0]
+
+    @property
+    def dim(self) -> int:
+        """Width D of a cell's features. ValueError as `stride`."""
+        return self._geometry()[1]
+
+    def cells(self, size: int) -> tuple[int, int]:
+        """Cells (rows, columns) of a picture of `size` x `size` pixels. ValueError unless they cover it exactly."""
+        stride = self.stride
+        if size < stride or size % stride:
+            raise ValueError(
+                f"size {size} is not a multiple of {stride}, the stride of stage {self.stage}; use e.g. 224 or 448"
+            )
+        return size // stride, size // stride
+
+    def _geometry(self) -> tuple[int, int]:
+        for name, value, choices in (
+            ("encoder architecture", self.architecture, list(GEOMETRY)),
+            ("stage", self.stage, list(GEOMETRY.get(self.architecture, {}))),
+        ):
+            if value not in choices:
+                raise ValueError(f"{name} {value!r} is unknown; choose one of {', '.join(map(str, choices))}")
+        return GEOMETRY[self.architecture][self.stage]
+
+
+@dataclass(frozen=True)
+class Transform:
+    """What a picture goes through before the encoder."""
+
+    size: int
+    """Pixels per side of what the encoder sees."""
+    geometry: str
+    """`squash` or `center_crop`, see `pictures.fit`."""
+    resize: str = ""
+    """How `pictures.fit` computes."""
+    normalise: str = ""
+    """The statistics by which pixels are standardised."""
+
+
+@dataclass(frozen=True)
+class FeatureSpec:
+    """What the features of every picture of a data set are, or what a model was trained on."""
+
+    kind: str
+    cells: tuple[int, int]
+    """Rows and columns of the grid."""
+    dim: int
+    """Width D of a cell's features."""
+    dtype: str
+    """Name in STORAGE; empty for features that are computed while training and never stored."""
+    encoder: EncoderSpec | None
+    transform: Transform | None
+    """Both None where the features were not made from pictures."""
+    scale_sha256: str = ""
+    """int8 only: SHA-256 of the scales per channel."""
+
+    @property
+    def locations(self) -> int:
+        """L, the cells of the grid."""
+        return self.cells[0] * self.cells[1]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """[L, D] of one picture's features."""
+        return self.locations, self.dim
+
+    @property
+    def stored(self) -> np.dtype[Any]:
+        """numpy type of the array on disk. ValueError for features that are never stored."""
+        return storage_type(self.dtype).numpy
+
+    @property
+    def torch(self) -> str:
+        """Name of the torch type whose bits are stored, an attribute of the module. ValueError as `stored`."""
+        return storage_type(self.dtype).torch
+
+    @property
+    def npy_header(self) -> bytes:
+        """The NPY_HEADER bytes before the data of every array on disk."""
+        buffer = io.BytesIO()
+        descr = np.lib.format.dtype_to_descr(self.stored)
+        header = {"descr": descr, "fortran_order": False, "shape": self.shape}
+        np.lib.format.write_array_header_1_0(buffer, header)
+        assert buffer.tell() == NPY_HEADER, f"npy header of {buffer.tell()} bytes for shape {self.shape}"
+        return buffer.getvalue()
+
+    def npy_bytes(self, stored: npt.NDArray[Any]) -> bytes:
+        """One picture's features [L, D] in the stored type as an npy file, version 1."""
+        assert stored.shape == self.shape and stored.dtype == self.stored, f"{stored.dtype} array {stored.shape}"
+        return self.npy_header + np.ascontiguousarray(stored).tobytes()
+
+    @classmethod
+    def from_fingerprint(cls, fingerprint: Mapping[str, Any]) -> "FeatureSpec":
+        """The view of a data set's or trained model's document.
+
+        ValueError for a document of no features, or one that says what this program does not know.
+        """
+        missing = [name for name in ("grid", "dim") if name not in fingerprint]
+        if missing:
+            raise ValueError(f"the fingerprint does not say {' and '.join(missing)}; it is not one of features")
+        kind = fingerprint.get("kind", "grid")
+        if kind not in KINDS:
+            raise ValueError(f"features of kind {kind!r} are unknown to this program; it reads {', '.join(KINDS)}")
+        height, width = fingerprint["grid"]
+        return cls(
+            kind=kind,
+            cells=(height, width),
+            dim=fingerprint["dim"],
+            dtype=fingerprint.get("dtype", ""),
+            encoder=_part(EncoderSpec, "encoder", fingerprint.get("encoder")),
+            transform=_part(Transform, "transform", fingerprint.get("transform")),
+            scale_sha256=fingerprint.get("scale_sha256", ""),
+        )
+
+    def to_fingerprint(self) -> dict[str, Any]:
+        """The entries of the document that this is a view of; what is empty has no entry."""
+        document: dict[str, Any] = {"encoder": _document(self.encoder), "transform": _document(self.transform)}
+        document |= {"grid": list(self.cells), "dim": self.dim, "dtype": self.dtype, "scale_sha256": self.scale_sha256}
+        return {name: value for name, value in document.items() if value != ""}
+
+    def refuse(self, other: "FeatureSpec | None", where: str) -> None:
+        """ValueError, naming `where` and both values, unless `other` is made as this one is."""
+        if other is None:
+            raise ValueError(f"{where}: it holds pictures, but features are needed; extract them first")
+        ours, theirs = ({"kind": each.kind, "dtype": ""} | each.to_fingerprint() for each in (self, other))
+        for name in sorted(ours.keys() | theirs.keys()):
+            if ours.get(name) != theirs.get(name):
+                raise ValueError(
+                    f"{where}: its {name} is {theirs.get(name)!r}, but {ours.get(name)!r} is needed; "
+                    "extract the features again with the same encoder and settings"
+                )
+
+
+def end_to_end_features(size: int, trained_from: str) -> FeatureSpec:
+    """What a captioner sees whose ResNet-50 is trained too, from the weights of this SHA-256, on squashed pictures."""
+    encoder = EncoderSpec("resnet50", 4, trained_from=trained_from)
+    return FeatureSpec("grid", encoder.cells(size), encoder.dim, "", encoder, Transform(size, "squash"))
+
+
+def _part(made_of: type[Part], name: str, document: Mapping[str, Any] | None) -> Part | None:
+    if document is None:
+        return None
+    known = {field.name for field in fields(made_of)}
+    unknown = sorted(document.keys() - known)
+    if unknown:
+        raise ValueError(f"the fingerprint's {name} says {', '.join(unknown)}, which this program does not know")
+    return made_of(**document)
+
+
+def _document(part: EncoderSpec | Transform | None) -> dict[str, Any] | None:
+    return None if part is None else {name: value for name, value in vars(part).items() if value != ""}

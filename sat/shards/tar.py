@@ -1,0 +1,46 @@
+"""A sample as a piece of a tar: its data member, then its .json member; no clock, user or machine in it."""
+
+import json
+import tarfile
+from collections.abc import Sequence
+
+TAR_BLOCK = 512
+
+
+def sample_bytes(
+    key: str,
+    extension: str,
+    data: bytes,
+    *,
+    image_id: str,
+    file_name: str,
+    captions: Sequence[str],
+    width: int,
+    height: int,
+) -> bytes:
+    """The members KEY.EXTENSION, which holds `data`, and KEY.json, which holds the rest, with headers and padding."""
+    about = {"image_id": image_id, "file_name": file_name, "captions": list(captions), "width": width, "height": height}
+    text = json.dumps(about, ensure_ascii=False, sort_keys=True).encode()
+    parts: list[bytes] = []
+    for suffix, content in ((extension, data), ("json", text)):
+        member = tarfile.TarInfo(f"{key}.{suffix}")
+        member.size, member.mode, member.mtime = len(content), 0o644, 0
+        parts += [member.tobuf(tarfile.USTAR_FORMAT), content, bytes(-len(content) % TAR_BLOCK)]
+    return b"".join(parts)
+
+
+def read_members(blob: bytes | memoryview, where: str) -> dict[str, bytes]:
+    """Members of a sample by extension, from its bytes in the tar. Raises ValueError naming `where` on anything odd."""
+    members: dict[str, bytes] = {}
+    position, end = 0, len(blob)
+    while position < end:
+        try:
+            member = tarfile.TarInfo.frombuf(bytes(blob[position : position + TAR_BLOCK]), "utf-8", "strict")
+        except (tarfile.HeaderError, UnicodeDecodeError) as error:
+            raise ValueError(f"{where}: damaged tar header ({error})") from None
+        start = position + TAR_BLOCK
+        position = start + member.size + -member.size % TAR_BLOCK
+        if not member.isreg() or position > end:
+            raise ValueError(f"{where}: member {member.name!r} is no plain file inside the sample")
+        members[member.name.partition(".")[2]] = bytes(blob[start : start + member.size])
+    return members
