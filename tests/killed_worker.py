@@ -17,7 +17,7 @@ from PIL import Image
 
 from preprocessing.annotations import read_annotations
 from preprocessing.extract_features import extract_stripe, finalize_features
-from preprocessing.features import network as network  # noqa: F401  imported once
+from preprocessing.features import network as network  # imported once
 from preprocessing.features.plan import plan_features
 from preprocessing.shard_images import plan_images, shard_stripe
 from preprocessing.sharding.finalize import finalize

@@ -1,7 +1,7 @@
 """A real Slurm of two nodes on this host: munged, slurmctld and two `slurmd -N`, started for tests and torn down fully.
 
-The surprise: nothing of the system's own Slurm is touched. Configuration, munge key, sockets, spool and ports are private,
-every daemon stays in the foreground as a child of the test process, and dies with it.
+The surprise: nothing of the system's own Slurm is touched. Configuration, munge key, sockets, spool and ports are
+private, every daemon stays in the foreground as a child of the test process, and dies with it.
 """
 
 import contextlib
@@ -112,7 +112,7 @@ def stepd_of(number: str) -> list[psutil.Process]:
 
 
 def poll(probe: Callable[[], Any], timeout: float, what: str, context: Callable[[], str] = str) -> Any:
-    """The first true value of `probe`, asked five times a second; AssertionError naming `what` after `timeout` seconds."""
+    """The first true value of `probe`, asked five times a second; after `timeout` seconds AssertionError naming `what`."""
     deadline = time.monotonic() + timeout
     while not (value := probe()):
         assert time.monotonic() < deadline, f"waited {timeout:.0f} s in vain for {what}{context()}"

@@ -24,7 +24,7 @@ OURS = {
 
 
 def test_the_loop_computes_our_loss_and_gradients(monkeypatch):
-    for name, value in dict(VOCABULARY=23, WIDTH=6, FEATURES=7).items():
+    for name, value in {"VOCABULARY": 23, "WIDTH": 6, "FEATURES": 7}.items():
         monkeypatch.setattr(step, name, value)
     torch.manual_seed(0)
     model = Captioner(

@@ -270,7 +270,10 @@ def test_a_copy_cut_while_it_is_open_is_replaced_and_a_newer_one_is_kept(root, s
     server = serve()
     manifest = load_manifest(server.url)
     first, second = (SampleReader(manifest, RemoteStore(server.url, str(tmp_path), 10**9)) for _ in range(2))
-    read = lambda reader, sample: reader.read_grid(0, sample, memoryview(bytearray(64)))  # noqa: E731
+
+    def read(reader, sample):
+        return reader.read_grid(0, sample, memoryview(bytearray(64)))
+
     for reader in (first, second):
         read(reader, 0)
     (copy,) = tmp_path.glob("*.tar")
@@ -335,7 +338,10 @@ def test_a_remote_shard_that_is_not_the_one_written_is_refused_by_name(root, ser
     with pytest.raises((OSError, ValueError), match=f"train-000003.tar.*{message}"):
         epoch(serve(folder=folder).url, tmp_path / "cache")
     bad = shards_of(root)[3].sha256
-    leftovers = lambda: [*(tmp_path / "cache").glob(f"{bad}*"), *(tmp_path / "cache").glob("*.part")]  # noqa: E731
+
+    def leftovers():
+        return [*(tmp_path / "cache").glob(f"{bad}*"), *(tmp_path / "cache").glob("*.part")]
+
     until = time.monotonic() + 20
     while leftovers() and time.monotonic() < until:
         time.sleep(0.05)  # a fetch ahead of use may still be under way when the error is raised

@@ -147,7 +147,7 @@ def test_n_best_captions_differ_are_sorted_and_carry_their_own_score():
 def test_blocked_words_never_come_and_scores_stay_true_probabilities(method):
     model, images = Toy(vocab_size=6, seed=4, end_bias=-3.0), range(30)
     ids = [str(image) for image in images]
-    common = dict(method=method, n_best=3, max_length=8)
+    common = {"method": method, "n_best": 3, "max_length": 8}
     free = decode(model, grid_of(*images), DecodeOptions(**common), ids)
     blocked = decode(model, grid_of(*images), DecodeOptions(**common, block_unk=True, block_ngram=2), ids)
     assert any(UNK in h.tokens for found in free for h in found)

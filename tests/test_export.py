@@ -1,4 +1,4 @@
-"""A trained model is three files that say what they were trained on; everything that does not fit is refused by name."""
+"""A trained model is three files that say what they were trained on; all that does not fit is refused by name."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The launcher configurations say how many processes and which engine, nothing else; a launch that forms no group is refused."""
+"""The launcher configurations say how many processes and which engine, no more; a launch without a group is refused."""
 
 import os
 import subprocess

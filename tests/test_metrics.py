@@ -60,7 +60,10 @@ def made_up_captions(images: int, references: int, seed: int) -> tuple[dict[str,
     draw = random.Random(seed)
     texts = [[draw.choices(WORDS, k=draw.randint(6, 12)) for _ in range(references)] for _ in range(images)]
     hypotheses = [[*draw.choice(group)[:-2], draw.choice(WORDS)] for group in texts]
-    join = lambda caption: " ".join(caption)  # noqa: E731
+
+    def join(caption):
+        return " ".join(caption)
+
     return (
         {f"image{i}": [join(caption) for caption in group] for i, group in enumerate(texts)},
         {f"image{i}": join(caption) for i, caption in enumerate(hypotheses)},

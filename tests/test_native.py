@@ -89,8 +89,8 @@ def test_native_bf16_kernels_round_no_worse_than_the_pytorch_kernels(tanh, gate_
     ours, theirs = (
         results_of(module, tanh, gate_width, torch.bfloat16, torch.bfloat16) for module in (native, torch_kernels)
     )
-    for ours, theirs, exact in zip(ours, theirs, exact, strict=True):
-        assert (ours - exact).norm() <= 1.5 * (theirs - exact).norm()
+    for one, other, truth in zip(ours, theirs, exact, strict=True):
+        assert (one - truth).norm() <= 1.5 * (other - truth).norm()
 
 
 @needs_compiler

@@ -283,7 +283,10 @@ def test_a_plan_that_is_replaced_is_synced_first(tmp_path, monkeypatch):
 def test_a_full_disk_ends_the_job_cleanly_and_a_later_run_goes_on(coco, undisturbed, tmp_path):
     out = tmp_path / "images"
     command = [sys.executable, "-m", "preprocessing.shard_images", *map(str, arguments(coco, out))]
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (9_000, 9_000))  # noqa: E731
+
+    def limit():
+        return resource.setrlimit(resource.RLIMIT_FSIZE, (9_000, 9_000))
+
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, preexec_fn=limit, timeout=60)
     assert done.returncode == 1 and "error: " in done.stderr and "Traceback" not in done.stderr
     assert not list(out.glob("*.tar")) and not [

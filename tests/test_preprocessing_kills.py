@@ -116,7 +116,10 @@ def extraction(made: Path, out: Path) -> list[str]:
 def test_extractions_at_once_and_on_a_full_disk_end_as_an_undisturbed_one(made, tmp_path):
     environment = {"cwd": REPOSITORY, "env": os.environ | {"OMP_NUM_THREADS": "1"}, "text": True}
     assert subprocess.run(extraction(made, tmp_path / "once"), **environment, timeout=120).returncode == 0
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))  # noqa: E731
+
+    def limit():
+        return resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+
     out = tmp_path / "out"
     done = subprocess.run(extraction(made, out), **environment, stderr=subprocess.PIPE, preexec_fn=limit, timeout=120)
     assert done.returncode == 1 and "error: " in done.stderr and "Traceback" not in done.stderr

@@ -79,7 +79,7 @@ def test_the_file_is_an_encoder_that_says_what_it_is_and_is_reused(tmp_path):
     assert torch.isfinite(encoder(torch.randn(1, 3, 64, 64))).all()
     with safe_open(out, "pt") as file:
         assert "not on ImageNet" in file.metadata()["description"]
-        assert not any("head" in name for name in file.keys())
+        assert "head" not in " ".join(file.keys())
     before = out.stat().st_mtime_ns
     assert not make_encoder(out, TINY)
     assert out.stat().st_mtime_ns == before and [path.name for path in out.parent.iterdir()] == [out.name]

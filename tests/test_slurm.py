@@ -1,10 +1,11 @@
-"""The Slurm scripts on a real Slurm of two nodes: preprocessing that loses tasks, training and evaluation over both nodes."""
+"""The Slurm scripts on a real Slurm of two nodes: preprocessing loses tasks, training and scoring run on both."""
 
 import json
 import os
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -55,8 +56,8 @@ def process_of(out: Path, stripe: int) -> psutil.Process | None:
 
 
 def test_killed_and_requeued_tasks_end_in_the_same_data_set(slurm, coco, tmp_path):
-    """A task whose process is killed queues itself again; so does, by Slurm's doing, one whose node is lost. finalize waits for
-    both, and the bytes are those of one undisturbed process."""
+    """A task whose process is killed queues itself again; so does, by Slurm's doing, one whose node is lost. finalize
+    waits for both, and the bytes are those of one undisturbed process."""
     run_program("shard_images", *coco, "--out", tmp_path / "undisturbed")
     undisturbed = load_manifest(str(tmp_path / "undisturbed"))
     first_pictures = [tmp_path / "images" / undisturbed.rows(shard)["file_name"][0].as_py() for shard in (0, 1)]
@@ -70,7 +71,7 @@ def test_killed_and_requeued_tasks_end_in_the_same_data_set(slurm, coco, tmp_pat
         never_ending(path)
     slurm.run("scontrol", "update", "PartitionName=main", "State=UP")
 
-    processes = [poll(lambda: process_of(out, stripe), 60, f"task {stripe} to read", slurm.logs) for stripe in (0, 1)]
+    processes = [poll(partial(process_of, out, stripe), 60, f"task {stripe} to read", slurm.logs) for stripe in (0, 1)]
     processes[0].kill()
     slurm.run("scontrol", "requeue", f"{array}_1")
     tasks = [f"{array}_0", f"{array}_1"]
@@ -115,7 +116,8 @@ def experiment(tmp_path):
     path.write_text(
         f"data: {{features: {tmp_path}/features, tokenizer: {tmp_path}/tokenizer.json, num_workers: 0}}\n"
         "model: {embedding_dim: 12, lstm_dim: 10, attention_dim: 8, dropout: 0.0, weight_init: uniform}\n"
-        f"train: {{run_dir: {tmp_path}/run, global_batch: 6, epochs: 2, warmup_steps: 2, precision: fp32, log_every: 1}}\n"
+        f"train: {{run_dir: {tmp_path}/run, global_batch: 6, epochs: 2, warmup_steps: 2, precision: fp32, "
+        "log_every: 1}\n"
         "eval: {metrics: [CIDEr, BLEU], beam_size: 2, max_length: 8}\n"
         "tracking: {mlflow_uri: none}\n"
     )

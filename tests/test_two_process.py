@@ -41,16 +41,18 @@ def launch(arguments: list[str], ranks: int, engine: str = "ddp") -> str:
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
-    """22 images of 3 to 7 words with 3 captions used of 5: batches of 6 leave a last batch of 4, uneven on any ranks."""
+    """22 images of 3 to 7 words, 3 captions used of 5: batches of 6 leave a last batch of 4, uneven on any ranks."""
     root = tmp_path_factory.mktemp("two_process")
     manifest = make_feature_dataset(root / "features", splits={"train": 22, "val": 7})
     captions = [caption for captions in read_references(manifest, "train").values() for caption in captions]
     build_tokenizer(captions, 1).save(root / "tokenizer.json")
     path = root / "config.yaml"
     path.write_text(
-        f"data: {{features: {root}/features, tokenizer: {root}/tokenizer.json, captions_per_image: 3, num_workers: 0}}\n"
+        f"data: {{features: {root}/features, tokenizer: {root}/tokenizer.json, "
+        "captions_per_image: 3, num_workers: 0}\n"
         "model: {embedding_dim: 12, lstm_dim: 10, attention_dim: 8, dropout: 0.0, weight_init: uniform}\n"
-        f"train: {{run_dir: {root}/run, global_batch: 6, epochs: 2, warmup_steps: 2, precision: fp32, learning_rate: 0.01}}\n"
+        f"train: {{run_dir: {root}/run, global_batch: 6, epochs: 2, warmup_steps: 2, "
+        "precision: fp32, learning_rate: 0.01}\n"
         "eval: {metrics: [CIDEr, BLEU], beam_size: 2, max_length: 8}\n"
     )
     return path
