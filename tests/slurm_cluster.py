@@ -112,7 +112,7 @@ def stepd_of(number: str) -> list[psutil.Process]:
 
 
 def poll(probe: Callable[[], Any], timeout: float, what: str, context: Callable[[], str] = str) -> Any:
-    """The first true value of `probe`, asked five times a second; after `timeout` seconds AssertionError naming `what`."""
+    """The first true value of `probe`, asked five times a second; after `timeout` s AssertionError names `what`."""
     deadline = time.monotonic() + timeout
     while not (value := probe()):
         assert time.monotonic() < deadline, f"waited {timeout:.0f} s in vain for {what}{context()}"
