@@ -87,7 +87,6 @@ PRESENT: set[str] = {
     "arrows go one way: sat.bench.features -> preprocessing.shard_images",
     "arrows go one way: sat.bench.features -> preprocessing.sharding.finalize",
     "arrows go one way: sat.bench.features -> preprocessing.synthetic",
-    "arrows go one way: sat.bench.loader -> preprocessing.features.statistics",
     "arrows go one way: sat.bench.loader -> preprocessing.sharding.finalize",
     "arrows go one way: sat.bench.loader -> preprocessing.sharding.plan",
     "arrows go one way: sat.bench.loader -> preprocessing.sharding.write",
