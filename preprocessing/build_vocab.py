@@ -6,7 +6,6 @@ The surprising decision: only the splits trained on are read. A vocabulary that 
 unknown words.
 """
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
@@ -16,6 +15,7 @@ import typer
 
 from preprocessing.annotations import read_annotations
 from preprocessing.console import run
+from sat import files
 from sat.shards.manifest import load_manifest
 from sat.text import SPECIALS, CaptionTokenizer, build_tokenizer, count_words, normalise
 
@@ -32,7 +32,7 @@ def captions_of(root: str, splits: list[str]) -> Iterator[str]:
                 yield from captions
 
 
-def caption_statistics(captions: list[str], tokenizer: CaptionTokenizer) -> dict:
+def caption_statistics(captions: list[str], tokenizer: CaptionTokenizer) -> dict[str, float]:
     """Counts of captions, words and the vocabulary, the share of words it covers, and caption lengths in words."""
     lengths = np.array([len(normalise(caption).split()) for caption in captions])
     counts = count_words(captions)
@@ -59,12 +59,13 @@ def main(
     images: Annotated[list[str] | None, typer.Option(help="folder or URL of image shards")] = None,
     annotations: Annotated[list[str] | None, typer.Option(help="annotation file, as for shard_images")] = None,
     min_count: Annotated[int, typer.Option(min=1, help="words seen less often become <unk>")] = 5,
-    splits: Annotated[list[str], typer.Option(help="splits to read")] = ["train"],
+    splits: Annotated[list[str] | None, typer.Option(help="split to read; default: train")] = None,
     statistics: Annotated[Path | None, typer.Option(help="write the statistics to this JSON file as well")] = None,
 ) -> None:
     """Build the vocabulary of the training captions; equal captions give an equal file."""
     if not (features or images or annotations):
         raise ValueError("name the captions with --features, --images or --annotations")
+    splits = splits or ["train"]
     captions = [caption for root in (features or []) + (images or []) for caption in captions_of(root, splits)]
     if annotations:
         records = read_annotations(annotations).images
@@ -72,12 +73,13 @@ def main(
     if not captions:
         raise ValueError(f"there is no caption in the splits {', '.join(splits)}")
     tokenizer = build_tokenizer(captions, min_count)
+    if tokenizer.vocab_size == len(SPECIALS):
+        raise ValueError(f"no word occurs {min_count} times in {len(captions)} captions; lower --min-count")
     found = caption_statistics(captions, tokenizer)
     for name, value in found.items():
         print(f"{name:18} {value:,.3f}" if isinstance(value, float) else f"{name:18} {value:,}")
     if statistics is not None:
-        statistics.parent.mkdir(parents=True, exist_ok=True)
-        statistics.write_text(json.dumps(found, indent=1) + "\n")
+        files.write_json(statistics, found)
     if out is not None:
         tokenizer.save(out)
         print(f"{out}: {tokenizer.vocab_size} ids ({len(SPECIALS)} special), digest {tokenizer.digest[:12]}")

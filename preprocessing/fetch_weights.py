@@ -7,7 +7,6 @@ The surprising decision: the default is the first set of weights (V1), not the m
 2021, arXiv:2010.16402).
 """
 
-import os
 import re
 import socket
 import tempfile
@@ -18,7 +17,7 @@ import typer
 
 from preprocessing.console import run
 from preprocessing.features.weights import CONTENT_KEY, IMAGENET_FILE, WEIGHTS_DIR, content_digest, find_weights
-from preprocessing.sharding.write import hash_file
+from sat import files
 
 URLS = {
     "v1": "https://download.pytorch.org/models/resnet50-0676ba61.pth",
@@ -44,7 +43,7 @@ def convert(source: Path, name: str, out: Path) -> None:
     import torch
     from safetensors.torch import save_file
 
-    expected, found = expected_digest(name), hash_file(source)
+    expected, found = expected_digest(name), files.sha256(source)
     if not found.startswith(expected):
         raise ValueError(
             f"{source} has sha256 {found[:16]}..., expected {expected}...: damaged or another file; not used"
@@ -52,13 +51,10 @@ def convert(source: Path, name: str, out: Path) -> None:
     tensors = {
         key: value.contiguous() for key, value in torch.load(source, map_location="cpu", weights_only=True).items()
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent) as folder:
-        first, final = Path(folder) / "tensors", Path(folder) / "final"
-        save_file(tensors, first)
-        about = {"source": name, "source_sha256": found, "description": "ResNet-50 trained on ImageNet (torchvision)"}
-        save_file(tensors, final, metadata=about | {CONTENT_KEY: content_digest(first)})
-        os.replace(final, out)
+    about = {"source": name, "source_sha256": found, "description": "ResNet-50 trained on ImageNet (torchvision)"}
+    with files.replacing(out) as temporary:
+        save_file(tensors, temporary)
+        save_file(tensors, temporary, metadata=about | {CONTENT_KEY: content_digest(temporary)})
 
 
 def main(

@@ -2,9 +2,9 @@
 
     python -m preprocessing.pretrain_encoder --out weights/scenes.safetensors
 
-Linear heads on the mean of the grid name the shape, colour, size and ground of crops with one object each; then they are
-dropped. The surprising decision: BatchNorm keeps the statistics of the crops, not those of whole scenes. A cell of a
-scene's grid should answer an object as it did in a crop, however empty the rest of the scene is.
+Linear heads on the mean of the grid name the shape, colour, size and ground of crops with one object each; then they
+are dropped. The surprising decision: BatchNorm keeps the statistics of the crops, not those of whole scenes. A cell of
+a scene's grid should answer an object as it did in a crop, however empty the rest of the scene is.
 
 The file says of itself that it is pre-trained on the scene generator, not on ImageNet. An interrupted run goes on
 from a file beside it; a whole file of the same recipe is kept.
@@ -13,7 +13,6 @@ from a file beside it; a whole file of the same recipe is kept.
 import hashlib
 import json
 import math
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
@@ -27,6 +26,7 @@ from torch import Tensor, nn
 
 from preprocessing.console import progress_line, run
 from preprocessing.scenes.crops import CLASSES, LabelledCrops, labelled_crops
+from sat import files
 from sat.model.encoders.resnet import STAGES, Encoder, normalise
 
 VERSION = 1
@@ -79,30 +79,32 @@ class Pretrainer(nn.Module):
         nn.init.zeros_(self.head.weight)
         for stage in STAGES:  # each block starts as the identity: Goyal et al. 2017, arXiv:1706.02677, section 5.1
             for block in self.encoder.stage_module(stage):
-                nn.init.zeros_(block.bn3.weight)
+                last = block.get_submodule("bn3")
+                assert isinstance(last, nn.BatchNorm2d)
+                nn.init.zeros_(last.weight)
 
     def forward(self, images: Tensor) -> Tensor:
         """Normalised crops [B, 3, C, C] -> scores [B, sum of the classes]."""
-        return self.head(self.encoder(images).float().mean(dim=1))
+        scores: Tensor = self.head(self.encoder(images).float().mean(dim=1))
+        return scores
 
 
 def pretraining_loss(scores: Tensor, crops: LabelledCrops) -> Tensor:
     """Weighted sum of the cross entropies of all heads."""
     labels = torch.from_numpy(crops.labels).to(scores.device)
-    losses = {
-        name: F.cross_entropy(part, labels[:, index])
-        for index, (name, part) in enumerate(
-            zip(CLASSES, scores.split([len(c) for c in CLASSES.values()], dim=1), strict=True)
-        )
-    }
-    return sum(loss * (WEIGHT_OF_GROUND if name == "background" else 1) for name, loss in losses.items())
+    parts = torch.split(scores, [len(classes) for classes in CLASSES.values()], dim=1)
+    losses = [
+        F.cross_entropy(part, labels[:, index]) * (WEIGHT_OF_GROUND if name == "background" else 1)
+        for index, (name, part) in enumerate(zip(CLASSES, parts, strict=True))
+    ]
+    return sum(losses, start=torch.zeros((), device=scores.device))
 
 
 def pretrain(recipe: Recipe, state_file: Path) -> Encoder:
     """Train by `recipe`, going on from `state_file` where it fits; returns the encoder in eval mode, in float32."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(recipe.seed)
-    model = Pretrainer().to(device, memory_format=torch.channels_last).train()
+    model = Pretrainer().to(device).to(memory_format=torch.channels_last).train()
     optimizer = _make_optimizer(model, recipe)
     first = _restore(state_file, recipe, model, optimizer)
     with progress_line(recipe.steps, "pre-training the encoder", "steps") as advance:
@@ -112,7 +114,8 @@ def pretrain(recipe: Recipe, state_file: Path) -> Encoder:
             advance(1)
             if (step + 1) % SAVE_EVERY == 0:
                 _save_state(state_file, recipe, step + 1, model, optimizer)
-    return model.encoder.eval().cpu()
+    encoder: Encoder = model.encoder.eval().cpu()
+    return encoder
 
 
 def _make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
@@ -123,13 +126,15 @@ def _make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, betas=(0.9, 0.99), fused=True)
 
 
-def _train_step(model: Pretrainer, optimizer: torch.optim.Optimizer, recipe: Recipe, step: int, device) -> None:
+def _train_step(
+    model: Pretrainer, optimizer: torch.optim.Optimizer, recipe: Recipe, step: int, device: torch.device
+) -> None:
     crops = labelled_crops(f"pretrain/{recipe.seed}/{step}", recipe.batch_size, recipe.size)
     with _autocast(device):
         scores = model(_images(crops, device))
     for group in optimizer.param_groups:
         group["lr"] = recipe.rate(step)
-    pretraining_loss(scores.float(), crops).backward()
+    torch.autograd.backward(pretraining_loss(scores.float(), crops))
     optimizer.step()
     optimizer.zero_grad()
 
@@ -147,9 +152,8 @@ def _autocast(device: torch.device) -> torch.autocast:
 
 def _save_state(path: Path, recipe: Recipe, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     state = {"recipe": recipe.digest(), "step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    torch.save(state, temporary)
-    os.replace(temporary, path)
+    with files.replacing(path) as temporary:
+        torch.save(state, temporary)
 
 
 def _restore(path: Path, recipe: Recipe, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
@@ -161,7 +165,8 @@ def _restore(path: Path, recipe: Recipe, model: nn.Module, optimizer: torch.opti
         return 0
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
-    return state["step"]
+    step: int = state["step"]
+    return step
 
 
 def is_made_by(path: Path, recipe: Recipe) -> bool:
@@ -177,14 +182,12 @@ def make_encoder(out: Path, recipe: Recipe) -> bool:
     """Bring `out` to the weights of `recipe`; returns whether they had to be trained."""
     if is_made_by(out, recipe):
         return False
-    out.parent.mkdir(parents=True, exist_ok=True)
     state_file = out.with_name(out.name + ".unfinished")
     encoder = pretrain(recipe, state_file)
     settings = json.dumps(asdict(recipe), sort_keys=True)
     metadata = {"description": DESCRIPTION, "recipe": recipe.digest(), "settings": settings}
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    save_file({name: tensor.contiguous() for name, tensor in encoder.state_dict().items()}, temporary, metadata)
-    os.replace(temporary, out)
+    with files.replacing(out) as temporary:
+        save_file({name: tensor.contiguous() for name, tensor in encoder.state_dict().items()}, temporary, metadata)
     state_file.unlink(missing_ok=True)
     return True
 

@@ -10,24 +10,39 @@ smaller one.
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from io import BytesIO
 from multiprocessing import get_context
 from pathlib import Path
 from random import Random
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from preprocessing.console import progress_line, run
 from preprocessing.scenes.captions import describe
 from preprocessing.scenes.scenes import SIZE, Scene, SceneObject, render, sample_scene
+from sat import files
 
 VERSION = 1
 """Raised by every change that alters a picture or a caption."""
 SPLITS = ("train", "val", "test")
 JPEG_QUALITY = 92
+CHUNK = 16
+"""Pictures rendered by one process in a turn."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a folder of scenes was made by; its pictures differ in nothing else than split and number."""
+
+    writer: str = "preprocessing.synthetic"
+    version: int = VERSION
+    seed: int = 1
+    size: int = SIZE
 
 
 @dataclass(frozen=True)
@@ -67,72 +82,68 @@ class Picture:
         return buffer.getvalue()
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file that appears under its name whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(data)
-    os.replace(temporary, path)
-
-
-def make_scenes(out: Path, counts: dict[str, int], seed: int, size: int = SIZE, num_workers: int = 1) -> int:
+def make_scenes(out: Path, counts: Mapping[str, int], seed: int, size: int = SIZE, num_workers: int = 1) -> int:
     """Bring the scene set in `out` to `counts` pictures per split; returns how many had to be rendered.
 
     Files that are there stay untouched. ValueError where `out` holds a set of another recipe.
     """
-    _claim(out, {"writer": "preprocessing.synthetic", "version": VERSION, "seed": seed, "size": size})
     for split in SPLITS:
         (out / "images" / split).mkdir(parents=True, exist_ok=True)
+    _claim(out, Recipe(seed=seed, size=size))
     pictures = [Picture(seed, split, number, size) for split in SPLITS for number in range(counts.get(split, 0))]
     missing = [picture for picture in pictures if not (out / "images" / picture.file_name).exists()]
-    jobs = [(out / "images" / picture.file_name, picture) for picture in missing]
-    if jobs:
-        with progress_line(len(jobs), "rendering scenes") as advance:
-            for _ in _render_all(jobs, num_workers):
-                advance(1)
+    chunks = [missing[start : start + CHUNK] for start in range(0, len(missing), CHUNK)]
+    if chunks:
+        with progress_line(len(missing), "rendering scenes") as advance:
+            for rendered in _render_all(out / "images", chunks, num_workers):
+                advance(rendered)
     _write_tables(out, pictures)
     return len(missing)
 
 
-def _claim(out: Path, recipe: dict) -> None:
+def _claim(out: Path, recipe: Recipe) -> None:
     """Mark `out` as the home of `recipe` and sweep what an interrupted run left."""
-    out.mkdir(parents=True, exist_ok=True)
-    path = out / "recipe.json"
+    path, wanted = out / "recipe.json", asdict(recipe)
     if not path.exists():
-        write_whole(path, json.dumps(recipe, indent=1).encode())
-    found = json.loads(path.read_text())
-    if found != recipe:
-        raise ValueError(f"{out} holds scenes of the recipe {found}, not {recipe}; choose another --out or remove it")
-    for leftover in sorted(out.rglob(".*.tmp")):
-        leftover.unlink(missing_ok=True)
+        files.write_text(path, json.dumps(wanted, indent=1))
+    found = files.read_json(path)
+    if found != wanted:
+        raise ValueError(f"{out} holds scenes of the recipe {found}, not {wanted}; choose another --out or remove it")
+    for folder in (out, out / "annotations", *((out / "images" / split) for split in SPLITS)):
+        files.sweep(folder)
 
 
-def _render_all(jobs: list[tuple[Path, Picture]], num_workers: int) -> Iterator[None]:
-    if num_workers <= 1 or len(jobs) < 2:
-        yield from map(_render_job, jobs)
+def _render_all(folder: Path, chunks: list[list[Picture]], num_workers: int) -> Iterator[int]:
+    render_here = partial(_render, folder)
+    if num_workers <= 1 or len(chunks) < 2:
+        yield from map(render_here, chunks)
         return
     with get_context("spawn").Pool(num_workers) as pool:
-        yield from pool.imap_unordered(_render_job, jobs, chunksize=16)
+        yield from pool.imap_unordered(render_here, chunks)
 
 
-def _render_job(job: tuple[Path, Picture]) -> None:
-    path, picture = job
-    write_whole(path, picture.jpeg())
+def _render(folder: Path, pictures: list[Picture]) -> int:
+    """Render and write pictures, returns how many; to sync a file takes half as long as to render it."""
+    with ThreadPoolExecutor(4) as pool:
+        writes = [pool.submit(files.write_bytes, folder / each.file_name, each.jpeg()) for each in pictures]
+    for write in writes:
+        write.result()
+    return len(pictures)
 
 
 def _write_tables(out: Path, pictures: list[Picture]) -> None:
     """Annotations per split and the truth of all; a file that says the same already is not touched."""
-    files = {out / "truth.jsonl": "".join(json.dumps(_truth(picture)) + "\n" for picture in pictures)}
+    texts = {out / "truth.jsonl": "".join(json.dumps(_truth(picture)) + "\n" for picture in pictures)}
     for split in SPLITS:
         chosen = [picture for picture in pictures if picture.split == split]
         if chosen:
-            files[out / "annotations" / f"captions_{split}.json"] = json.dumps(_coco(chosen))
-    (out / "annotations").mkdir(exist_ok=True)
-    for path, text in files.items():
+            texts[out / "annotations" / f"captions_{split}.json"] = json.dumps(_coco(chosen))
+    for path, text in texts.items():
         if not path.exists() or path.read_text() != text:
-            write_whole(path, text.encode())
+            files.write_text(path, text)
 
 
-def _coco(pictures: list[Picture]) -> dict:
+def _coco(pictures: list[Picture]) -> dict[str, Any]:
     """COCO's captions format: https://cocodataset.org/#format-data."""
     images = [
         {"id": picture.image_id, "file_name": picture.file_name, "width": picture.size, "height": picture.size}
@@ -147,12 +158,12 @@ def _coco(pictures: list[Picture]) -> dict:
     return {"info": info, "images": images, "annotations": annotations}
 
 
-def _truth(picture: Picture) -> dict:
+def _truth(picture: Picture) -> dict[str, Any]:
     return {"image_id": picture.image_id, "file_name": picture.file_name, "scene": asdict(picture.scene())}
 
 
 def load_truth(path: Path) -> dict[int, Scene]:
-    """The scene behind each image id, from truth.jsonl; what `scene_captions.check_claims` needs."""
+    """The scene behind each image id, from truth.jsonl; what `scenes.captions.check_claims` needs."""
     truth = {}
     for line in Path(path).read_text().splitlines():
         row = json.loads(line)

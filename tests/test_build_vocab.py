@@ -36,6 +36,13 @@ def test_missing_splits_and_sources_are_named(tmp_path):
     assert "--annotations" in run_program("build_vocab", code=1).stderr
 
 
+def test_a_vocabulary_without_a_word_is_refused(tmp_path):
+    make_feature_dataset(tmp_path / "set", {"train": 3}, captions=captions)
+    options = ["--features", tmp_path / "set", "--min-count", 4, "--out", tmp_path / "x"]
+    assert "no word occurs 4 times in 6 captions" in run_program("build_vocab", *options, code=1).stderr
+    assert not (tmp_path / "x").exists()
+
+
 def test_statistics_of_the_real_captions_of_coco_val2017(tmp_path):
     annotations = f"val={real_data()}/coco_val2017/captions_val2017.json"
     run_program("build_vocab", "--annotations", annotations, "--splits", "val", "--statistics", tmp_path / "s.json")

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from preprocessing import synthetic
 from preprocessing.scenes.captions import check_claims, describe
 from preprocessing.scenes.scenes import COLOURS, SHAPES, SIZE, Scene, SceneObject, render, sample_scene
-from preprocessing.synthetic import load_truth, make_scenes
+from preprocessing.synthetic import Picture, load_truth, make_scenes
+from sat import files
 
 COUNTS = {"train": 12, "val": 3, "test": 4}
 
@@ -56,21 +56,22 @@ def test_a_second_run_touches_nothing(scene_set):
 
 def test_an_interrupted_run_goes_on_to_the_same_bytes(scene_set, tmp_path, monkeypatch):
     out = tmp_path / "interrupted"
-    genuine = synthetic._render_job
+    genuine = Picture.jpeg
     done = []
 
-    def failing(job):
+    def failing(picture):
         if len(done) == 7:
-            (job[0].parent / ".000099.jpg.1.tmp").write_bytes(b"half")
+            path = out / "images" / picture.file_name
+            files.temporary_name(path, path.parent).write_bytes(b"half")
             raise KeyboardInterrupt
-        done.append(job)
-        genuine(job)
+        done.append(picture)
+        return genuine(picture)
 
-    monkeypatch.setattr(synthetic, "_render_job", failing)
+    monkeypatch.setattr(Picture, "jpeg", failing)
     with pytest.raises(KeyboardInterrupt):
         make_scenes(out, COUNTS, seed=1)
     assert not list(out.rglob("captions_*.json"))
-    monkeypatch.setattr(synthetic, "_render_job", genuine)
+    monkeypatch.setattr(Picture, "jpeg", genuine)
     assert make_scenes(out, COUNTS, seed=1) == 19 - 7
     assert tree(out) == tree(scene_set)
 

@@ -8,8 +8,10 @@ ReLU are one call.
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -25,12 +27,16 @@ def best_compute() -> str:
     """`bf16` where the GPU or CPU computes in it natively, else `fp32`."""
     if torch.cuda.is_available():
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    return "bf16" if torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported() else "fp32"
+    return "bf16" if _has_onednn() and torch.ops.mkldnn._is_mkldnn_bf16_supported() else "fp32"
+
+
+def _has_onednn() -> bool:
+    return bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]  # torch states no types here
 
 
 def load_network(
     weights: str | Path, stage: int, size: int, compute: str, device: str = "cpu", images: int = 0
-) -> Callable[[np.ndarray], np.ndarray]:
+) -> Callable[[npt.NDArray[np.uint8]], npt.NDArray[Any]]:
     """A function uint8 [B, S, S, 3] -> grids [B, L, D], float32 or (compute bf16) bf16 as uint16 bits.
 
     `images` is the length of the job, by which torch.compile is chosen on a GPU. Raises ValueError as `load_encoder`.
@@ -39,13 +45,12 @@ def load_network(
     slope, bias = _pixel_row(size, device)
 
     @torch.inference_mode()
-    def run(pictures: np.ndarray) -> np.ndarray:
+    def run(pictures: npt.NDArray[np.uint8]) -> npt.NDArray[Any]:
         rows = torch.from_numpy(pictures).to(device).flatten(2)  # [B, S, S * 3]
-        images = (
-            torch.addcmul(bias, rows.float(), slope).to(COMPUTE[compute]).unflatten(2, (size, 3)).permute(0, 3, 1, 2)
-        )
-        grids = forward(images).cpu().contiguous()
-        return grids.view(torch.uint16).numpy() if compute == "bf16" else grids.numpy()
+        normal = torch.addcmul(bias, rows.float(), slope).to(COMPUTE[compute])
+        grids = forward(normal.view(-1, size, size, 3).permute(0, 3, 1, 2)).cpu().contiguous()
+        stored: npt.NDArray[Any] = grids.view(torch.uint16).numpy() if compute == "bf16" else grids.numpy()
+        return stored
 
     return run
 
@@ -60,7 +65,7 @@ def _pixel_row(size: int, device: str) -> tuple[Tensor, Tensor]:
 def fast_forward(encoder: Encoder, size: int, compute: str, device: str, images: int) -> Callable[[Tensor], Tensor]:
     """The encoder's forward pass for pictures of one size: [B, 3, S, S] channels_last in `compute` -> [B, L, D]."""
     folded = fold_batchnorm(encoder).to(device, COMPUTE[compute]).to(memory_format=torch.channels_last)
-    if torch.device(device).type == "cpu" and torch.backends.mkldnn.is_available():
+    if torch.device(device).type == "cpu" and _has_onednn():
         return FusedResNet(folded, size)
     return torch.compile(folded) if images >= COMPILE_IMAGES else folded
 
@@ -76,18 +81,29 @@ class FusedResNet:
         x = self.folded.maxpool(self._convolve(self.folded.conv1, images, "relu"))
         for number in STAGES[: self.folded.stage]:
             for block in self.folded.stage_module(number):
-                shortcut = x if block.downsample is None else self._convolve(block.downsample[0], x, "none")
-                y = self._convolve(block.conv2, self._convolve(block.conv1, x, "relu"), "relu")
-                x = self._convolve_add_relu(block.conv3, y, shortcut)
-        return x.permute(0, 2, 3, 1).flatten(1, 2)
+                first, second, third = (_convolution(block, name) for name in ("conv1", "conv2", "conv3"))
+                on_shortcut = None if block.downsample is None else _convolution(block, "downsample.0")
+                shortcut = x if on_shortcut is None else self._convolve(on_shortcut, x, "none")
+                y = self._convolve(second, self._convolve(first, x, "relu"), "relu")
+                x = self._convolve_add_relu(third, y, shortcut)
+        grids: Tensor = x.permute(0, 2, 3, 1).flatten(1, 2)
+        return grids
 
     def _convolve(self, module: nn.Conv2d, x: Tensor, activation: str) -> Tensor:
-        return torch.ops.mkldnn._convolution_pointwise(x, *self.packed[module], activation, [], "")
+        y: Tensor = torch.ops.mkldnn._convolution_pointwise(x, *self.packed[module], activation, [], "")
+        return y
 
     def _convolve_add_relu(self, module: nn.Conv2d, x: Tensor, shortcut: Tensor) -> Tensor:
         """relu(conv(x) + shortcut), written over `shortcut`."""
         fused = torch.ops.mkldnn._convolution_pointwise_.binary
-        return fused(shortcut, x, *self.packed[module], "add", 1.0, "relu", [], "")
+        y: Tensor = fused(shortcut, x, *self.packed[module], "add", 1.0, "relu", [], "")
+        return y
+
+
+def _convolution(block: nn.Module, name: str) -> nn.Conv2d:
+    module = block.get_submodule(name)
+    assert isinstance(module, nn.Conv2d)
+    return module
 
 
 def _input_shapes(network: nn.Module, size: int) -> dict[nn.Conv2d, list[int]]:
@@ -106,8 +122,9 @@ def _input_shapes(network: nn.Module, size: int) -> dict[nn.Conv2d, list[int]]:
     return shapes
 
 
-def _pack(module: nn.Conv2d, shape: list[int]) -> tuple:
+def _pack(module: nn.Conv2d, shape: list[int]) -> tuple[Any, ...]:
     """Weights in oneDNN's own layout, bias and geometry: the middle arguments of its convolutions."""
+    assert module.bias is not None, "BatchNorm is folded into it"
     geometry = (module.padding, module.stride, module.dilation, module.groups)
     weight = torch.ops.mkldnn._reorder_convolution_weight(module.weight.detach(), *geometry, shape)
     return (weight, module.bias.detach(), *geometry)

@@ -6,7 +6,7 @@ picture's captions then have something in common that a model can learn, and sti
 
 import re
 from dataclasses import dataclass
-from itertools import permutations
+from itertools import pairwise, permutations
 from random import Random
 
 from preprocessing.scenes.scenes import BACKGROUNDS, COLOURS, SHAPES, SIZE, SIZES, Scene, SceneObject
@@ -115,9 +115,9 @@ def place_of(thing: SceneObject) -> str:
 
 
 def _sentence(scene: Scene, rng: Random) -> str:
-    sentences, odds = zip(*SENTENCES[scene.layout, len(scene.objects)], strict=True)
-    sentence = rng.choices(sentences, weights=odds)[0]
-    parts = {letter: _noun(scene, thing, rng) for letter, thing in zip("abc", scene.objects)}
+    choices = SENTENCES[scene.layout, len(scene.objects)]
+    sentence = rng.choices([words for words, _ in choices], weights=[odds for _, odds in choices])[0]
+    parts = {letter: _noun(scene, thing, rng) for letter, thing in zip("abc", scene.objects, strict=False)}
     parts["place"] = _word(place_of(scene.objects[0]), rng)
     parts["ground"] = f"{scene.background} {_word('background', rng)}"
     return re.sub(r"{(.*?)}", lambda match: parts.get(match[1]) or _word(match[1], rng), sentence)
@@ -169,7 +169,7 @@ def check_claims(caption: str, scene: Scene) -> list[Claim]:
     return claims
 
 
-def _match_objects(nouns: list[re.Match], scene: Scene) -> dict[int, SceneObject]:
+def _match_objects(nouns: list[re.Match[str]], scene: Scene) -> dict[int, SceneObject]:
     """Objects meant, by where the noun starts: the assignment, one object a noun, that lets most nouns be true."""
     best: dict[int, SceneObject] = {}
     for order in permutations(range(max(len(nouns), len(scene.objects))), len(scene.objects)):
@@ -179,17 +179,17 @@ def _match_objects(nouns: list[re.Match], scene: Scene) -> dict[int, SceneObject
     return best
 
 
-def _fits(noun: re.Match, thing: SceneObject) -> bool:
+def _fits(noun: re.Match[str], thing: SceneObject) -> bool:
     said = zip(noun.groups(), (thing.size, thing.colour, thing.shape), strict=True)
     return all(word in (None, truth) for word, truth in said)
 
 
-def _relation_claims(text: str, nouns: list[re.Match], meant: dict[int, SceneObject]) -> list[Claim]:
+def _relation_claims(text: str, nouns: list[re.Match[str]], meant: dict[int, SceneObject]) -> list[Claim]:
     """`A relation B`, and C where it goes on with `and C`."""
     claims = []
     for index, subject in enumerate(nouns[:-1]):
         relation = ""
-        for before, noun in zip(nouns[index:], nouns[index + 1 :]):
+        for before, noun in pairwise(nouns[index:]):
             link = re.fullmatch(r" (?:is )?(\w+) an? ", text[before.end() : noun.start()])
             word = link[1] if link else ""
             if before is subject and word in _RELATIONS:
@@ -202,7 +202,7 @@ def _relation_claims(text: str, nouns: list[re.Match], meant: dict[int, SceneObj
     return claims
 
 
-def _place_claims(text: str, nouns: list[re.Match], meant: dict[int, SceneObject]) -> list[Claim]:
+def _place_claims(text: str, nouns: list[re.Match[str]], meant: dict[int, SceneObject]) -> list[Claim]:
     """A place belongs to the last noun before it."""
     claims = []
     for place in (place for row in PLACES for place in row):

@@ -1,8 +1,9 @@
-"""Pictures and labels that teach an encoder what the objects of scenes look like: one object on a ground. Pure: no files.
+"""Pictures and labels that teach an encoder what the objects of scenes look like: one object on a ground. No files.
 
-The surprising decision: a crop is barely larger than its object and is drawn at 0.6 of the scale of scenes. So almost every
-pixel that is paid for shows an object; and in a scene the object then covers more cells than it was learned from, which
-serves the decoder better than cells that each hold a whole one (held-out CIDEr 2.14 against 1.89 at the same scale).
+The surprising decision: a crop is barely larger than its object and is drawn at 0.6 of the scale of scenes. So almost
+every pixel that is paid for shows an object; and in a scene the object then covers more cells than it was learned from,
+which serves the decoder better than cells that each hold a whole one (held-out CIDEr 2.14 against 1.89 at the same
+scale).
 
 B crops of C x C pixels.
 """
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from random import Random
 
 import numpy as np
+import numpy.typing as npt
 
 from preprocessing.scenes.scenes import BACKGROUNDS, COLOURS, SHAPES, SIZES, Scene, compose, render, sample_object
 
@@ -22,9 +24,9 @@ CLASSES = {"shape": SHAPES, "colour": COLOURS, "size": SIZES, "background": tupl
 
 @dataclass(frozen=True)
 class LabelledCrops:
-    pixels: np.ndarray
+    pixels: npt.NDArray[np.uint8]
     """uint8 [B, C, C, 3]."""
-    labels: np.ndarray
+    labels: npt.NDArray[np.int64]
     """int64 [B, 4]: the class per entry of CLASSES."""
 
 

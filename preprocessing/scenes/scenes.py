@@ -12,6 +12,7 @@ from functools import cache
 from random import Random
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image, ImageDraw
 
 SIZE = 224
@@ -63,7 +64,7 @@ def sample_object(rng: Random, x: float, y: float, colours: Sequence[str] = COLO
     size = rng.choice(SIZES)
     colour = rng.choice(colours)
     hue = (HUES[colour] + rng.uniform(-6, 6)) / 360 % 1
-    rgb = colorsys.hsv_to_rgb(hue, rng.uniform(0.8, 0.95), rng.uniform(0.85, 1.0))
+    red, green, blue = colorsys.hsv_to_rgb(hue, rng.uniform(0.8, 0.95), rng.uniform(0.85, 1.0))
     return SceneObject(
         shape=rng.choice(SHAPES),
         colour=colour,
@@ -72,15 +73,15 @@ def sample_object(rng: Random, x: float, y: float, colours: Sequence[str] = COLO
         y=y,
         radius=rng.uniform(*RADII[size]),
         angle=rng.uniform(-0.2, 0.2),
-        rgb=tuple(round(255 * channel) for channel in rgb),
+        rgb=(round(255 * red), round(255 * green), round(255 * blue)),
     )
 
 
 def compose(rng: Random, objects: Sequence[SceneObject], layout: str) -> Scene:
     """Put `objects` on a random ground."""
     background = rng.choice(tuple(BACKGROUNDS))
-    tint = tuple(min(255, max(0, channel + rng.randint(-10, 10))) for channel in BACKGROUNDS[background])
-    return Scene(tuple(objects), background, layout, tint, rng.getrandbits(32))
+    red, green, blue = (min(255, max(0, channel + rng.randint(-10, 10))) for channel in BACKGROUNDS[background])
+    return Scene(tuple(objects), background, layout, (red, green, blue), rng.getrandbits(32))
 
 
 def sample_scene(rng: Random) -> Scene:
@@ -103,7 +104,7 @@ def sample_scene(rng: Random) -> Scene:
 
 
 @cache
-def _outline(shape: str) -> np.ndarray:
+def _outline(shape: str) -> npt.NDArray[np.float64]:
     """Corners of `shape` in the unit circle, float64 [N, 2], y downwards."""
     turn = np.linspace(0, 2 * math.pi, 48, endpoint=False)
     circle = np.stack([np.cos(turn), np.sin(turn)], axis=1)
@@ -130,7 +131,8 @@ def _outline(shape: str) -> np.ndarray:
     inner = np.linspace(math.radians(278), math.radians(82), 24)
     back = np.stack([np.cos(outer), np.sin(outer)], axis=1)
     front = 0.8 * np.stack([np.cos(inner), np.sin(inner)], axis=1) + (0.5, 0)
-    return np.concatenate([back, front]) + (0.25, 0)
+    moon: npt.NDArray[np.float64] = np.concatenate([back, front]) + np.array((0.25, 0))
+    return moon
 
 
 def _stamp(thing: SceneObject, scale: float) -> tuple[Image.Image, tuple[int, int]]:
