@@ -9,7 +9,6 @@ a surrogate pair) later shift or break the tools that score captions. What is cl
 notes.
 """
 
-import hashlib
 import json
 import os
 import re
@@ -20,9 +19,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import xxhash
 
+from preprocessing.sharding.plan import ImageRecord
+from sat import files
 from sat.shards.schema import LeftOut
 from sat.text import normalise
 
@@ -38,21 +40,6 @@ _SPLIT = re.compile(r"[A-Za-z0-9_]{1,32}")
 _HALF_PAIR = re.compile("[\ud800-\udfff]")
 _DROPPED = frozenset(("Cc", "Cs", "Zl", "Zp"))
 """Unicode categories that become a space: controls, lone surrogates, line and paragraph separators."""
-
-
-@dataclass(frozen=True)
-class ImageRecord:
-    """A picture and its captions."""
-
-    image_id: str
-    file_name: str
-    """Path relative to the image root."""
-    split: str
-    captions: tuple[str, ...]
-    key: str
-    """WebDataset key, `[A-Za-z0-9_-]+`: the image id where it fits, else derived from it."""
-    file_bytes: int = 0
-    """Size of the file when its image root was given: a replaced picture is noticed by the next plan."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +67,7 @@ def read_annotations(
     paths: Sequence[str],
     format: str = "auto",
     *,
-    image_root: str | os.PathLike | None = None,
+    image_root: str | os.PathLike[str] | None = None,
     split_lists: Sequence[str] = (),
     val_fraction: float = 0.0,
 ) -> Records:
@@ -143,7 +130,7 @@ def _read_file(path: str, format: str, lists: Mapping[str, str]) -> Iterator[_En
         raise ValueError(f"{file}: no such annotation file")
     try:
         text = file.read_text(encoding="utf-8-sig")
-        document = json.loads(text) if text.lstrip()[:1] in ("{", "[") else None
+        document: Any = json.loads(text) if text.lstrip()[:1] in ("{", "[") else None
     except ValueError as error:
         raise ValueError(f"{file}: not readable as UTF-8 text or JSON ({error})") from None
     if format == "auto":
@@ -182,7 +169,7 @@ def _recognise(file: Path, document: object) -> str:
     )
 
 
-def _coco(document: dict, split: str, file: Path) -> Iterator[_Entry]:
+def _coco(document: dict[str, Any], split: str, file: Path) -> Iterator[_Entry]:
     """COCO: captions in the order of their annotation ids; a repeated annotation id counts once."""
     captions: dict[object, dict[object, str]] = {}
     for annotation in document["annotations"]:
@@ -196,7 +183,7 @@ def _coco(document: dict, split: str, file: Path) -> Iterator[_Entry]:
         yield _Entry(str(image["id"]), image["file_name"], split, texts, ("", split, folder))
 
 
-def _karpathy(document: dict) -> Iterator[_Entry]:
+def _karpathy(document: dict[str, Any]) -> Iterator[_Entry]:
     """Karpathy: COCO pictures by their COCO id, others (Flickr) by file name without suffix."""
     for image in document["images"]:
         image_id = str(image["cocoid"]) if "cocoid" in image else PurePosixPath(image["filename"]).stem
@@ -297,7 +284,7 @@ def _keys(image_ids: list[str]) -> dict[str, str]:
     keys = {}
     for image_id in image_ids:
         readable = re.sub(r"[^A-Za-z0-9_-]", "_", image_id)[:40]
-        digest = hashlib.sha256(image_id.encode()).hexdigest()[:16]
+        digest = files.sha256_of(image_id)[:16]
         keys[image_id] = image_id if _KEY.fullmatch(image_id) else f"{readable}-{digest}"
     owners: dict[str, str] = {}
     for image_id, key in keys.items():

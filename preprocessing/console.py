@@ -24,7 +24,7 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def run(program: Callable[..., None]) -> None:
+def run(program: Callable[..., object]) -> None:
     """Run a typer program; what a user or a file can cause (ValueError, OSError) is one line and exit status 1."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # a kill costs nothing here, waiting for shards under way does
     try:

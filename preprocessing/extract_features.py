@@ -10,6 +10,7 @@ under way.
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from multiprocessing import get_context
 from multiprocessing.queues import Queue
 from pathlib import Path
@@ -19,14 +20,16 @@ import typer
 
 from preprocessing.console import Step, available_cores, progress_line, run
 from preprocessing.features.extractor import Extractor
-from preprocessing.features.plan import plan_features, scale_of, source_of
+from preprocessing.features.plan import plan_features, recipe_of, scale_of, source_of
+from preprocessing.features.recipe import FeatureOptions
 from preprocessing.features.statistics import merge_statistics
 from preprocessing.features.weights import WEIGHTS_DIR, find_weights
 from preprocessing.sharding.finalize import finalize
 from preprocessing.sharding.jobs import Summary, parse_stripe, process_pool, run_shards
-from preprocessing.sharding.plan import Plan, load_plan
-from preprocessing.sharding.write import PlannedShard, is_finished
+from preprocessing.sharding.plan import Plan, PlannedShard, load_plan
+from preprocessing.sharding.write import is_finished
 from sat.shards.manifest import Manifest
+from sat.shards.schema import Sidecar
 
 SHARDS_UNDER_WAY = 2
 """Shards per CPU process, and processes per GPU: one computes while the other is written."""
@@ -51,14 +54,15 @@ def extract_stripe(plan: Plan, *, stripe: str = "0/1", num_workers: int = 0, dec
         for place in zip(devices, _core_groups(len(devices)), strict=True):
             places.put(place)
         with process_pool(len(devices), _start_worker, (plan, places, threads)) as pool:
-            options = {"stripe": stripe, "slots": len(devices)}
-            return run_shards(plan, _build, pool, **options, progress=lambda images, built: advance(images))
+            return run_shards(
+                plan, _build, pool, stripe=stripe, slots=len(devices), progress=lambda images, built: advance(images)
+            )
 
 
 def finalize_features(plan: Plan) -> Manifest:
     """Publish the feature data set with its statistics; raises as `finalize`."""
-    splits, dim = plan.fingerprint["statistics_splits"], plan.fingerprint["dim"]
-    return finalize(plan, lambda sidecars: merge_statistics(sidecars, splits, dim, scale_of(plan)))
+    recipe, scale = recipe_of(plan), scale_of(plan)
+    return finalize(plan, lambda sidecars: merge_statistics(sidecars, recipe.statistics_splits, recipe.spec.dim, scale))
 
 
 def _extract_here(plan: Plan, stripe: str, device: str, threads: int, advance: Callable[[int], None]) -> Summary:
@@ -66,23 +70,27 @@ def _extract_here(plan: Plan, stripe: str, device: str, threads: int, advance: C
         advance(0 if built else images)  # the extractor has told of the built ones, batch by batch
 
     with (
-        Extractor(plan, source_of(plan), scale_of(plan), device, threads) as extractor,
+        _extractor_of(plan, device, threads) as extractor,
         ThreadPoolExecutor(SHARDS_UNDER_WAY, thread_name_prefix="shard") as pool,
     ):
         extractor.progress = advance
         return run_shards(plan, extractor.build, pool, stripe=stripe, slots=SHARDS_UNDER_WAY, progress=reused)
 
 
-def _start_worker(plan: Plan, places: Queue, threads: int) -> None:
+def _extractor_of(plan: Plan, device: str, threads: int) -> Extractor:
+    return Extractor(plan, recipe_of(plan), source_of(plan), scale_of(plan), device, threads)
+
+
+def _start_worker(plan: Plan, places: "Queue[tuple[str, list[int]]]", threads: int) -> None:
     """Take a device and a group of cores (before torch counts them), in a worker process."""
     global _extractor
     device, cores = places.get()
     if device == "cpu":
         os.sched_setaffinity(0, cores)
-    _extractor = Extractor(plan, source_of(plan), scale_of(plan), device, threads)
+    _extractor = _extractor_of(plan, device, threads)
 
 
-def _build(plan: Plan, shard: PlannedShard) -> dict:
+def _build(plan: Plan, shard: PlannedShard) -> Sidecar:
     assert _extractor is not None, "the worker process was not started by _start_worker"
     return _extractor.build(plan, shard)
 
@@ -103,7 +111,7 @@ def _core_groups(count: int) -> list[list[int]]:
     if count > len(cores):
         return [cores] * count
     bounds = [round(i * len(cores) / count) for i in range(count + 1)]
-    return [cores[low:high] for low, high in zip(bounds, bounds[1:], strict=False)]
+    return [cores[low:high] for low, high in pairwise(bounds)]
 
 
 def main(
@@ -111,13 +119,19 @@ def main(
     images: Annotated[Path | None, typer.Option(help="folder of the image shards")] = None,
     weights: Annotated[str, typer.Option(help="`imagenet` or a safetensors file of the encoder")] = "imagenet",
     weights_dir: Annotated[Path, typer.Option(help="where `imagenet` weights lie")] = WEIGHTS_DIR,
-    size: Annotated[int, typer.Option(help="side of the encoder's input: 224 gives 7x7 cells, 448 gives 14x14")] = 224,
-    stage: Annotated[int, typer.Option(help="ResNet stage whose output is kept, 1-4")] = 4,
-    dtype: Annotated[str, typer.Option(help="format on disk: bf16, fp16, fp32 or int8")] = "bf16",
-    geometry: Annotated[str, typer.Option(help="squash (whole picture) or center_crop")] = "squash",
-    compute: Annotated[str, typer.Option(help="arithmetic of the network: auto, bf16 or fp32")] = "auto",
-    batch_size: Annotated[int, typer.Option(min=1, help="pictures per pass through the network")] = 32,
-    statistics_split: Annotated[list[str], typer.Option(help="split the statistics are taken from")] = ["train"],
+    size: Annotated[
+        int, typer.Option(help="side of the encoder's input: 224 gives 7x7 cells, 448 gives 14x14")
+    ] = FeatureOptions.size,
+    stage: Annotated[int, typer.Option(help="ResNet stage whose output is kept, 1-4")] = FeatureOptions.stage,
+    dtype: Annotated[str, typer.Option(help="format on disk: bf16, fp16, fp32 or int8")] = FeatureOptions.dtype,
+    geometry: Annotated[str, typer.Option(help="squash (whole picture) or center_crop")] = FeatureOptions.geometry,
+    compute: Annotated[
+        str, typer.Option(help="arithmetic of the network: auto, bf16 or fp32")
+    ] = FeatureOptions.compute,
+    batch_size: Annotated[int, typer.Option(help="pictures per pass through the network")] = FeatureOptions.batch_size,
+    statistics_split: Annotated[
+        list[str] | None, typer.Option(help="split the statistics are taken from; default: train, or all without it")
+    ] = None,
     num_workers: Annotated[int, typer.Option(min=0, help="processes; 0: two per GPU, one on a CPU")] = 0,
     decode_threads: Annotated[int, typer.Option(min=0, help="per process; 0: by cores")] = 0,
     stripe: Annotated[str, typer.Option(help="I/N: every N-th shard from number I, counted from 0")] = "0/1",
@@ -130,16 +144,11 @@ def main(
             raise ValueError("planning needs --images")
         if step == Step.PLAN and compute == "auto":
             raise ValueError("another machine may do the work: choose what it computes in, --compute bf16 or fp32")
-        found = find_weights(weights, weights_dir)
-        shape = {"size": size, "stage": stage, "dtype": dtype, "geometry": geometry, "compute": compute}
-        splits = tuple(statistics_split)
-        plan = plan_features(
-            images, out, found, **shape, batch_size=batch_size, statistics_splits=splits, overwrite=overwrite
-        )
-        print(
-            f"{out}: plan of {plan.samples} pictures in {len(plan.shards)} shards, "
-            f"network in {plan.fingerprint['compute']}"
-        )
+        splits = tuple(statistics_split or ())
+        options = FeatureOptions(size, stage, dtype, geometry, compute, batch_size, splits)
+        plan = plan_features(images, out, find_weights(weights, weights_dir), options, overwrite=overwrite)
+        about = f"{plan.samples} pictures in {len(plan.shards)} shards, network in {recipe_of(plan).compute}"
+        print(f"{out}: plan of {about}")
     if step in (Step.ALL, Step.SHARDS):
         plan = load_plan(out)
         summary = extract_stripe(plan, stripe=stripe, num_workers=num_workers, decode_threads=decode_threads)

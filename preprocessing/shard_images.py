@@ -8,9 +8,8 @@ order inside the shards is random once and for ever (by a hash of seed and image
 sequential runs and still see mixed samples.
 """
 
-import hashlib
 import os
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -20,14 +19,23 @@ from typing import Annotated
 import typer
 import xxhash
 
-from preprocessing.annotations import RULES, ImageRecord, Records, read_annotations
+from preprocessing.annotations import RULES, Records, read_annotations
 from preprocessing.console import Step, available_cores, progress_line, run
-from preprocessing.sharding.finalize import finalize
+from preprocessing.sharding.finalize import finalize, reasons_of
 from preprocessing.sharding.jobs import Summary, parse_stripe, process_pool, run_shards
-from preprocessing.sharding.plan import Plan, load_plan, plan_rows_digest, publish_plan
-from preprocessing.sharding.write import PlannedShard, Sample, write_shard
+from preprocessing.sharding.plan import (
+    ImageRecord,
+    ImageSettings,
+    Plan,
+    PlannedShard,
+    load_plan,
+    publish_plan,
+    records_digest,
+)
+from preprocessing.sharding.write import Sample, write_shard
+from sat import files
 from sat.shards.pictures import MAX_BYTES, BadPicture, decode, extension_of
-from sat.shards.schema import LeftOut
+from sat.shards.schema import LeftOut, Sidecar
 
 WRITER = 1
 """Version of what is written for given inputs; part of the fingerprint."""
@@ -52,17 +60,16 @@ def plan_images(
     _check_left_out(records, image_root, max_bad_fraction)
     shards, groups = [], []
     for split, number, group in _groups(records.images, shard_size, seed):
-        rows = [_plan_row(record) for record in group]
-        shards.append(PlannedShard(f"{split}-{number:06d}.tar", split, len(rows), plan_rows_digest(rows)))
-        groups.append(rows)
-    digest = hashlib.sha256("".join(shard.name + shard.rows_sha256 for shard in shards).encode()).hexdigest()
+        shards.append(PlannedShard(f"{split}-{number:06d}.tar", split, len(group), records_digest(group)))
+        groups.append(group)
+    digest = files.sha256_of("".join(shard.name + shard.rows_sha256 for shard in shards))
     fingerprint = {"writer": WRITER, "rules": RULES, "records": digest, "shard_size": shard_size, "seed": seed}
-    settings = {"images": os.path.abspath(image_root)}
-    plan = Plan(out, "images", fingerprint, settings, tuple(shards), records.left_out, records.notes)
+    settings = ImageSettings(os.path.abspath(image_root))
+    plan = Plan(out, fingerprint, settings, tuple(shards), records.left_out, records.notes)
     return publish_plan(plan, groups, overwrite)
 
 
-def build_image_shard(plan: Plan, shard: PlannedShard, most_bad: Mapping[str, int] | None = None) -> dict:
+def build_image_shard(plan: Plan, shard: PlannedShard, most_bad: Mapping[str, int] | None = None) -> Sidecar:
     """Write one shard of pictures; returns its sidecar.
 
     Raises ValueError or OSError, and publishes nothing, when the pictures are not the planned ones (a folder that is
@@ -77,8 +84,9 @@ def build_image_shard(plan: Plan, shard: PlannedShard, most_bad: Mapping[str, in
 
 def check_pictures(plan: Plan) -> None:
     """ValueError when the folder of the planned pictures is not there."""
-    if not Path(plan.settings["images"]).is_dir():
-        raise ValueError(f"{plan.settings['images']}: no such image folder; {plan.root} was planned from it")
+    images = plan.settings_as(ImageSettings).images
+    if not Path(images).is_dir():
+        raise ValueError(f"{images}: no such image folder; {plan.root} was planned from it")
 
 
 def shard_stripe(
@@ -94,9 +102,15 @@ def shard_stripe(
     pictures = sum(shard.samples for shard in plan.shards[index::count])
     pool = ThreadPoolExecutor(1) if num_workers <= 1 else process_pool(num_workers)
     with progress_line(pictures, "image shards") as advance, pool as executor:
-        options = {"stripe": stripe, "slots": max(num_workers, 1), "max_bad_fraction": max_bad_fraction}
-        build = partial(build_image_shard, most_bad=most_bad)
-        return run_shards(plan, build, executor, **options, progress=lambda images, built: advance(images))
+        return run_shards(
+            plan,
+            partial(build_image_shard, most_bad=most_bad),
+            executor,
+            stripe=stripe,
+            slots=max(num_workers, 1),
+            max_bad_fraction=max_bad_fraction,
+            progress=lambda images, built: advance(images),
+        )
 
 
 def read_picture(path: Path, file_bytes: int) -> bytes:
@@ -116,7 +130,7 @@ def read_picture(path: Path, file_bytes: int) -> bytes:
 def _check_left_out(records: Records, image_root: Path, max_bad_fraction: float) -> None:
     total = len(records.images) + len(records.left_out)
     if records.left_out and (not records.images or len(records.left_out) > max_bad_fraction * total):
-        counts = ", ".join(f"{n} {reason}" for reason, n in sorted(Counter(i.reason for i in records.left_out).items()))
+        counts = ", ".join(f"{n} {reason}" for reason, n in reasons_of(records.left_out).items())
         first = records.left_out[0]
         raise ValueError(
             f"{len(records.left_out)} of {total} pictures have to be left out ({counts}), "
@@ -140,31 +154,32 @@ def _groups(
             yield split, number, members[start : start + shard_size]
 
 
-def _plan_row(record: ImageRecord) -> dict:
-    row = {name: getattr(record, name) for name in ("key", "image_id", "file_name", "split", "file_bytes")}
-    return row | {"captions": list(record.captions)}
-
-
 def _samples(plan: Plan, shard: PlannedShard) -> Iterator[Sample | LeftOut]:
-    for row in plan.rows(shard):
+    folder = Path(plan.settings_as(ImageSettings).images)
+    for record in plan.records(shard):
         try:
-            data = read_picture(Path(plan.settings["images"]) / row["file_name"], row["file_bytes"])
+            data = read_picture(folder / record.file_name, record.file_bytes)
             image = decode(data)
         except BadPicture as bad:
-            yield LeftOut(row["image_id"], row["file_name"], bad.reason, bad.detail)
+            yield LeftOut(record.image_id, record.file_name, bad.reason, bad.detail)
             continue
-        about = {name: row[name] for name in ("key", "image_id", "file_name")}
-        size = {"width": image.width, "height": image.height}
-        yield Sample(**about, captions=tuple(row["captions"]), **size, extension=extension_of(image), data=data)
+        yield Sample(record, data, extension_of(image), image.width, image.height)
 
 
 def _at_most_bad(samples: Iterator[Sample | LeftOut], limit: int, path: Path) -> Iterator[Sample | LeftOut]:
     bad = 0
     for sample in samples:
-        bad += isinstance(sample, LeftOut)
-        if bad > limit:
-            raise ValueError(f"{path}: {sample.file_name} would be left out ({sample.reason}); before, {limit} were")
+        if isinstance(sample, LeftOut):
+            bad += 1
+            if bad > limit:
+                what = f"{sample.file_name} would be left out ({sample.reason})"
+                raise ValueError(f"{path}: {what}; before, {limit} were")
         yield sample
+
+
+def _about(plan: Plan) -> str:
+    notes = "".join(f", {count} {note}" for note, count in plan.notes.items())
+    return f"plan of {plan.samples} pictures in {len(plan.shards)} shards, {len(plan.left_out)} left out{notes}"
 
 
 def main(
@@ -195,12 +210,16 @@ def main(
         records = read_annotations(
             annotations, format, image_root=images, split_lists=split or (), val_fraction=val_fraction
         )
-        limits = {"shard_size": shard_size, "seed": seed, "max_bad_fraction": max_bad_fraction}
-        plan = plan_images(records, images, out, **limits, overwrite=overwrite)
-        notes = "".join(f", {count} {note}" for note, count in plan.notes.items())
-        print(
-            f"{out}: plan of {plan.samples} pictures in {len(plan.shards)} shards, {len(plan.left_out)} left out{notes}"
+        plan = plan_images(
+            records,
+            images,
+            out,
+            shard_size=shard_size,
+            seed=seed,
+            max_bad_fraction=max_bad_fraction,
+            overwrite=overwrite,
         )
+        print(f"{out}: {_about(plan)}")
     if step in (Step.ALL, Step.SHARDS):
         summary = shard_stripe(
             load_plan(out),

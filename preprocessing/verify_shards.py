@@ -18,22 +18,16 @@ import typer
 
 from preprocessing.console import available_cores, progress_line, run
 from preprocessing.extract_features import extract_stripe, finalize_features
-from preprocessing.features.plan import source_of
+from preprocessing.features.plan import recipe_of, source_of
 from preprocessing.features.weights import check_planned
 from preprocessing.shard_images import check_pictures, shard_stripe
 from preprocessing.sharding.finalize import finalize
-from preprocessing.sharding.plan import LEFT_OUT, Plan, load_plan
+from preprocessing.sharding.plan import LEFT_OUT, FeatureSettings, ImageSettings, Plan, PlannedShard, load_plan
 from preprocessing.sharding.verify import Report, check_tables, recorded_bytes, verify
-from preprocessing.sharding.write import (
-    PlannedShard,
-    make_sidecar,
-    publish_exclusive,
-    read_sidecar,
-    sidecar_path,
-    write_file,
-)
+from preprocessing.sharding.write import read_sidecar, sidecar_path
+from sat import files
 from sat.shards.manifest import Manifest
-from sat.shards.schema import MANIFEST
+from sat.shards.schema import MANIFEST, LeftOut, Sidecar, sample_rows
 from sat.shards.sealed import seal
 
 
@@ -47,13 +41,12 @@ def repair(
     nothing is lost that was there.
     """
     plan = load_plan(root)
-    moved = {name: os.path.abspath(path) for name, path in (("images", images), ("weights", weights)) if path}
-    plan = replace(plan, settings=plan.settings | moved)
+    plan = replace(plan, settings=_moved(plan.settings, images, weights))
     manifest, faults = check_tables(root)
     broken, damaged = {fault.shard for fault in report.faults}, {fault.file for fault in report.faults}
     recorded = {} if manifest is None else {shard.name: index for index, shard in enumerate(manifest.shards)}
     shards = [shard for shard in plan.shards if shard.name in broken]
-    if plan.kind == "images" and LEFT_OUT not in damaged:
+    if manifest is not None and plan.kind == "images" and LEFT_OUT not in damaged:
         sound = recorded.keys() - damaged
         shards = [s for s in shards if s.name not in sound or not _restore_sidecar(plan, s, manifest, recorded[s.name])]
     if shards:
@@ -64,19 +57,30 @@ def repair(
     finalize(plan) if plan.kind == "images" else finalize_features(plan)
 
 
+def _moved(
+    settings: ImageSettings | FeatureSettings, images: Path | None, weights: Path | None
+) -> ImageSettings | FeatureSettings:
+    """The settings with the folders and files where they are now."""
+    if images is not None:
+        settings = replace(settings, images=os.path.abspath(images))
+    if weights is not None and isinstance(settings, FeatureSettings):
+        settings = replace(settings, weights=os.path.abspath(weights))
+    return settings
+
+
 def _restore_sidecar(plan: Plan, shard: PlannedShard, manifest: Manifest, index: int) -> bool:
     """Write the sidecar of an image shard, whose tar is sound, from the tables; False where they do not hold it."""
     try:
-        rows, info = manifest.rows(index).to_pylist(), manifest.shards[index]
-        planned = {row["image_id"] for row in plan.rows(shard)}
-        items = map(json.loads, (plan.root / LEFT_OUT).read_text().splitlines())
-    except (OSError, ValueError):
+        rows, info = tuple(sample_rows(manifest.rows(index))), manifest.shards[index]
+        planned = {record.image_id for record in plan.records(shard)}
+        items = [LeftOut(**json.loads(line)) for line in (plan.root / LEFT_OUT).read_text().splitlines()]
+    except (OSError, ValueError, TypeError):
         return False
-    left_out = [item for item in items if item["image_id"] in planned]
+    left_out = tuple(item for item in items if item.image_id in planned)
     if manifest.fingerprint != plan.fingerprint or len(rows) + len(left_out) != shard.samples:
         return False
-    sidecar = make_sidecar(shard, plan.digest, info.bytes, info.sha256, rows, left_out, {})
-    write_file(plan.root, sidecar_path(plan.root, shard), seal(sidecar))
+    about = (shard.name, shard.split, plan.digest, len(rows), info.bytes, info.sha256)
+    files.write_bytes(sidecar_path(plan.root, shard), seal(Sidecar(*about, rows, left_out).to_document()))
     return True
 
 
@@ -87,7 +91,7 @@ def _recorded_bad(plan: Plan, shard: PlannedShard, manifest: Manifest | None, re
     except ValueError:
         sidecar = None
     if sidecar is not None:
-        return len(sidecar["left_out"])
+        return len(sidecar.left_out)
     if manifest is None:
         return 0
     return shard.samples - (manifest.shards[recorded[shard.name]].samples if shard.name in recorded else 0)
@@ -99,7 +103,8 @@ def _rebuild(plan: Plan, shards: list[PlannedShard], most_bad: dict[str, int], n
         check_pictures(plan)
     else:
         source_of(plan)
-        check_planned(Path(plan.settings["weights"]), plan.fingerprint["encoder"]["weights_sha256"])
+        weights = plan.settings_as(FeatureSettings).weights
+        check_planned(Path(weights), recipe_of(plan).encoder.weights_sha256)
     paths = [path for path in (sidecar_path(plan.root, shard) for shard in shards) if path.exists()]
     sidecars = {path: path.read_bytes() for path in paths}
     try:
@@ -111,7 +116,7 @@ def _rebuild(plan: Plan, shards: list[PlannedShard], most_bad: dict[str, int], n
             extract_stripe(plan)
     except Exception:
         for path, blob in sidecars.items():
-            publish_exclusive(path, blob)
+            files.create(path, blob)
         raise
 
 

@@ -1,6 +1,7 @@
 """The `sat` command. The surprise: sub-commands load their module only when called, so `sat --help` is instant."""
 
 import importlib
+import subprocess
 import sys
 
 BENCHMARKS = {
@@ -23,6 +24,8 @@ def main() -> None:
         return
     if arguments[0] != "bench" or len(arguments) < 2 or arguments[1] not in BENCHMARKS:
         raise SystemExit(f"error: unknown command {' '.join(arguments)!r}\n{USAGE}")
+    if arguments[1] == "features":  # a program of another package
+        sys.exit(subprocess.run([sys.executable, "-m", "preprocessing.bench_features", *arguments[2:]]).returncode)
     import typer
 
     sys.argv = [f"sat bench {arguments[1]}", *arguments[2:]]

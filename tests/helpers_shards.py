@@ -14,8 +14,8 @@ from PIL import Image
 
 from preprocessing.features.statistics import ChannelSums, merge_statistics, restore, store
 from preprocessing.sharding.finalize import finalize
-from preprocessing.sharding.plan import Plan, publish_plan
-from preprocessing.sharding.write import PlannedShard, Sample, write_shard
+from preprocessing.sharding.plan import FeatureSettings, ImageRecord, Plan, PlannedShard, publish_plan
+from preprocessing.sharding.write import Sample, write_shard
 from sat.shards.features import FeatureSpec
 from sat.shards.manifest import Manifest
 
@@ -58,7 +58,8 @@ def make_feature_dataset(
             shards.append(PlannedShard(f"{split}-{number:06d}.tar", split, len(indices), "0" * 64))
             members.append(indices)
     spec = FeatureSpec("grid", grid, dim, dtype, encoder=None, transform=None)
-    plan = publish_plan(Plan(root, "features", {"name": name} | spec.to_fingerprint(), {}, tuple(shards)))
+    fingerprint = {"name": name} | spec.to_fingerprint()
+    plan = publish_plan(Plan(root, fingerprint, FeatureSettings("", "", 1), tuple(shards)))
     for shard, indices in zip(shards, members, strict=True):
         sums = ChannelSums(dim)
         samples = []
@@ -66,8 +67,8 @@ def make_feature_dataset(
             stored = store(grid_of(shard.split, index, cells, dim), dtype, scale)
             sums.add(restore(stored, dtype, scale))
             key = f"{shard.split}-{index}"
-            texts = tuple(captions(shard.split, index))
-            samples.append(Sample(key, key, f"{key}.jpg", texts, 64, 48, "npy", spec.npy_bytes(stored)))
+            record = ImageRecord(key, f"{key}.jpg", shard.split, tuple(captions(shard.split, index)), key)
+            samples.append(Sample(record, spec.npy_bytes(stored), "npy", 64, 48))
         write_shard(root, shard, plan.digest, samples, extra=sums.to_json)
     return finalize(plan, lambda sidecars: merge_statistics(sidecars, ["train"], dim, scale))
 

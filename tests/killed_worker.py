@@ -19,6 +19,7 @@ from preprocessing.annotations import read_annotations
 from preprocessing.extract_features import extract_stripe, finalize_features
 from preprocessing.features import network as network  # imported once
 from preprocessing.features.plan import plan_features
+from preprocessing.features.recipe import FeatureOptions
 from preprocessing.shard_images import plan_images, shard_stripe
 from preprocessing.sharding.finalize import finalize
 
@@ -33,9 +34,8 @@ def images(root: Path, out: Path) -> None:
 
 
 def features(root: Path, out: Path) -> None:
-    plan = plan_features(
-        root / "images", out, root / "weights.safetensors", size=32, stage=1, batch_size=4, compute="fp32"
-    )
+    options = FeatureOptions(size=32, stage=1, batch_size=4, compute="fp32")
+    plan = plan_features(root / "images", out, root / "weights.safetensors", options)
     extract_stripe(plan)
     finalize_features(plan)
 

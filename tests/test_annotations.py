@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from preprocessing.annotations import MAX_CHARACTERS, MAX_WORDS, ImageRecord, clean_caption, read_annotations
+from preprocessing.annotations import MAX_CHARACTERS, MAX_WORDS, clean_caption, read_annotations
+from preprocessing.sharding.plan import ImageRecord
 from tests.helpers_shards import real_data
 
 CAPTIONS = {

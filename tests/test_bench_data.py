@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from sat.bench import features, loader, plan
+from preprocessing import bench_features
+from sat.bench import loader, plan
 from sat.shards.manifest import load_manifest
 
 
@@ -48,7 +49,7 @@ def test_the_loader_benchmark_compares_three_readers_of_the_same_shards(tmp_path
 
 
 def test_the_features_benchmark_compares_the_job_with_network_and_naive_loop(tmp_path):
-    (row,) = features.run(images=8, size=64, batch_size=4, rounds=1, json_file=tmp_path / "features.json")
+    (row,) = bench_features.main(images=8, size=64, batch_size=4, rounds=1, json_file=tmp_path / "features.json")
     assert json.loads((tmp_path / "features.json").read_text()) == [row]
     rates = [row[f"{name}_images_per_s"] for name in ("job", "bare", "naive")]
     assert min(rates) > 0

@@ -19,13 +19,14 @@ from preprocessing.annotations import read_annotations
 from preprocessing.extract_features import extract_stripe, finalize_features
 from preprocessing.features.network import COMPUTE, best_compute, fast_forward, load_network
 from preprocessing.features.plan import plan_features
+from preprocessing.features.recipe import FeatureOptions
 from preprocessing.features.statistics import restore
 from preprocessing.features.weights import CONTENT_KEY, content_digest, find_weights
 from preprocessing.fetch_weights import convert
 from preprocessing.fetch_weights import main as fetch
 from preprocessing.shard_images import plan_images, shard_stripe
 from preprocessing.sharding.finalize import finalize
-from preprocessing.sharding.write import hash_file
+from sat import files
 from sat.model.encoders.resnet import Encoder, load_encoder, normalise
 from sat.shards.features import NPY_HEADER
 from sat.shards.manifest import load_manifest, load_statistics
@@ -76,7 +77,7 @@ def made(tmp_path_factory):
 
 
 def extract(made, out, **options):
-    plan = plan_features(made / "images", out, made / "weights.safetensors", **SMALL | options)
+    plan = plan_features(made / "images", out, made / "weights.safetensors", FeatureOptions(**SMALL | options))
     extract_stripe(plan)
     return finalize_features(plan)
 
@@ -153,7 +154,9 @@ def test_fused_convolutions_give_what_the_encoder_gives_at_every_stage(stage):
 
 @pytest.mark.parametrize(("size", "grid"), [(224, [7, 7]), (448, [14, 14])])
 def test_the_grid_follows_from_the_size(made, tmp_path, size, grid):
-    plan = plan_features(made / "images", tmp_path, made / "weights.safetensors", size=size, compute="fp32")
+    plan = plan_features(
+        made / "images", tmp_path, made / "weights.safetensors", FeatureOptions(size=size, compute="fp32")
+    )
     assert plan.fingerprint["grid"] == grid and plan.fingerprint["dim"] == 2048
 
 
@@ -161,15 +164,17 @@ def test_the_grid_follows_from_the_size(made, tmp_path, size, grid):
     ("options", "message"),
     [
         ({"size": 225}, "size 225 is not a multiple of 4"),
-        ({"stage": 5}, "stage 5 is unknown; choose one of 1, 2, 3, 4"),
-        ({"dtype": "fp8"}, "dtype 'fp8' is unknown; choose one of bf16, fp16, fp32, int8"),
+        ({"stage": 5}, "stage is 5; choose one of 1, 2, 3, 4"),
+        ({"dtype": "fp8"}, "dtype is 'fp8'; choose one of bf16, fp16, fp32, int8"),
         ({"geometry": "stretch"}, "choose one of squash, center_crop"),
         ({"compute": "fp16"}, "choose one of auto, bf16, fp32"),
+        ({"batch_size": 0}, "batch_size is 0; it must be at least 1"),
+        ({"statistics_splits": ("train", "trian")}, "--statistics-split trian: .* no such split, only train, val"),
     ],
 )
 def test_settings_that_do_not_exist_are_refused_with_the_choices(made, tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
-        plan_features(made / "images", tmp_path, made / "weights.safetensors", **SMALL | options)
+        plan_features(made / "images", tmp_path, made / "weights.safetensors", FeatureOptions(**SMALL | options))
 
 
 @pytest.mark.faults
@@ -191,7 +196,7 @@ def test_exif_orientations_give_the_features_of_the_upright_picture(tmp_path, ge
 
 def test_stripes_and_interruptions_change_no_byte_and_a_second_run_does_not_import_torch(made, tmp_path):
     extract(made, tmp_path / "once", compute="fp32")
-    plan = plan_features(made / "images", tmp_path / "twice", made / "weights.safetensors", **SMALL)
+    plan = plan_features(made / "images", tmp_path / "twice", made / "weights.safetensors", FeatureOptions(**SMALL))
     extract_stripe(plan, stripe="1/2")
     with pytest.raises(ValueError, match="train-000000.tar is missing"):
         finalize_features(plan)
@@ -254,7 +259,7 @@ def test_damaged_or_unverifiable_imagenet_weights_are_refused(made, tmp_path):
 @pytest.mark.faults
 def test_fetched_weights_are_used_only_with_the_digest_their_name_promises(tmp_path, capsys):
     torch.save(random_encoder().state_dict(), tmp_path / "w.pth")
-    name = f"resnet50-{hash_file(tmp_path / 'w.pth')[:8]}.pth"
+    name = f"resnet50-{files.sha256(tmp_path / 'w.pth')[:8]}.pth"
     (tmp_path / "w.pth").rename(tmp_path / name)
     fetch(tmp_path / "out.safetensors", file=tmp_path / name)
     assert load_encoder(find_weights(str(tmp_path / "out.safetensors")), STAGE)
@@ -271,7 +276,7 @@ def test_fetched_weights_are_used_only_with_the_digest_their_name_promises(tmp_p
 def test_weights_come_from_a_server_whole_or_not_at_all(tmp_path, monkeypatch):
     (tmp_path / "served").mkdir()
     torch.save(random_encoder().state_dict(), tmp_path / "w.pth")
-    name = f"resnet50-{hash_file(tmp_path / 'w.pth')[:8]}.pth"
+    name = f"resnet50-{files.sha256(tmp_path / 'w.pth')[:8]}.pth"
     (tmp_path / "w.pth").rename(tmp_path / "served" / name)
     (tmp_path / "served" / "resnet50-00000000.pth").write_bytes(b"damaged on the way")
     handler = partial(SimpleHTTPRequestHandler, directory=tmp_path / "served")
@@ -293,7 +298,9 @@ def test_weights_come_from_a_server_whole_or_not_at_all(tmp_path, monkeypatch):
 def test_image_shards_that_changed_since_the_plan_are_refused(made, tmp_path):
     make_coco(tmp_path / "coco", {"train": 6})
     make_images(tmp_path / "coco", tmp_path / "images")
-    plan = plan_features(tmp_path / "images", tmp_path / "features", made / "weights.safetensors", **SMALL)
+    plan = plan_features(
+        tmp_path / "images", tmp_path / "features", made / "weights.safetensors", FeatureOptions(**SMALL)
+    )
     make_images(tmp_path / "coco", tmp_path / "images", seed=2, overwrite=True)
     with pytest.raises(ValueError, match="run the plan step again"):
         extract_stripe(plan)

@@ -13,8 +13,8 @@ from PIL import Image
 
 from preprocessing.features.statistics import restore, store
 from preprocessing.sharding.finalize import finalize
-from preprocessing.sharding.plan import Plan, publish_plan
-from preprocessing.sharding.write import PlannedShard, Sample, write_shard
+from preprocessing.sharding.plan import ImageRecord, ImageSettings, Plan, PlannedShard, publish_plan
+from preprocessing.sharding.write import Sample, write_shard
 from sat.data import reader as reader_module
 from sat.data.loader import evaluation_batches, read_references, steps_per_epoch, training_batches
 from sat.data.plan import Cursor
@@ -281,9 +281,9 @@ def test_batches_move_between_devices_with_all_their_tensors(batches_of):
 def make_image_dataset(root, count):
     """A finished data set of PNG pictures, `picture(index)` under the image id `index`."""
     shard = PlannedShard("train-000000.tar", "train", count, "0" * 64)
-    plan = publish_plan(Plan(root, "images", {"name": "pictures"}, {}, (shard,)))
-    blobs = [encoded(picture(index), "PNG") for index in range(count)]
-    samples = [Sample(f"k{i}", str(i), f"{i}.png", ("red",), 64, 48, "png", blob) for i, blob in enumerate(blobs)]
+    plan = publish_plan(Plan(root, {"name": "pictures"}, ImageSettings(""), (shard,)))
+    records = [ImageRecord(str(index), f"{index}.png", "train", ("red",), f"k{index}") for index in range(count)]
+    samples = [Sample(each, encoded(picture(int(each.image_id)), "PNG"), "png", 64, 48) for each in records]
     write_shard(root, shard, plan.digest, samples)
     return finalize(plan)
 

@@ -22,12 +22,12 @@ from preprocessing.shard_images import build_image_shard, main
 from preprocessing.sharding import finalize as finalizing
 from preprocessing.sharding import jobs
 from preprocessing.sharding import plan as planning
-from preprocessing.sharding import write as shards
 from preprocessing.sharding.finalize import finalize
 from preprocessing.sharding.jobs import run_shards
-from preprocessing.sharding.plan import Plan, load_plan, publish_plan
+from preprocessing.sharding.plan import FeatureSettings, ImageRecord, Plan, PlannedShard, load_plan, publish_plan
 from preprocessing.sharding.verify import verify
-from preprocessing.sharding.write import PlannedShard, Sample, hash_file, read_sidecar, write_shard
+from preprocessing.sharding.write import Sample, read_sidecar, write_shard
+from sat import files
 from sat.shards.manifest import load_manifest
 from sat.shards.tar import read_members
 from tests.helpers_shards import REPOSITORY, make_coco, run_program, snapshot
@@ -36,7 +36,7 @@ pytestmark = pytest.mark.faults
 
 CRASH_POINTS = sorted(
     name
-    for path in (REPOSITORY / "preprocessing").glob("*.py")
+    for path in (REPOSITORY / "preprocessing").rglob("*.py")
     for name in re.findall(r'crash_point\("([a-z-]+)"\)', path.read_text())
 )
 
@@ -76,7 +76,16 @@ def planned(coco, tmp_path) -> Plan:
 
 
 def test_there_are_kill_places_in_every_step():
-    assert len(CRASH_POINTS) >= 8 and {"tar-linked", "sidecar-linked", "tables-written"} < set(CRASH_POINTS)
+    assert CRASH_POINTS == [
+        "manifest-written",
+        "plan-table-written",
+        "sample-written",
+        "sidecar-linked",
+        "tables-written",
+        "tar-created",
+        "tar-linked",
+        "tar-written",
+    ]
 
 
 @pytest.mark.parametrize("place", CRASH_POINTS)
@@ -111,7 +120,7 @@ def test_two_runs_at_once_share_the_work_and_both_end_well(coco, undisturbed, tm
 
 
 def sample(key: str, data: bytes) -> Sample:
-    return Sample(key, key, f"{key}.jpg", ("a dog",), 1, 1, "jpg", data)
+    return Sample(ImageRecord(key, f"{key}.jpg", "train", ("a dog",), key), data, "jpg", 1, 1)
 
 
 @pytest.mark.parametrize("place", ["tar-created", "tar-written", "tar-linked", "sidecar-linked"])
@@ -124,10 +133,10 @@ def test_of_two_workers_with_different_bytes_one_wins_and_no_pair_is_mixed(tmp_p
             overtaken.append(name)
             standing.append(write_shard(tmp_path, shard, "f", [sample("k", b"the other machine's bytes")]))
 
-    monkeypatch.setattr(shards, "crash_point", overtake)
+    monkeypatch.setattr(files, "crash_point", overtake)
     standing.append(write_shard(tmp_path, shard, "f", [sample("k", b"our bytes")]))
     sidecar = read_sidecar(tmp_path, shard)
-    assert overtaken and sidecar["sha256"] == hash_file(tmp_path / shard.name)
+    assert overtaken and sidecar.sha256 == files.sha256(tmp_path / shard.name)
     assert standing[-1] == sidecar, "the late worker was told of a shard that does not stand"
     assert [path.name for path in (tmp_path / "work").iterdir()] == ["train-000000.json"]
 
@@ -144,9 +153,9 @@ def test_a_worker_that_is_overtaken_by_the_published_data_set_takes_what_stands(
             standing[0] = write_shard(tmp_path, shard, "f", [sample("k", b"the other machine's bytes")])
             finalizing._sweep(tmp_path)
 
-    monkeypatch.setattr(shards, "crash_point", overtake)
+    monkeypatch.setattr(files, "crash_point", overtake)
     ours = write_shard(tmp_path, shard, "f", [sample("k", b"our bytes")])
-    assert ours == read_sidecar(tmp_path, shard) and ours["sha256"] == hash_file(tmp_path / shard.name)
+    assert ours == read_sidecar(tmp_path, shard) and ours.sha256 == files.sha256(tmp_path / shard.name)
     assert [path.name for path in (tmp_path / "work").iterdir()] == ["train-000000.json"]
 
 
@@ -231,7 +240,7 @@ def test_of_several_finalizing_at_once_one_publishes_and_the_data_set_is_never_t
             others.extend(pool.submit(finalize, planned) for _ in range(3))
             time.sleep(0.3)  # each would find no manifest now, and write everything anew after we have published
 
-    monkeypatch.setattr(finalizing, "crash_point", overtake)
+    monkeypatch.setattr(files, "crash_point", overtake)
     manifest = finalize(planned)
     published = (planned.root / "manifest.json").stat()
     assert [other.result().digest for other in others] == [manifest.digest] * 3
@@ -250,21 +259,24 @@ def test_planning_again_writes_nothing_while_workers_and_finalize_are_busy(coco,
     assert snapshot(tmp_path / "images") == snapshot(undisturbed)
 
 
+def features_plan(root: Path, value: int = 1, batch_size: int = 1) -> Plan:
+    return Plan(root, {"a": value}, FeatureSettings("", "", batch_size), ())
+
+
 def test_a_plan_published_by_another_run_meanwhile_is_kept(tmp_path, monkeypatch):
-    ours, theirs = (Plan(tmp_path, "features", {"a": 1}, {"batch_size": size}, ()) for size in (1, 2))
+    ours, theirs = (features_plan(tmp_path, batch_size=size) for size in (1, 2))
     path, published = tmp_path / "work" / "plan.json", []
 
     def publish_theirs(*_: object) -> None:
         if not published:
-            shards.publish_exclusive(path, planning._to_bytes(theirs))
-            published.append(hash_file(path))
+            files.create(path, planning._to_bytes(theirs))
+            published.append(files.sha256(path))
 
-    monkeypatch.setattr(planning, "standing_plan", publish_theirs)  # where a plan was looked for, and not found
-    monkeypatch.setattr(planning, "crash_point", publish_theirs)
+    monkeypatch.setattr(files, "crash_point", publish_theirs)
     unlink = Path.unlink
     monkeypatch.setattr(Path, "unlink", lambda self, **options: assert_not(self == path) or unlink(self, **options))
     publish_plan(ours)
-    assert published and load_plan(tmp_path).settings == {"batch_size": 1}, "the same data set, with the later settings"
+    assert published and load_plan(tmp_path) == ours, "the same data set, with the later settings"
 
 
 def assert_not(wrong: bool) -> None:
@@ -272,12 +284,12 @@ def assert_not(wrong: bool) -> None:
 
 
 def test_a_plan_that_is_replaced_is_synced_first(tmp_path, monkeypatch):
-    publish_plan(Plan(tmp_path, "features", {"a": 1}, {"batch_size": 1}, ()))
+    publish_plan(features_plan(tmp_path, batch_size=1))
     synced, replaced, replace = [], [], os.replace
-    monkeypatch.setattr(shards, "sync_file", lambda file: (file.flush(), synced.append(Path(file.name))))
+    monkeypatch.setattr(files, "sync", synced.append)
     monkeypatch.setattr(os, "replace", lambda old, new: (replaced.append(old), replace(old, new)))
-    publish_plan(Plan(tmp_path, "features", {"a": 1}, {"batch_size": 2}, ()))
-    assert load_plan(tmp_path).settings == {"batch_size": 2} and len(replaced) == 1 and replaced[0] in synced
+    publish_plan(features_plan(tmp_path, batch_size=2))
+    assert load_plan(tmp_path).settings.batch_size == 2 and len(replaced) == 1 and replaced[0] in synced
 
 
 def test_a_full_disk_ends_the_job_cleanly_and_a_later_run_goes_on(coco, undisturbed, tmp_path):
@@ -298,7 +310,7 @@ def test_a_full_disk_ends_the_job_cleanly_and_a_later_run_goes_on(coco, undistur
 
 def test_a_disk_that_returns_other_bytes_is_an_error(tmp_path, monkeypatch):
     shard = PlannedShard("train-000000.tar", "train", 1, "")
-    monkeypatch.setattr(shards, "sync_file", lambda file: (file.seek(700), file.write(b"!"), file.flush()))
+    monkeypatch.setattr(files, "sync_open", lambda file: (file.seek(700), file.write(b"!"), file.flush()))
     with pytest.raises(OSError, match="train-000000.tar: reading it back gives other bytes"):
         write_shard(tmp_path, shard, "f", [sample("k", b"data")])
     assert not list(tmp_path.glob("*.tar")) and not list((tmp_path / "work").iterdir())
@@ -352,9 +364,9 @@ def test_nothing_in_a_sample_is_executed_or_written(tmp_path, monkeypatch):
 
 
 def test_plans_published_at_once_agree(tmp_path):
-    plans = [Plan(tmp_path, "features", {"a": 1}, {}, ()) for _ in range(8)]
+    plans = [features_plan(tmp_path) for _ in range(8)]
     with ThreadPoolExecutor(8) as pool:
         assert {plan.digest for plan in pool.map(publish_plan, plans)} == {plans[0].digest}
     with pytest.raises(ValueError, match=r"other inputs or settings \(a\)"):
-        publish_plan(Plan(tmp_path, "features", {"a": 2}, {}, ()))
+        publish_plan(features_plan(tmp_path, value=2))
     assert hashlib.sha256((tmp_path / "work" / "plan.json").read_bytes()).digest()

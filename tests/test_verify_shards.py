@@ -2,17 +2,20 @@
 
 import random
 import shutil
+from pathlib import Path
 
 import pytest
 
 from preprocessing.extract_features import extract_stripe
 from preprocessing.features.plan import plan_features
+from preprocessing.features.recipe import FeatureOptions
 from preprocessing.shard_images import shard_stripe
 from preprocessing.sharding import verify as verify_module
 from preprocessing.sharding.finalize import finalize
 from preprocessing.sharding.plan import load_plan
 from preprocessing.sharding.verify import check_shard, recorded_bytes, verify
 from preprocessing.verify_shards import repair
+from sat import files
 from sat.shards.manifest import load_manifest
 from tests.helpers_shards import flip_bit, make_coco, make_feature_dataset, run_program, snapshot
 from tests.test_extract_features import SMALL, extract, make_images, random_weights
@@ -217,16 +220,16 @@ def test_feature_repair_loses_nothing_without_the_image_shards_or_with_other_wei
 
 @pytest.mark.faults
 def test_other_weights_than_planned_are_refused_before_a_shard_is_written(made, tmp_path):
-    shutil.copy(made / "weights.safetensors", tmp_path / "weights.safetensors")
-    plan = plan_features(made / "images", tmp_path / "features", tmp_path / "weights.safetensors", **SMALL)
-    flip_bit(tmp_path / "weights.safetensors", 8 * ((tmp_path / "weights.safetensors").stat().st_size - 2))
+    weights = Path(shutil.copy(made / "weights.safetensors", tmp_path / "weights.safetensors"))
+    plan = plan_features(made / "images", tmp_path / "features", weights, FeatureOptions(**SMALL))
+    flip_bit(weights, 8 * (weights.stat().st_size - 2))
     with pytest.raises(ValueError, match="not the file the features were planned with"):
         extract_stripe(plan)
     assert not list((tmp_path / "features").glob("*.tar"))
 
 
 def test_what_a_progress_line_needs_is_had_without_hashing_the_tables(images, monkeypatch):
-    monkeypatch.setattr(verify_module, "hash_file", None)
+    monkeypatch.setattr(files, "sha256", None)
     assert recorded_bytes(images) == sum(path.stat().st_size for path in images.glob("*.tar"))
 
 
@@ -234,7 +237,7 @@ def test_the_rows_of_sidecars_are_read_when_asked_for_and_not_kept(images):
     (shard, *_), faults = verify_module._check_sidecars(load_plan(images), {})
     assert not faults and len(shard.rows()) == 5
     shutil.rmtree(images / "work")
-    with pytest.raises(TypeError):
+    with pytest.raises(ValueError, match="vanished"):
         shard.rows()
 
 
@@ -286,7 +289,7 @@ def test_a_cut_at_every_block_is_seen(tmp_path):
         (tmp_path / "set" / shard.name).write_bytes(blob[:place])
         faults = check_shard(tmp_path / "set", shard)
         assert faults and all(shard.name in str(fault) for fault in faults)
-        lost = {row["key"] for row in shard.rows() if row["offset"] + row["nbytes"] > place}
+        lost = {row.key for row in shard.rows() if row.offset + row.nbytes > place}
         assert {fault.key for fault in faults if fault.key} == lost
 
 
@@ -299,7 +302,7 @@ def test_a_flipped_bit_anywhere_in_a_shard_is_seen_at_its_key(tmp_path):
         damaged = bytearray(blob)
         damaged[place // 8] ^= 1 << place % 8
         (tmp_path / "set" / shard.name).write_bytes(damaged)
-        keys = [row["key"] for row in shard.rows() if row["offset"] <= place // 8 < row["offset"] + row["nbytes"]]
+        keys = [row.key for row in shard.rows() if row.offset <= place // 8 < row.offset + row.nbytes]
         assert [fault.key for fault in check_shard(tmp_path / "set", shard)] == (keys or [""])
 
 

@@ -7,40 +7,52 @@ when the first picture is there.
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import xxhash
 
+from preprocessing.features.recipe import FeatureRecipe
 from preprocessing.features.statistics import ChannelSums, restore, store
 from preprocessing.features.weights import check_planned
-from preprocessing.sharding.plan import Plan
-from preprocessing.sharding.write import PlannedShard, Sample, write_shard
-from sat.shards.features import FeatureSpec
+from preprocessing.sharding.plan import FeatureSettings, ImageRecord, Plan, PlannedShard
+from preprocessing.sharding.write import Sample, write_shard
 from sat.shards.manifest import Manifest
 from sat.shards.pictures import BadPicture, decode, fit
+from sat.shards.schema import SampleRow, Sidecar, sample_rows
 from sat.shards.tar import read_members
 
-In, Out = TypeVar("In"), TypeVar("Out")
+Item = TypeVar("Item")
+Outcome = TypeVar("Outcome")
+Pixels = npt.NDArray[np.uint8]
+Grids = npt.NDArray[Any]
+"""float32 or a stored type."""
 
 
 class Extractor:
     """Makes feature shards of one plan on one device; a context manager, its threads end with it."""
 
-    def __init__(self, plan: Plan, source: Manifest, scale: np.ndarray, device: str = "cpu", decode_threads: int = 2):
-        """`source` is the image data set, `scale` [D] the int8 scale, `decode_threads` how many decode."""
-        self.plan, self.source, self.scale, self.device = plan, source, scale, device
-        self.dtype, self.compute = plan.fingerprint["dtype"], plan.fingerprint["compute"]
-        self.transform = plan.fingerprint["transform"]
-        self.spec = FeatureSpec.from_fingerprint(plan.fingerprint)
+    def __init__(
+        self,
+        plan: Plan,
+        recipe: FeatureRecipe,
+        source: Manifest,
+        scale: npt.NDArray[np.float32],
+        device: str = "cpu",
+        decode_threads: int = 2,
+    ):
+        """`recipe` is the plan's, `source` the image data set, `scale` [D] the int8 scale."""
+        self.plan, self.recipe, self.source, self.scale, self.device = plan, recipe, source, scale, device
+        self.settings = plan.settings_as(FeatureSettings)
         self.decoding = ThreadPoolExecutor(decode_threads, thread_name_prefix="decode")
         self.computing = ThreadPoolExecutor(1, thread_name_prefix="network")
         self.progress: Callable[[int], None] = lambda images: None
-        self.network: Callable[[np.ndarray], np.ndarray] | None = None
+        self.network: Callable[[Pixels], Grids] | None = None
 
     def __enter__(self) -> "Extractor":
         return self
@@ -49,15 +61,15 @@ class Extractor:
         self.decoding.shutdown(cancel_futures=True)
         self.computing.shutdown(cancel_futures=True)
 
-    def build(self, plan: Plan, shard: PlannedShard) -> dict:
+    def build(self, plan: Plan, shard: PlannedShard) -> Sidecar:
         """Write one feature shard; returns its sidecar. Raises ValueError naming shard and key of a damaged picture."""
-        sums = ChannelSums(plan.fingerprint["dim"])
+        sums = ChannelSums(self.recipe.spec.dim)
         return write_shard(plan.root, shard, plan.digest, self._samples(shard, sums), extra=sums.to_json)
 
-    def first_grids(self, split: str, count: int) -> Iterator[np.ndarray]:
+    def first_grids(self, split: str, count: int) -> Iterator[npt.NDArray[np.float32]]:
         """float32 grids [B, L, D] of the first `count` pictures of a split, in the order of the shards."""
         for index in self.source.shards.of_split(split):
-            rows = self.source.rows(index).to_pylist()[:count]
+            rows = sample_rows(self.source.rows(index))[:count]
             count -= len(rows)
             for _, grids in self._grids(rows):
                 yield grids if grids.dtype == np.float32 else restore(grids, "bf16")
@@ -65,61 +77,64 @@ class Extractor:
                 return
 
     def _samples(self, shard: PlannedShard, sums: ChannelSums) -> Iterator[Sample]:
-        index = self.plan.shards.index(shard)
-        for rows, grids in self._grids(self.source.rows(index).to_pylist()):
+        spec, index = self.recipe.spec, self.plan.shards.index(shard)
+        for rows, grids in self._grids(sample_rows(self.source.rows(index))):
             grids = self._to_stored(grids)
-            sums.add(restore(grids, self.dtype, self.scale))
+            sums.add(restore(grids, spec.dtype, self.scale))
             for row, grid in zip(rows, grids, strict=True):
-                about = {name: row[name] for name in ("key", "image_id", "file_name", "width", "height")}
-                yield Sample(**about, captions=tuple(row["captions"]), extension="npy", data=self.spec.npy_bytes(grid))
+                record = ImageRecord(row.image_id, row.file_name, row.split, row.captions, row.key)
+                yield Sample(record, spec.npy_bytes(grid), "npy", row.width, row.height)
             self.progress(len(rows))
 
-    def _to_stored(self, grids: np.ndarray) -> np.ndarray:
+    def _to_stored(self, grids: Grids) -> Grids:
         """What the network gave (float32, or bf16 as bits) in the format on disk."""
+        dtype = self.recipe.spec.dtype
         if grids.dtype != np.float32:
-            if self.dtype == "bf16":
+            if dtype == "bf16":
                 return grids
             grids = restore(grids, "bf16")
-        return store(grids, self.dtype, self.scale)
+        return store(grids, dtype, self.scale)
 
-    def _grids(self, rows: list[dict]) -> Iterator[tuple[list[dict], np.ndarray]]:
+    def _grids(self, rows: Sequence[SampleRow]) -> Iterator[tuple[Sequence[SampleRow], Grids]]:
         """(rows, grids [B, L, D]) batch by batch; pictures are decoded two batches ahead, computed one ahead."""
-        size = self.plan.settings["batch_size"]
+        size = self.settings.batch_size
         groups = [rows[start : start + size] for start in range(0, len(rows), size)]
         pictures = in_flight(self.decoding, self._picture, rows, ahead=2 * size)
-        stacked = (np.stack([next(pictures) for _ in group]) for group in groups)
+        stacked: Iterator[Pixels] = (np.stack([next(pictures) for _ in group]) for group in groups)
         yield from zip(groups, in_flight(self.computing, self._compute, stacked, ahead=1), strict=True)
 
-    def _picture(self, row: dict) -> np.ndarray:
+    def _picture(self, row: SampleRow) -> Pixels:
         """The picture of a row, checked against its digest, as the encoder sees it: uint8 [S, S, 3]."""
-        blob = _read_range(Path(self.source.root) / row["shard"], row["offset"], row["nbytes"])
-        where = f"{self.source.root}/{row['shard']}: key {row['key']}"
-        if xxhash.xxh3_64_intdigest(blob) != row["xxh3"]:
+        blob = _read_range(Path(self.source.root) / row.shard, row.offset, row.nbytes)
+        where = f"{self.source.root}/{row.shard}: key {row.key}"
+        if xxhash.xxh3_64_intdigest(blob) != row.xxh3:
             raise ValueError(
                 f"{where} does not have the bytes that were written; run preprocessing.verify_shards --repair"
             )
         members = read_members(blob, where)
         data = next(data for extension, data in members.items() if extension != "json")
         try:
-            return fit(decode(data), self.transform["size"], self.transform["geometry"])
+            return fit(decode(data), self.recipe.transform.size, self.recipe.transform.geometry)
         except BadPicture as error:  # decoded when it was sharded, so by another version of the decoder
             raise ValueError(f"{where} cannot be decoded here: {error}") from None
 
-    def _compute(self, pictures: np.ndarray) -> np.ndarray:
+    def _compute(self, pictures: Pixels) -> Grids:
         """uint8 [B, S, S, 3] -> grids [B, L, D]: float32, or bf16 as uint16 bits."""
         if self.network is None:
             from preprocessing.features.network import load_network
 
-            stage = self.plan.fingerprint["encoder"]["stage"]
-            weights, size = self.plan.settings["weights"], self.transform["size"]
-            check_planned(Path(weights), self.plan.fingerprint["encoder"]["weights_sha256"])
-            self.network = load_network(weights, stage, size, self.compute, self.device, self.plan.samples)
+            encoder, weights = self.recipe.encoder, Path(self.settings.weights)
+            check_planned(weights, encoder.weights_sha256)
+            options = (self.recipe.transform.size, self.recipe.compute, self.device, self.plan.samples)
+            self.network = load_network(weights, encoder.stage, *options)
         return self.network(pictures)
 
 
-def in_flight(executor: Executor, function: Callable[[In], Out], items: Iterable[In], ahead: int) -> Iterator[Out]:
+def in_flight(
+    executor: Executor, function: Callable[[Item], Outcome], items: Iterable[Item], ahead: int
+) -> Iterator[Outcome]:
     """`map` on an executor, in order, with `ahead` calls under way beyond the one waited for."""
-    futures: deque[Future] = deque()
+    futures: deque[Future[Outcome]] = deque()
     for item in items:
         futures.append(executor.submit(partial(function, item)))
         if len(futures) > ahead:

@@ -6,118 +6,115 @@ their digest.
 """
 
 import base64
-import hashlib
 import os
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from preprocessing.features.extractor import Extractor
+from preprocessing.features.recipe import FeatureOptions, FeatureRecipe, feature_spec
 from preprocessing.features.statistics import calibrate
-from preprocessing.sharding.plan import Plan, publish_plan, standing_plan
-from preprocessing.sharding.write import PlannedShard, hash_file
-from sat.shards.features import EncoderSpec, FeatureSpec, Transform, storage_type
+from preprocessing.sharding.plan import FeatureSettings, Plan, PlannedShard, publish_plan, standing_plan
+from sat import files
 from sat.shards.manifest import Manifest, load_manifest
-from sat.shards.pictures import GEOMETRIES, RESIZE
 
-WRITER = 1
-"""Version of what is written for given inputs; part of the fingerprint."""
 CALIBRATION_IMAGES = 256
 """Pictures from which the int8 scales are taken."""
-PRECISIONS = ("auto", "bf16", "fp32")
 
 
-def plan_features(
-    images: Path,
-    out: Path,
-    weights: Path,
-    *,
-    size: int = 224,
-    stage: int = 4,
-    dtype: str = "bf16",
-    geometry: str = "squash",
-    compute: str = "auto",
-    batch_size: int = 32,
-    statistics_splits: tuple[str, ...] = ("train",),
-    overwrite: bool = False,
-) -> Plan:
+def plan_features(images: Path, out: Path, weights: Path, options: FeatureOptions, *, overwrite: bool = False) -> Plan:
     """Publish the plan of the features of a finished image data set.
 
-    Raises ValueError for settings that do not exist, images that are not finished, or a folder planned otherwise.
+    Raises ValueError for options that do not fit it, images that are not finished, or a folder planned otherwise.
     """
-    _check_settings(dtype, geometry, compute)
-    encoder = EncoderSpec("resnet50", stage, weights_sha256=hash_file(weights))
-    transform = Transform(size, geometry, resize=RESIZE, normalise="imagenet")
-    spec = FeatureSpec("grid", encoder.cells(size), encoder.dim, dtype, encoder, transform)
     source = load_manifest(images)
     if source.kind != "images":
         raise ValueError(f"{images} holds {source.kind}, expected image shards")
-    fingerprint = {
-        "writer": WRITER,
-        "source": source.digest,
-        **spec.to_fingerprint(),
-        "compute": _resolve_compute(out, compute),
-        "statistics_splits": list(statistics_splits),
-    }
-    settings = {"images": os.path.abspath(images), "weights": os.path.abspath(weights), "batch_size": batch_size}
+    splits = _statistics_splits(source, options.statistics_splits)
+    spec = feature_spec(options, files.sha256(weights))
+    recipe = FeatureRecipe(source.digest, spec, _resolve_compute(out, options.compute), splits)
+    settings = FeatureSettings(os.path.abspath(images), os.path.abspath(weights), options.batch_size)
     shards = tuple(PlannedShard(s.name, s.split, s.samples, s.sha256) for s in source.shards)
-    plan = Plan(out, "features", fingerprint, settings, shards)
-    if dtype == "int8":
+    plan = Plan(out, recipe.to_fingerprint(), settings, shards)
+    if spec.dtype == "int8":
         plan = _with_scale(plan, source)
     return publish_plan(plan, overwrite=overwrite)
 
 
-def scale_of(plan: Plan) -> np.ndarray:
+def recipe_of(plan: Plan) -> FeatureRecipe:
+    """What shapes the features of a plan; ValueError for a plan of images, or one that `plan_features` did not make."""
+    plan.settings_as(FeatureSettings)
+    try:
+        return FeatureRecipe.from_fingerprint(plan.fingerprint)
+    except KeyError as missing:
+        raise ValueError(f"{plan.root}: its plan does not say {missing}; plan the features again") from None
+
+
+def scale_of(plan: Plan) -> npt.NDArray[np.float32]:
     """Scale per channel, float32 [D]: the plan's for int8, else ones."""
-    if plan.fingerprint["dtype"] != "int8":
-        return np.ones(plan.fingerprint["dim"], np.float32)
-    return np.frombuffer(base64.b64decode(plan.settings["scale"]), "<f4").copy()
+    spec = recipe_of(plan).spec
+    if spec.dtype != "int8":
+        return np.ones(spec.dim, np.float32)
+    return np.frombuffer(base64.b64decode(plan.settings_as(FeatureSettings).scale), "<f4").copy()
 
 
 def source_of(plan: Plan) -> Manifest:
     """The image data set a feature plan was made from. Raises ValueError when it is another one by now."""
-    source = load_manifest(plan.settings["images"])
-    if source.digest != plan.fingerprint["source"]:
+    images, planned = plan.settings_as(FeatureSettings).images, recipe_of(plan).source
+    source = load_manifest(images)
+    if source.digest != planned:
         raise ValueError(
-            f"{plan.settings['images']} is image data set {source.digest[:12]}, {plan.root} was planned from "
-            f"{plan.fingerprint['source'][:12]}; run the plan step again with --overwrite"
+            f"{images} is image data set {source.digest[:12]}, {plan.root} was planned from {planned[:12]}; "
+            "run the plan step again with --overwrite"
         )
     return source
 
 
-def _check_settings(dtype: str, geometry: str, compute: str) -> None:
-    storage_type(dtype)
-    for name, value, choices in (("geometry", geometry, GEOMETRIES), ("compute", compute, PRECISIONS)):
-        if value not in choices:
-            raise ValueError(f"{name} {value!r} is unknown; choose one of {', '.join(map(str, choices))}")
+def _statistics_splits(source: Manifest, named: tuple[str, ...]) -> tuple[str, ...]:
+    unknown = sorted(set(named) - set(source.splits))
+    if unknown:
+        raise ValueError(
+            f"--statistics-split {unknown[0]}: {source.root} has no such split, only {', '.join(source.splits)}"
+        )
+    return named or ("train",)
 
 
 def _resolve_compute(out: Path, compute: str) -> str:
     """`auto`: what the plan that stands says, else what this machine does best (which takes importing torch)."""
     if compute != "auto":
         return compute
-    standing = standing_plan(out)
-    if standing is not None and "compute" in standing.fingerprint:
-        return standing.fingerprint["compute"]
+    standing = _standing_recipe(out)
+    if standing is not None:
+        return standing[1].compute
     from preprocessing.features.network import best_compute
 
     return best_compute()
 
 
+def _standing_recipe(root: Path) -> tuple[Plan, FeatureRecipe] | None:
+    """The plan that stands and what it says, where it is one of features that this program understands."""
+    try:
+        plan = standing_plan(root)
+        return None if plan is None else (plan, recipe_of(plan))
+    except ValueError:
+        return None
+
+
 def _with_scale(plan: Plan, source: Manifest) -> Plan:
     """The plan with int8 scales: those of the plan that stands, when all else is equal, or calibrated now."""
-    standing = standing_plan(plan.root)
-    digest = standing.fingerprint.get("scale_sha256") if standing else None
-    if digest and standing.fingerprint == plan.fingerprint | {"scale_sha256": digest}:
-        return replace(
-            plan, fingerprint=standing.fingerprint, settings=plan.settings | {"scale": standing.settings["scale"]}
-        )
-    splits = [split for split in plan.fingerprint["statistics_splits"] if split in source.splits] or sorted(
-        source.splits
-    )
-    with Extractor(plan, source, np.ones(plan.fingerprint["dim"], np.float32)) as extractor:
-        scale = calibrate(extractor.first_grids(splits[0], CALIBRATION_IMAGES)).astype("<f4").tobytes()
-    encoded = base64.b64encode(scale).decode()
-    fingerprint = plan.fingerprint | {"scale_sha256": hashlib.sha256(scale).hexdigest()}
-    return replace(plan, fingerprint=fingerprint, settings=plan.settings | {"scale": encoded})
+    settings, recipe = plan.settings_as(FeatureSettings), recipe_of(plan)
+    standing = _standing_recipe(plan.root)
+    if standing is not None and standing[1] == _scaled(recipe, standing[1].spec.scale_sha256):
+        scale = standing[0].settings_as(FeatureSettings).scale
+        return replace(plan, fingerprint=standing[0].fingerprint, settings=replace(settings, scale=scale))
+    splits = [split for split in recipe.statistics_splits if split in source.splits] or sorted(source.splits)
+    with Extractor(plan, recipe, source, np.ones(recipe.spec.dim, np.float32)) as extractor:
+        blob = calibrate(extractor.first_grids(splits[0], CALIBRATION_IMAGES)).astype("<f4").tobytes()
+    fingerprint = _scaled(recipe, files.sha256_of(blob)).to_fingerprint()
+    return replace(plan, fingerprint=fingerprint, settings=replace(settings, scale=base64.b64encode(blob).decode()))
+
+
+def _scaled(recipe: FeatureRecipe, scale_sha256: str) -> FeatureRecipe:
+    return replace(recipe, spec=replace(recipe.spec, scale_sha256=scale_sha256))

@@ -5,38 +5,47 @@ put out.
 """
 
 import base64
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from sat.shards.features import storage_type
+from sat.shards.schema import Sidecar
 
+Floats = npt.NDArray[np.float32]
 MIN_STD = 1e-6
 """Floor of the standard deviation, so that a channel that never fires stays finite when it is divided by it."""
 
 
-def store(values: np.ndarray, dtype: str, scale: np.ndarray | None = None) -> np.ndarray:
+def store(values: Floats, dtype: str, scale: Floats) -> npt.NDArray[Any]:
     """float32 [..., D] -> the stored type, rounded to nearest even; int8 divides by `scale` [D] and clips to +-127."""
     if dtype == "bf16":
         bits = np.ascontiguousarray(values, dtype="<f4").view("<u4")
-        return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2")
-    if dtype == "int8":
-        return np.clip(np.rint(values / scale), -127, 127).astype(np.int8)
-    return values.astype(storage_type(dtype).numpy)
+        values = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    elif dtype == "int8":
+        values = np.clip(np.rint(values / scale), -127, 127)
+    stored: npt.NDArray[Any] = values.astype(storage_type(dtype).numpy)
+    return stored
 
 
-def restore(stored: np.ndarray, dtype: str, scale: np.ndarray | None = None) -> np.ndarray:
+def restore(stored: npt.NDArray[Any], dtype: str, scale: Floats | None = None) -> Floats:
     """The stored type [..., D] -> float32 values, as a reader gets them."""
     if dtype == "bf16":
-        return (stored.astype("<u4") << 16).view("<f4")
-    values = stored.astype(np.float32)
-    return values * scale if dtype == "int8" else values
+        return (stored.astype(np.uint32) << 16).view(np.float32)
+    values: Floats = stored.astype(np.float32)
+    if dtype != "int8":
+        return values
+    assert scale is not None, "int8 has a scale"
+    return values * scale
 
 
-def calibrate(grids: Iterable[np.ndarray]) -> np.ndarray:
+def calibrate(grids: Iterable[Floats]) -> Floats:
     """Scale per channel, float32 [D]: the largest magnitude over the sample grids (float32 [..., D]) becomes 127."""
     largest = np.max([np.abs(grid).reshape(-1, grid.shape[-1]).max(axis=0) for grid in grids], axis=0)
-    return np.where(largest > 0, largest / 127, 1).astype(np.float32)
+    scale: Floats = np.where(largest > 0, largest / 127, 1).astype(np.float32)
+    return scale
 
 
 class ChannelSums:
@@ -45,27 +54,33 @@ class ChannelSums:
     def __init__(self, dim: int):
         self.count, self.sum, self.squares = 0, np.zeros(dim), np.zeros(dim)
 
-    def add(self, values: np.ndarray) -> None:
+    def add(self, values: Floats) -> None:
         """Count float32 values [..., L, D]; the L cells of a grid are summed in float32, grids in float64."""
         self.count += values.size // values.shape[-1]
         self.sum += values.sum(axis=-2).reshape(-1, len(self.sum)).sum(axis=0, dtype=np.float64)
         squares = np.einsum("...ld,...ld->...d", values, values)
         self.squares += squares.reshape(-1, len(self.sum)).sum(axis=0, dtype=np.float64)
 
-    def to_json(self) -> dict:
+    def to_json(self) -> dict[str, Any]:
         """For the sidecar: exact (float64 bytes in base64)."""
         return {"count": self.count, "sum": _to_base64(self.sum), "squares": _to_base64(self.squares)}
 
+    def add_json(self, document: Mapping[str, Any]) -> None:
+        """Count what `to_json` gave of others."""
+        self.count += document["count"]
+        self.sum += _from_base64(document["sum"])
+        self.squares += _from_base64(document["squares"])
 
-def _to_base64(array: np.ndarray) -> str:
+
+def _to_base64(array: npt.NDArray[np.float64]) -> str:
     return base64.b64encode(array.astype("<f8").tobytes()).decode()
 
 
-def _from_base64(text: str) -> np.ndarray:
+def _from_base64(text: str) -> npt.NDArray[np.float64]:
     return np.frombuffer(base64.b64decode(text), "<f8")
 
 
-def merge_statistics(sidecars: Iterable[dict], splits: Sequence[str], dim: int, scale: np.ndarray) -> bytes:
+def merge_statistics(sidecars: Iterable[Sidecar], splits: Sequence[str], dim: int, scale: Floats) -> bytes:
     """Bytes of statistics.safetensors: mean, std and scale per channel, over the shards of `splits` in their order.
 
     Without a shard of those splits (a data set only for evaluation) all shards count.
@@ -74,18 +89,11 @@ def merge_statistics(sidecars: Iterable[dict], splits: Sequence[str], dim: int, 
 
     named, everything = ChannelSums(dim), ChannelSums(dim)
     for sidecar in sidecars:
-        for sums in (everything, named) if sidecar["split"] in splits else (everything,):
-            extra = sidecar["extra"]
-            sums.count += extra["count"]
-            sums.sum += _from_base64(extra["sum"])
-            sums.squares += _from_base64(extra["squares"])
+        for sums in (everything, named) if sidecar.split in splits else (everything,):
+            sums.add_json(sidecar.extra)
     sums = named if named.count else everything
     mean = sums.sum / max(sums.count, 1)
     std = np.sqrt(np.maximum(sums.squares / max(sums.count, 1) - mean**2, 0))
-    return save(
-        {
-            "mean": mean.astype(np.float32),
-            "std": np.maximum(std, MIN_STD).astype(np.float32),
-            "scale": scale.astype(np.float32),
-        }
-    )
+    arrays = {"mean": mean, "std": np.maximum(std, MIN_STD), "scale": scale}
+    blob: bytes = save({name: array.astype(np.float32) for name, array in arrays.items()})
+    return blob

@@ -7,8 +7,9 @@ cache is refused when it is used, not only when it was fetched.
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
-from preprocessing.sharding.write import hash_file
+from sat import files
 
 IMAGENET_FILE = "resnet50-imagenet.safetensors"
 WEIGHTS_DIR = Path("weights")
@@ -33,7 +34,7 @@ def find_weights(weights: str, weights_dir: Path = WEIGHTS_DIR) -> Path:
 
 def check_planned(path: Path, sha256: str) -> None:
     """ValueError unless this is the file, by its digest, that a plan was made with."""
-    if hash_file(find_weights(str(path))) != sha256:
+    if files.sha256(find_weights(str(path))) != sha256:
         raise ValueError(f"encoder weights {path}: not the file the features were planned with ({sha256[:12]})")
 
 
@@ -49,7 +50,7 @@ def content_digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _read_header(path: Path) -> tuple[dict, int]:
+def _read_header(path: Path) -> tuple[dict[str, Any], int]:
     """(header, offset of the tensors) of a safetensors file; ValueError when it is none."""
     try:
         with open(path, "rb") as file:

@@ -5,61 +5,56 @@ same bytes, and a repair needs nothing else.
 """
 
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict
 from pathlib import Path
 
-import pyarrow as pa
-
-from preprocessing.sharding.plan import LEFT_OUT, Plan
-from preprocessing.sharding.write import (
-    WORK,
-    crash_point,
-    exclusive,
-    hash_file,
-    read_sidecar,
-    sync_folder,
-    write_file,
-)
-from sat.shards.manifest import Manifest, check_files, load_manifest, manifest_bytes
-from sat.shards.schema import MANIFEST, SHARDS, STATISTICS, LeftOut, Sidecar, place_of_rows
+from preprocessing.sharding.plan import LEFT_OUT, WORK, Plan, exclusive
+from preprocessing.sharding.write import read_sidecar
+from sat import files
+from sat.shards.manifest import Manifest, check_files, load_manifest, write_manifest
+from sat.shards.schema import MANIFEST, STATISTICS, LeftOut, Sidecar
 from sat.shards.tables import write_sample_tables, write_shard_table
 
+Statistics = Callable[[Iterable[Sidecar]], bytes]
+"""Makes the bytes of `statistics.safetensors` from the sidecars, in the order of the shards."""
 
-def finalize(
-    plan: Plan, statistics: Callable[[Iterable[dict]], bytes] | None = None, max_bad_fraction: float = 1.0
-) -> Manifest:
+
+def finalize(plan: Plan, statistics: Statistics | None = None, max_bad_fraction: float = 1.0) -> Manifest:
     """Publish the data set; one that stands already is reused. Of several at once, one publishes and the others wait.
 
-    `statistics` makes the bytes of `statistics.safetensors` from the sidecars, in the order of the shards. Raises
-    ValueError naming shards that are missing, damaged or of another fingerprint, or when too many pictures were left
-    out.
+    Raises ValueError naming shards that are missing, damaged or of another fingerprint, or when too many pictures were
+    left out.
     """
     with exclusive(plan.root):
         if _standing(plan) is None:
             _check_sidecars(plan)
-            left_out = list(plan.left_out) + [LeftOut(**item) for car in _sidecars(plan) for item in car["left_out"]]
+            left_out = list(plan.left_out) + [item for sidecar in _sidecars(plan) for item in sidecar.left_out]
             _check_fraction(plan, left_out, max_bad_fraction)
             _write_tables(plan, statistics, left_out)
         _sweep(plan.root)
         return load_manifest(plan.root)
 
 
-def _write_tables(plan: Plan, statistics: Callable[[Iterable[dict]], bytes] | None, left_out: list[LeftOut]) -> None:
+def reasons_of(left_out: Iterable[LeftOut]) -> dict[str, int]:
+    """How many pictures were left out, by reason."""
+    return dict(sorted(Counter(item.reason for item in left_out).items()))
+
+
+def _write_tables(plan: Plan, statistics: Statistics | None, left_out: list[LeftOut]) -> None:
     """Write all files beside the shards, the manifest last."""
-    root, names = plan.root, [SHARDS, LEFT_OUT]
+    root, work = plan.root, plan.root / WORK
     (root / MANIFEST).unlink(missing_ok=True)
-    shards = write_sample_tables(root, map(Sidecar.from_document, _sidecars(plan)), root / WORK)
-    write_shard_table(root, shards, root / WORK)
+    shards = write_sample_tables(root, _sidecars(plan), work)
+    write_shard_table(root, shards, work)
     if statistics is not None:
-        write_file(root, root / STATISTICS, statistics(_sidecars(plan)))
-        names.append(STATISTICS)
-    write_file(root, root / LEFT_OUT, "".join(json.dumps(asdict(item)) + "\n" for item in left_out).encode())
-    crash_point("tables-written")
-    write_file(root, root / MANIFEST, _manifest(plan, shards, names, left_out))
-    crash_point("manifest-written")
+        files.write_bytes(root / STATISTICS, statistics(_sidecars(plan)), work)
+    lines = "".join(json.dumps(vars(item)) + "\n" for item in left_out)
+    files.write_bytes(root / LEFT_OUT, lines.encode(), work)
+    files.crash_point("tables-written")
+    names = [LEFT_OUT] if statistics is None else [LEFT_OUT, STATISTICS]
+    write_manifest(root, plan.kind, plan.fingerprint, shards, names, reasons_of(left_out), work)
+    files.crash_point("manifest-written")
 
 
 def _standing(plan: Plan) -> Manifest | None:
@@ -67,7 +62,7 @@ def _standing(plan: Plan) -> Manifest | None:
     try:
         manifest = load_manifest(plan.root)
         check_files(manifest)
-        shards = {sidecar["shard"]: sidecar["sha256"] for sidecar in _sidecars(plan) if sidecar["samples"]}
+        shards = {sidecar.shard: sidecar.sha256 for sidecar in _sidecars(plan) if sidecar.samples}
     except ValueError:
         return None
     equal = shards == {shard.name: shard.sha256 for shard in manifest.shards}
@@ -86,12 +81,10 @@ def _check_sidecars(plan: Plan) -> None:
         path = plan.root / shard.name
         if sidecar is None:
             faults.append(f"{shard.name} is missing (no sidecar)")
-        elif sidecar["fingerprint"] != plan.digest:
-            faults.append(
-                f"{shard.name} has fingerprint {sidecar['fingerprint'][:12]}, the plan has {plan.digest[:12]}"
-            )
-        elif sidecar["samples"] and (not path.exists() or path.stat().st_size != sidecar["bytes"]):
-            faults.append(f"{shard.name} is missing or not {sidecar['bytes']} bytes long")
+        elif sidecar.fingerprint != plan.digest:
+            faults.append(f"{shard.name} has fingerprint {sidecar.fingerprint[:12]}, the plan has {plan.digest[:12]}")
+        elif sidecar.samples and (not path.exists() or path.stat().st_size != sidecar.bytes):
+            faults.append(f"{shard.name} is missing or not {sidecar.bytes} bytes long")
     if faults:
         more = f" and {len(faults) - 10} more" if len(faults) > 10 else ""
         raise ValueError(f"{plan.root}: {'; '.join(faults[:10])}{more}; run the shard step again")
@@ -100,14 +93,14 @@ def _check_sidecars(plan: Plan) -> None:
 def _check_fraction(plan: Plan, left_out: list[LeftOut], max_bad_fraction: float) -> None:
     total = plan.samples + len(plan.left_out)
     if len(left_out) > max_bad_fraction * total:
-        counts = ", ".join(f"{n} {reason}" for reason, n in sorted(Counter(item.reason for item in left_out).items()))
+        counts = ", ".join(f"{n} {reason}" for reason, n in reasons_of(left_out).items())
         raise ValueError(
             f"{plan.root}: {len(left_out)} of {total} pictures had to be left out ({counts}), "
             f"more than --max-bad-fraction {max_bad_fraction} allows"
         )
 
 
-def _sidecars(plan: Plan) -> Iterator[dict]:
+def _sidecars(plan: Plan) -> Iterator[Sidecar]:
     """All sidecars in the order of the shards, one at a time in memory."""
     for shard in plan.shards:
         sidecar = read_sidecar(plan.root, shard)
@@ -116,19 +109,9 @@ def _sidecars(plan: Plan) -> Iterator[dict]:
         yield sidecar
 
 
-def _manifest(plan: Plan, shards: pa.Table, names: list[str], left_out: list[LeftOut]) -> bytes:
-    """The content of manifest.json."""
-    names = {*names, *(place_of_rows(shard)[0] for shard in range(len(shards)))}
-    files = {
-        name: {"bytes": (plan.root / name).stat().st_size, "sha256": hash_file(plan.root / name)} for name in names
-    }
-    reasons = dict(sorted(Counter(item.reason for item in left_out).items()))
-    return manifest_bytes(plan.kind, plan.fingerprint, shards, files, reasons)
-
-
 def _sweep(root: Path) -> None:
     """Remove what killed workers left: every shard stands, so temporary files and claims serve nobody."""
-    for entry in sorted(os.listdir(root / WORK)):
-        if ".tmp-" in entry or entry.endswith(".claim"):
-            (root / WORK / entry).unlink(missing_ok=True)
-    sync_folder(root / WORK)
+    files.sweep(root / WORK)
+    for claim in (root / WORK).glob("*.claim"):
+        claim.unlink(missing_ok=True)
+    files.sync(root / WORK)

@@ -23,12 +23,20 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
-from preprocessing.sharding.plan import Plan
-from preprocessing.sharding.write import WORK, PlannedShard, is_finished, publish_exclusive, read_sidecar
+from preprocessing.sharding.plan import WORK, Plan, PlannedShard
+from preprocessing.sharding.write import finished
+from sat import files
+from sat.shards.schema import Sidecar
 
 _POLL_SECONDS = 0.2
 _PR_SET_PDEATHSIG = 1  # from linux/prctl.h
+
+Build = Callable[[Plan, PlannedShard], Sidecar]
+"""Writes one shard and returns its sidecar; for a process pool it must be picklable."""
+Progress = Callable[[int, bool], None]
+"""Is told the pictures of every finished shard, and whether it was built here."""
 
 
 @dataclass
@@ -43,16 +51,16 @@ class Summary:
     reasons: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
 
-    def add(self, sidecar: dict, built: bool) -> None:
+    def add(self, sidecar: Sidecar, built: bool) -> None:
         """Count one finished shard."""
         self.built += built
         self.reused += not built
         if built:
-            self.images += sidecar["samples"]
-            self.bytes += sidecar["bytes"]
-        self.bad += len(sidecar["left_out"])
-        for item in sidecar["left_out"]:
-            self.reasons[item["reason"]] = self.reasons.get(item["reason"], 0) + 1
+            self.images += sidecar.samples
+            self.bytes += sidecar.bytes
+        self.bad += len(sidecar.left_out)
+        for item in sidecar.left_out:
+            self.reasons[item.reason] = self.reasons.get(item.reason, 0) + 1
 
     def line(self) -> str:
         """One line: shards, images/s, bytes, left out and why."""
@@ -66,6 +74,15 @@ class Summary:
         )
 
 
+@dataclass(frozen=True)
+class Result:
+    """What became of one shard: its sidecar, None when another live worker has claimed it."""
+
+    sidecar: Sidecar | None
+    built: bool
+    """It was written by us, and did not stand already."""
+
+
 def parse_stripe(stripe: str) -> tuple[int, int]:
     """`I/N` -> (I, N): take every N-th shard from number I, counted from 0. Raises ValueError otherwise."""
     index, _, count = stripe.partition("/")
@@ -76,27 +93,26 @@ def parse_stripe(stripe: str) -> tuple[int, int]:
 
 def run_shards(
     plan: Plan,
-    build: Callable[[Plan, PlannedShard], dict],
+    build: Build,
     executor: Executor,
     *,
     stripe: str = "0/1",
     slots: int = 1,
     max_bad_fraction: float = 1.0,
     claim_timeout: float = 300.0,
-    progress: Callable[[int, bool], None] = lambda images, built: None,
+    progress: Progress = lambda images, built: None,
 ) -> Summary:
     """Bring the shards of a stripe to stand, `slots` at a time; returns when all do.
 
-    `build(plan, shard)` writes one shard and returns its sidecar; with a process pool it must be picklable. Shards
-    claimed by another live worker are left to it and looked at again at the end. `progress` is told the pictures of
-    every finished shard and whether it was built here. Raises ValueError as soon as this stripe alone leaves out more
-    than `max_bad_fraction` of the whole plan's pictures (`finalize` counts all stripes), and whatever `build` raises.
+    Shards claimed by another live worker are left to it and looked at again at the end. Raises ValueError as soon as
+    this stripe alone leaves out more than `max_bad_fraction` of the whole plan's pictures (`finalize` counts all
+    stripes), and whatever `build` raises.
     """
     index, count = parse_stripe(stripe)
     shards, started, summary = plan.shards[index::count], time.monotonic(), Summary()
     limit = max_bad_fraction * plan.samples
     todo = deque(shard for shard in shards if not _reuse(plan, shard, summary, progress))
-    running: dict[Future, PlannedShard] = {}
+    running: dict[Future[Result], PlannedShard] = {}
     claimed: dict[PlannedShard, float] = {}  # since when we have been watching
     try:
         while todo or running or claimed:
@@ -106,7 +122,7 @@ def run_shards(
                 steal = time.monotonic() - claimed.get(shard, math.inf) > claim_timeout
                 running[executor.submit(work_on, plan, shard, build, steal)] = shard
             for future in wait(running, timeout=_POLL_SECONDS, return_when=FIRST_COMPLETED).done:
-                _take_result(future, running.pop(future), summary, claimed, progress)
+                _take_result(future.result(), running.pop(future), summary, claimed, progress)
             if claimed and not todo and not running:
                 time.sleep(_POLL_SECONDS)
                 todo.extend(claimed)
@@ -119,7 +135,9 @@ def run_shards(
 
 
 @contextmanager
-def process_pool(processes: int, initializer: Callable | None = None, initargs: tuple = ()) -> Iterator[Executor]:
+def process_pool(
+    processes: int, initializer: Callable[..., None] | None = None, initargs: tuple[Any, ...] = ()
+) -> Iterator[Executor]:
     """Fresh worker processes for `run_shards`; the death of one is an OSError that says how to go on."""
     try:
         arguments = (os.getpid(), initializer, initargs)
@@ -129,7 +147,7 @@ def process_pool(processes: int, initializer: Callable | None = None, initargs: 
         raise OSError("a worker process died (killed, or out of memory); run the same command again to go on") from None
 
 
-def _start_worker(parent: int, initializer: Callable | None, initargs: tuple) -> None:
+def _start_worker(parent: int, initializer: Callable[..., None] | None, initargs: tuple[Any, ...]) -> None:
     """Tie the life of a worker to its parent's: one whose parent was killed would wait for work for ever."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -139,42 +157,42 @@ def _start_worker(parent: int, initializer: Callable | None, initargs: tuple) ->
         initializer(*initargs)
 
 
-def work_on(plan: Plan, shard: PlannedShard, build: Callable, steal: bool) -> tuple[dict | None, bool]:
-    """(sidecar, built here) of one shard; (None, False) when another live worker has claimed it."""
-    if is_finished(plan.root, shard, plan.digest):
-        return read_sidecar(plan.root, shard), False
+def work_on(plan: Plan, shard: PlannedShard, build: Build, steal: bool) -> Result:
+    """Build one shard, unless it stands; no sidecar when another live worker has claimed it."""
+    standing = finished(plan.root, shard, plan.digest)
+    if standing is not None:
+        return Result(standing, built=False)
     path = plan.root / WORK / f"{shard.stem}.claim"
     if steal or _holder_is_gone(path):
         path.unlink(missing_ok=True)
-    if not publish_exclusive(
-        path, json.dumps({"machine": _machine(), "pid": os.getpid(), "start": _start(os.getpid())}).encode()
-    ):
-        return None, False
+    holder = {"machine": _machine(), "pid": os.getpid(), "start": _start(os.getpid())}
+    if not files.create(path, json.dumps(holder).encode()):
+        return Result(None, built=False)
     try:
-        return build(plan, shard), True
+        return Result(build(plan, shard), built=True)
     finally:
         path.unlink(missing_ok=True)
 
 
-def _reuse(plan: Plan, shard: PlannedShard, summary: Summary, progress: Callable[[int, bool], None]) -> bool:
+def _reuse(plan: Plan, shard: PlannedShard, summary: Summary, progress: Progress) -> bool:
     """Count a shard that stands already; False when it does not."""
-    if not is_finished(plan.root, shard, plan.digest):
+    standing = finished(plan.root, shard, plan.digest)
+    if standing is None:
         return False
-    summary.add(read_sidecar(plan.root, shard), built=False)
+    summary.add(standing, built=False)
     progress(shard.samples, False)
     return True
 
 
 def _take_result(
-    future: Future, shard: PlannedShard, summary: Summary, claimed: dict, progress: Callable[[int, bool], None]
+    result: Result, shard: PlannedShard, summary: Summary, claimed: dict[PlannedShard, float], progress: Progress
 ) -> None:
-    sidecar, built = future.result()
-    if sidecar is None:
+    if result.sidecar is None:
         claimed.setdefault(shard, time.monotonic())
         return
     claimed.pop(shard, None)
-    summary.add(sidecar, built)
-    progress(shard.samples, built)
+    summary.add(result.sidecar, result.built)
+    progress(shard.samples, result.built)
 
 
 def _check_bad(summary: Summary, limit: float, fraction: float) -> None:
@@ -190,7 +208,7 @@ def _holder_is_gone(path: Path) -> bool:
     """True when a claim was made on this machine by a process that no longer exists."""
     try:
         holder = json.loads(path.read_bytes())
-        return holder["machine"] == _machine() and _start(holder["pid"]) != holder["start"]
+        return bool(holder["machine"] == _machine() and _start(holder["pid"]) != holder["start"])
     except (OSError, ValueError, KeyError, TypeError):
         return False
 

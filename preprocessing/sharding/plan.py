@@ -4,36 +4,28 @@ Below the data set's folder:
 
     work/plan.json               sealed: kind, fingerprint, settings, shards, what was left out
     work/plan-DIGEST.parquet     the samples of each shard, one row group per shard; no rows for feature shards
+    work/lock                    held by whoever plans or finalizes
 
 The surprising decision: a folder keeps its first plan. Running again with the same inputs and settings reuses it, other
 ones are refused (or start from nothing with `overwrite`), so a folder never holds shards of two plans.
 """
 
-import hashlib
 import os
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from preprocessing.sharding.write import (
-    LOCK,
-    WORK,
-    PlannedShard,
-    crash_point,
-    exclusive,
-    publish_exclusive,
-    replace_file,
-    sync_file,
-    temporary_path,
-    write_file,
-)
+from sat import files
 from sat.shards.schema import MANIFEST, SHARDS, STATISTICS, LeftOut
-from sat.shards.sealed import seal, unseal
+from sat.shards.sealed import Damaged, seal, unseal
+from sat.shards.tables import write_table
 
-PLAN, LEFT_OUT = "plan.json", "left_out.jsonl"
+WORK, PLAN, LOCK, LEFT_OUT = "work", "plan.json", "lock", "left_out.jsonl"
 PLAN_SCHEMA = pa.schema(
     [
         ("key", pa.string()),
@@ -47,36 +39,101 @@ PLAN_SCHEMA = pa.schema(
 
 
 @dataclass(frozen=True)
+class ImageRecord:
+    """A picture and its captions, as they are planned; the fields are the columns of the plan's table."""
+
+    image_id: str
+    file_name: str
+    """Path relative to the image root."""
+    split: str
+    captions: tuple[str, ...]
+    key: str
+    """WebDataset key, `[A-Za-z0-9_-]+`: the image id where it fits, else derived from it."""
+    file_bytes: int = 0
+    """Size of the file when its image root was given: a replaced picture is noticed by the next plan."""
+
+
+@dataclass(frozen=True)
+class PlannedShard:
+    """A shard to be written: at most `samples` samples, fewer where pictures are left out."""
+
+    name: str
+    split: str
+    samples: int
+    rows_sha256: str
+    """Digest of what is planned for it: rows of the plan's table, or of the image shard it is made from."""
+
+    @property
+    def stem(self) -> str:
+        return self.name.removesuffix(".tar")
+
+
+@dataclass(frozen=True)
+class ImageSettings:
+    """What packing pictures needs to know and the bytes do not depend on."""
+
+    images: str
+    """Folder of the picture files, absolute."""
+
+
+@dataclass(frozen=True)
+class FeatureSettings:
+    """What extracting features needs to know and the bytes do not depend on."""
+
+    images: str
+    """Folder of the image shards, absolute."""
+    weights: str
+    """File of the encoder's weights, absolute."""
+    batch_size: int
+    """Pictures per pass through the network."""
+    scale: str = ""
+    """int8 only: the scales per channel (little-endian float32 in base64), whose digest the fingerprint has."""
+
+
+KINDS: dict[str, type[ImageSettings] | type[FeatureSettings]] = {"images": ImageSettings, "features": FeatureSettings}
+"""Kinds of data sets, by the settings of their plans."""
+Settings = TypeVar("Settings", ImageSettings, FeatureSettings)
+
+
+@dataclass(frozen=True)
 class Plan:
     """What a data set will be made of."""
 
     root: Path
-    kind: str
-    """`images` or `features`."""
-    fingerprint: dict
-    """Everything that shapes the bytes."""
-    settings: dict
-    """What a worker or a repair needs and the bytes do not depend on: folders, batch size."""
+    fingerprint: Mapping[str, Any]
+    """Everything that shapes the bytes: the document on disk, sealed into plan, sidecars and manifest."""
+    settings: ImageSettings | FeatureSettings
     shards: tuple[PlannedShard, ...]
     """Sorted by (split, name)."""
     left_out: tuple[LeftOut, ...] = ()
     """Pictures left out before any was opened."""
-    notes: dict = field(default_factory=dict)
+    notes: Mapping[str, int] = field(default_factory=dict)
     """Counts worth telling: captions cleaned, truncated, dropped."""
+
+    @property
+    def kind(self) -> str:
+        """`images` or `features`."""
+        return next(kind for kind, settings in KINDS.items() if isinstance(self.settings, settings))
 
     @property
     def digest(self) -> str:
         """sha256 of the fingerprint; every sidecar carries it."""
-        return fingerprint_digest(self.fingerprint)
+        return files.sha256_of(seal(self.fingerprint))
 
     @property
     def samples(self) -> int:
         """Pictures planned."""
         return sum(shard.samples for shard in self.shards)
 
-    def rows(self, shard: PlannedShard) -> list[dict]:
-        """Planned samples of one shard, columns as in `PLAN_SCHEMA`. Raises ValueError when the table is damaged."""
-        return _read_rows(self, _open_table(self), self.shards.index(shard))
+    def settings_as(self, settings: type[Settings]) -> Settings:
+        """The settings, where the plan is of the kind that has such; ValueError where it is of the other kind."""
+        if not isinstance(self.settings, settings):
+            raise ValueError(f"{self.root} is planned to hold {self.kind}; this program makes the other kind")
+        return self.settings
+
+    def records(self, shard: PlannedShard) -> list[ImageRecord]:
+        """Planned samples of one image shard. Raises ValueError when the table is damaged."""
+        return _read_records(self, _open_table(self), self.shards.index(shard))
 
 
 _AGAIN = "run the plan step again, with the same options"
@@ -86,7 +143,7 @@ def check_table(plan: Plan) -> None:
     """ValueError when the table is missing or damaged."""
     table = _open_table(plan)
     for index in range(len(plan.shards) if plan.kind == "images" else 0):
-        _read_rows(plan, table, index)
+        _read_records(plan, table, index)
 
 
 def _open_table(plan: Plan) -> pq.ParquetFile:
@@ -96,29 +153,30 @@ def _open_table(plan: Plan) -> pq.ParquetFile:
         raise ValueError(f"{table_path(plan)}: cannot be read ({error}); {_AGAIN}") from error
 
 
-def _read_rows(plan: Plan, table: pq.ParquetFile, index: int) -> list[dict]:
+def _read_records(plan: Plan, table: pq.ParquetFile, index: int) -> list[ImageRecord]:
     path, shard = table_path(plan), plan.shards[index]
     try:
         rows = table.read_row_group(index, use_threads=False).to_pylist()
     except (pa.ArrowException, OSError, IndexError) as error:
         raise ValueError(f"{path}: the plan of {shard.name} cannot be read ({error}); {_AGAIN}") from error
-    if plan_rows_digest(rows) != shard.rows_sha256:
+    records = [ImageRecord(**{**row, "captions": tuple(row["captions"])}) for row in rows]
+    if records_digest(records) != shard.rows_sha256:
         raise ValueError(f"{path}: the plan of {shard.name} is not the one that was written; {_AGAIN}")
-    return rows
+    return records
 
 
-def fingerprint_digest(fingerprint: dict) -> str:
-    """sha256 of a fingerprint, hex."""
-    return hashlib.sha256(seal(fingerprint)).hexdigest()
-
-
-def plan_rows_digest(rows: Iterable[dict]) -> str:
+def records_digest(records: Iterable[ImageRecord]) -> str:
     """sha256 of the planned samples of one shard, hex."""
-    return hashlib.sha256(seal({"rows": list(rows)})).hexdigest()
+    return files.sha256_of(seal({"rows": [vars(record) for record in records]}))
 
 
-def publish_plan(plan: Plan, row_groups: Iterable[list[dict]] = (), overwrite: bool = False) -> Plan:
-    """Write the plan, with `row_groups` (the samples of each shard) as its table; one with this fingerprint is reused.
+def exclusive(root: Path) -> AbstractContextManager[bool]:
+    """Wait until nobody else plans or finalizes this data set. A killed holder's lock ends with its process."""
+    return files.locked(root / WORK / LOCK)
+
+
+def publish_plan(plan: Plan, groups: Iterable[Sequence[ImageRecord]] = (), overwrite: bool = False) -> Plan:
+    """Write the plan, with `groups` (the samples of each shard) as its table; one with this fingerprint is reused.
 
     Raises ValueError, naming what differs, when the folder was planned otherwise; `overwrite` then deletes the old data
     set.
@@ -131,9 +189,9 @@ def publish_plan(plan: Plan, row_groups: Iterable[list[dict]] = (), overwrite: b
             delete_data_set(load_plan(plan.root))
         if not path.exists() or not _difference(plan):
             if not _table_stands(plan):
-                _write_table(plan, row_groups)
-            crash_point("plan-table-written")
-            if publish_exclusive(path, _to_bytes(plan)):
+                _write_table(plan, groups)
+            files.crash_point("plan-table-written")
+            if files.create(path, _to_bytes(plan)):
                 return plan
         if difference := _difference(plan):
             raise ValueError(
@@ -141,15 +199,15 @@ def publish_plan(plan: Plan, row_groups: Iterable[list[dict]] = (), overwrite: b
                 "choose another --out, or delete what is there with --overwrite"
             )
         if path.read_bytes() != _to_bytes(plan):  # the same data set from another folder, or with another batch size
-            write_file(plan.root, path, _to_bytes(plan))
+            files.write_bytes(path, _to_bytes(plan))
     return plan
 
 
 def standing_plan(root: Path) -> Plan | None:
-    """The plan of a folder, None when there is none or it is damaged."""
+    """The plan of a folder, None when there is none or it is damaged. Raises ValueError as `load_plan` else."""
     try:
-        return load_plan(root)
-    except ValueError:
+        return load_plan(root) if (root / WORK / PLAN).exists() else None
+    except Damaged:
         return None
 
 
@@ -162,24 +220,44 @@ def _difference(plan: Plan) -> list[str]:
 
 
 def _to_bytes(plan: Plan) -> bytes:
-    document = {"kind": plan.kind, "fingerprint": plan.fingerprint, "settings": plan.settings, "notes": plan.notes}
-    document["shards"] = [asdict(shard) for shard in plan.shards]
-    document["left_out"] = [asdict(item) for item in plan.left_out]
-    return seal(document)
+    given = (one.name for one in fields(plan.settings) if getattr(plan.settings, one.name) != one.default)
+    settings = {name: getattr(plan.settings, name) for name in given}
+    return seal(
+        {
+            "kind": plan.kind,
+            "fingerprint": plan.fingerprint,
+            "settings": settings,
+            "notes": plan.notes,
+            "shards": [vars(shard) for shard in plan.shards],
+            "left_out": [vars(item) for item in plan.left_out],
+        }
+    )
 
 
 def load_plan(root: Path) -> Plan:
-    """The plan of a folder. Raises ValueError when there is none or it is damaged."""
+    """The plan of a folder. Raises ValueError when there is none, it is damaged or of a kind unknown here."""
     path = root / WORK / PLAN
     try:
         document = unseal(path.read_bytes())
     except FileNotFoundError:
         raise ValueError(f"{root} has no plan ({path}); run the plan step first") from None
     except ValueError as error:
-        raise ValueError(f"{path}: damaged ({error}); {_AGAIN}") from None
-    shards = tuple(PlannedShard(**shard) for shard in document.pop("shards"))
-    left_out = tuple(LeftOut(**item) for item in document.pop("left_out"))
-    return Plan(root=root, shards=shards, left_out=left_out, **document)
+        raise Damaged(f"{path}: damaged ({error}); {_AGAIN}") from None
+    if document["kind"] not in KINDS:
+        raise ValueError(f"{path}: a plan of {document['kind']}, of which this program knows nothing")
+    return Plan(
+        root=root,
+        fingerprint=document["fingerprint"],
+        settings=_settings(document["kind"], document["settings"]),
+        shards=tuple(PlannedShard(**shard) for shard in document["shards"]),
+        left_out=tuple(LeftOut(**item) for item in document["left_out"]),
+        notes=document["notes"],
+    )
+
+
+def _settings(kind: str, document: Mapping[str, Any]) -> ImageSettings | FeatureSettings:
+    known = {one.name for one in fields(KINDS[kind])}
+    return KINDS[kind](**{name: value for name, value in document.items() if name in known})
 
 
 def table_path(plan: Plan) -> Path:
@@ -195,19 +273,10 @@ def _table_stands(plan: Plan) -> bool:
     return True
 
 
-def _write_table(plan: Plan, row_groups: Iterable[list[dict]]) -> None:
+def _write_table(plan: Plan, groups: Iterable[Sequence[ImageRecord]]) -> None:
     """Write the planned samples, one row group per shard."""
-    path = table_path(plan)
-    temporary = temporary_path(plan.root, path.name)
-    try:
-        with open(temporary, "wb") as file:
-            with pq.ParquetWriter(file, PLAN_SCHEMA, compression="zstd", write_statistics=False) as writer:
-                for rows in row_groups:
-                    writer.write_table(pa.Table.from_pylist(rows, PLAN_SCHEMA), row_group_size=len(rows))
-            sync_file(file)
-        replace_file(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    tables = (pa.Table.from_pylist([vars(record) for record in group], PLAN_SCHEMA) for group in groups)
+    write_table(table_path(plan), PLAN_SCHEMA, tables)
 
 
 def delete_data_set(plan: Plan) -> None:

@@ -6,7 +6,7 @@ through sample by sample, to name the keys. So a check runs at the speed of the 
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -14,10 +14,21 @@ from pathlib import Path
 
 import xxhash
 
-from preprocessing.sharding.plan import LEFT_OUT, PLAN, Plan, check_table, load_plan, table_path
-from preprocessing.sharding.write import LOCK, WORK, PlannedShard, hash_file, read_sidecar, sidecar_path
+from preprocessing.sharding.plan import (
+    LEFT_OUT,
+    LOCK,
+    PLAN,
+    WORK,
+    Plan,
+    PlannedShard,
+    check_table,
+    load_plan,
+    table_path,
+)
+from preprocessing.sharding.write import read_sidecar, sidecar_path
+from sat import files
 from sat.shards.manifest import Manifest, load_manifest
-from sat.shards.schema import MANIFEST
+from sat.shards.schema import MANIFEST, SampleRow, Sidecar, sample_rows
 from sat.shards.sealed import unseal
 
 _CHUNK = 4 << 20
@@ -56,7 +67,8 @@ class RecordedShard:
     name: str
     bytes: int
     sha256: str
-    rows: Callable[[], list[dict]]
+    rows: Callable[[], Sequence[SampleRow]]
+    """Reads the rows of its samples."""
 
 
 def verify(root: Path, num_workers: int = 4, progress: Callable[[int], None] = lambda size: None) -> Report:
@@ -69,7 +81,8 @@ def verify(root: Path, num_workers: int = 4, progress: Callable[[int], None] = l
     manifest, faults = check_tables(root)
     plan, plan_faults = _check_plan(root)
     recorded = [] if manifest is None else list(_recorded(manifest))
-    sidecars, sidecar_faults = _check_sidecars(plan, {shard.name: shard for shard in recorded})
+    known = {shard.name: shard for shard in recorded}
+    sidecars, sidecar_faults = ([], []) if plan is None else _check_sidecars(plan, known)
     if manifest is None:
         recorded = sidecars
     with ThreadPoolExecutor(num_workers) as pool:
@@ -89,16 +102,16 @@ def recorded_bytes(root: Path) -> int:
 def check_tables(root: Path) -> tuple[Manifest | None, tuple[Fault, ...]]:
     """The manifest, when it and both tables are sound, and the faults of manifest, tables and statistics."""
     try:
-        files = unseal((root / MANIFEST).read_bytes())["files"]
+        tables = unseal((root / MANIFEST).read_bytes())["files"]
     except FileNotFoundError:
         return None, (Fault(MANIFEST, "missing: the data set is not finished"),)
     except ValueError as error:
         return None, (Fault(MANIFEST, f"damaged ({error})"),)
     faults = []
-    for name, recorded in sorted(files.items()):
+    for name, recorded in sorted(tables.items()):
         if not (root / name).exists():
             faults.append(Fault(name, "missing"))
-        elif hash_file(root / name) != recorded["sha256"]:
+        elif files.sha256(root / name) != recorded["sha256"]:
             faults.append(Fault(name, "not the bytes that were written"))
     try:
         return load_manifest(root), tuple(faults)
@@ -138,17 +151,17 @@ def _faulty_samples(path: Path, shard: RecordedShard) -> Iterator[Fault]:
         return
     with open(path, "rb") as file:
         for row in rows:
-            file.seek(row["offset"])
-            blob = file.read(row["nbytes"])
-            if len(blob) < row["nbytes"]:
-                yield Fault(shard.name, "cut off", row["key"], shard.name)
-            elif xxhash.xxh3_64_intdigest(blob) != row["xxh3"]:
-                yield Fault(shard.name, "not the bytes that were written", row["key"], shard.name)
+            file.seek(row.offset)
+            blob = file.read(row.nbytes)
+            if len(blob) < row.nbytes:
+                yield Fault(shard.name, "cut off", row.key, shard.name)
+            elif xxhash.xxh3_64_intdigest(blob) != row.xxh3:
+                yield Fault(shard.name, "not the bytes that were written", row.key, shard.name)
 
 
 def _recorded(manifest: Manifest) -> Iterator[RecordedShard]:
     for index, shard in enumerate(manifest.shards):
-        rows = partial(lambda number: manifest.rows(number).to_pylist(), index)
+        rows = partial(lambda number: sample_rows(manifest.rows(number)), index)
         yield RecordedShard(shard.name, shard.bytes, shard.sha256, rows)
 
 
@@ -167,39 +180,40 @@ def _check_plan(root: Path) -> tuple[Plan | None, tuple[Fault, ...]]:
     return plan, ()
 
 
-def _check_sidecars(plan: Plan | None, recorded: dict[str, RecordedShard]) -> tuple[list[RecordedShard], list[Fault]]:
+def _check_sidecars(plan: Plan, recorded: dict[str, RecordedShard]) -> tuple[list[RecordedShard], list[Fault]]:
     """The shards as their sidecars record them, and the faults of sidecars, beside what the manifest recorded."""
-    shards, faults = [], []
-    for shard in plan.shards if plan else ():
+    shards: list[RecordedShard] = []
+    faults: list[Fault] = []
+    for shard in plan.shards:
         file = f"{WORK}/{sidecar_path(plan.root, shard).name}"
         try:
             sidecar = read_sidecar(plan.root, shard)
         except ValueError as error:
             faults.append(Fault(file, str(error), shard=shard.name))
             continue
-        problem = _sidecar_problem(plan, shard, sidecar, recorded)
-        if problem:
+        if sidecar is None:
+            faults.append(Fault(file, "missing: this shard was not finished", shard=shard.name))
+        elif problem := _problem(plan, sidecar, recorded):
             faults.append(Fault(file, problem, shard=shard.name))
-        elif sidecar["samples"]:
+        elif sidecar.samples:
             rows = partial(_sidecar_rows, plan, shard)  # read again when asked for: all of them fill the memory
-            shards.append(RecordedShard(shard.name, sidecar["bytes"], sidecar["sha256"], rows))
+            shards.append(RecordedShard(shard.name, sidecar.bytes, sidecar.sha256, rows))
     return shards, faults
 
 
-def _sidecar_rows(plan: Plan, shard: PlannedShard) -> list[dict]:
-    return read_sidecar(plan.root, shard)["rows"]
-
-
-def _sidecar_problem(plan: Plan, shard: PlannedShard, sidecar: dict | None, recorded: dict[str, RecordedShard]) -> str:
+def _sidecar_rows(plan: Plan, shard: PlannedShard) -> tuple[SampleRow, ...]:
+    sidecar = read_sidecar(plan.root, shard)
     if sidecar is None:
-        return "missing: this shard was not finished"
-    if sidecar["fingerprint"] != plan.digest:
-        return f"fingerprint {sidecar['fingerprint'][:12]}, the plan has {plan.digest[:12]}"
-    if (
-        recorded
-        and sidecar["samples"]
-        and (shard.name not in recorded or recorded[shard.name].sha256 != sidecar["sha256"])
-    ):
+        raise ValueError(f"the sidecar of {shard.name} vanished")
+    return sidecar.rows
+
+
+def _problem(plan: Plan, sidecar: Sidecar, recorded: dict[str, RecordedShard]) -> str:
+    """What is wrong with a sound sidecar, beside its plan and the shards of the manifest; empty for nothing."""
+    if sidecar.fingerprint != plan.digest:
+        return f"fingerprint {sidecar.fingerprint[:12]}, the plan has {plan.digest[:12]}"
+    listed = recorded.get(sidecar.shard)
+    if recorded and sidecar.samples and (listed is None or listed.sha256 != sidecar.sha256):
         return "it does not describe the shard that the manifest lists"
     return ""
 

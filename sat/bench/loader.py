@@ -6,19 +6,29 @@ through in turn, so that neither gains by what the CPU's cache still holds. "dro
 page cache; a host's may remain.
 """
 
+import hashlib
 import itertools
 import os
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
+import numpy.typing as npt
 import typer
 import xxhash
 
+from sat import files
 from sat.data.loader import SLOTS
+from sat.shards.features import FeatureSpec
+from sat.shards.manifest import write_manifest
+from sat.shards.schema import SampleRow, Sidecar
+from sat.shards.tables import write_sample_tables, write_shard_table
+from sat.shards.tar import END_OF_TAR, sample_bytes
 
 GRIDS = {"7x7": (7, 2048), "14x14": (14, 768)}
 """Side of the grid and the number of samples written, about 400 and 600 MB."""
@@ -34,7 +44,7 @@ def run(
     ] = None,
     rounds: Annotated[int, typer.Option(help="runs of each contender; the median counts")] = 5,
     json_file: Annotated[Path | None, typer.Option("--json", help="write the rows to this file")] = None,
-) -> list[dict]:
+) -> list[dict[str, Any]]:
     """Samples/s of our loader, a raw read and stock webdataset: two grids, 0 and 2 workers, cache warm and dropped."""
     from sat.bench.harness import report
 
@@ -52,27 +62,51 @@ def run(
 
 
 def write_shards(root: Path, side: int, samples: int, shard_size: int = 256) -> None:
-    """A finished feature data set of random fp16 grids, by the writer that preprocessing uses."""
-    from preprocessing.sharding.finalize import finalize
-    from preprocessing.sharding.plan import Plan, publish_plan
-    from preprocessing.sharding.write import PlannedShard, Sample, write_shard
-    from sat.shards.features import FeatureSpec
-
-    random = np.random.default_rng(1)
+    """A finished feature data set of random fp16 grids."""
     spec = FeatureSpec("grid", (side, side), DIM, "fp16", encoder=None, transform=None)
-    names = [f"train-{number:06d}.tar" for number in range(samples // shard_size)]
-    planned = tuple(PlannedShard(name, "train", shard_size, "0" * 64) for name in names)
-    plan = publish_plan(Plan(root, "features", spec.to_fingerprint(), {}, planned))
-    for number, shard in enumerate(plan.shards):
-        grids = random.integers(0, 1 << 14, (shard_size, side * side, DIM), dtype=np.uint16).view(np.float16)
-        items = (
-            Sample(
-                f"k{number}-{i}", f"k{number}-{i}", f"{i}.jpg", captions_of(i), 224, 224, "npy", spec.npy_bytes(grid)
+    random, fingerprint = np.random.default_rng(1), spec.to_fingerprint()
+    sidecars = [write_shard(root, spec, number, shard_size, random) for number in range(samples // shard_size)]
+    shards = write_sample_tables(root, sidecars)
+    write_shard_table(root, shards)
+    write_manifest(root, "features", fingerprint, shards)
+
+
+def write_shard(root: Path, spec: FeatureSpec, number: int, samples: int, random: np.random.Generator) -> Sidecar:
+    """Write one shard of random grids; returns what is known of it."""
+    name, rows, digest = f"train-{number:06d}.tar", [], hashlib.sha256()
+    with files.replacing(root / name) as temporary, open(temporary, "wb") as file:
+        for index in range(samples):
+            grid = random.integers(0, 1 << 14, spec.shape, dtype=np.uint16).view(np.float16)
+            row = SampleRow(
+                key=f"k{number}-{index}",
+                image_id=f"k{number}-{index}",
+                file_name=f"{index}.jpg",
+                split="train",
+                shard=name,
+                offset=file.tell(),
+                nbytes=0,
+                xxh3=0,
+                captions=captions_of(index),
+                width=224,
+                height=224,
             )
-            for i, grid in enumerate(grids)
-        )
-        write_shard(root, shard, plan.digest, items)
-    finalize(plan)
+            blob = sample_bytes(
+                row.key,
+                "npy",
+                spec.npy_bytes(grid),
+                image_id=row.image_id,
+                file_name=row.file_name,
+                captions=row.captions,
+                width=row.width,
+                height=row.height,
+            )
+            rows.append(replace(row, nbytes=len(blob), xxh3=xxhash.xxh3_64_intdigest(blob)))
+            digest.update(blob)
+            file.write(blob)
+        digest.update(END_OF_TAR)
+        file.write(END_OF_TAR)
+        size = file.tell()
+    return Sidecar(name, "train", "", samples, size, digest.hexdigest(), tuple(rows), ())
 
 
 def captions_of(index: int) -> tuple[str, ...]:
@@ -81,7 +115,7 @@ def captions_of(index: int) -> tuple[str, ...]:
     return tuple(" ".join(words[(index + k) % 3 : 9 + k]) for k in range(5))
 
 
-def measure(root: Path, workers: int, cache: str, rounds: int) -> dict:
+def measure(root: Path, workers: int, cache: str, rounds: int) -> dict[str, Any]:
     """One row: median samples/s of each contender, taking turns; MB/s of ours, and the checksums' share of its time."""
     shards = sorted(root.glob("*.tar"))
     ours = OurEpochs(root, workers, epochs=WARM_UP + rounds)
@@ -89,7 +123,7 @@ def measure(root: Path, workers: int, cache: str, rounds: int) -> dict:
     megabytes = sum(path.stat().st_size for path in shards) / 1e6
     batch_bytes = int(megabytes * 1e6 * BATCH / samples)
     buffers = [np.ones(batch_bytes, np.uint8) for _ in range(SLOTS)]
-    contenders = {
+    contenders: dict[str, Callable[[list[Path]], None]] = {
         "raw": lambda paths: read_raw(paths, buffers),
         "webdataset": lambda paths: read_webdataset(paths, workers),
     }
@@ -124,7 +158,7 @@ def checksum_seconds(nbytes: int, repeats: int = 200) -> float:
     data = np.ones(nbytes, np.uint8)
     began = time.perf_counter()
     for _ in range(repeats):
-        xxhash.xxh3_64_intdigest(data)
+        xxhash.xxh3_64_intdigest(data.data)
     return (time.perf_counter() - began) / repeats
 
 
@@ -140,12 +174,12 @@ def prepare_cache(shards: list[Path], cache: str) -> None:
         os.close(descriptor)
 
 
-def read_raw(shards: list[Path], buffers: list[np.ndarray]) -> None:
+def read_raw(shards: list[Path], buffers: list[npt.NDArray[np.uint8]]) -> None:
     """Read all files from start to end into the buffers, one after the other and again from the first."""
     turns = itertools.cycle(buffers)
     for path in shards:
         with open(path, "rb", buffering=0) as file:
-            while file.readinto(next(turns)):
+            while file.readinto(next(turns).data):
                 pass
 
 

@@ -7,15 +7,17 @@ it is opened, but only the numbers of samples are kept; it carries the digest of
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from sat import files
 from sat.shards.features import FeatureSpec
 from sat.shards.location import REPAIR, check_root, file_size, is_url, read_file, read_recorded, read_retrying
 from sat.shards.retry import io_error
@@ -126,6 +128,24 @@ def check_files(manifest: Manifest) -> None:
     if faults:
         more = f" and {len(faults) - 5} more" if len(faults) > 5 else ""
         raise ValueError(f"{manifest.root}: {'; '.join(faults[:5])}{more}; {REPAIR}")
+
+
+def write_manifest(
+    root: Path,
+    kind: str,
+    fingerprint: Mapping[str, Any],
+    shards: pa.Table,
+    names: Iterable[str] = (),
+    left_out: Mapping[str, int] | None = None,
+    folder: Path | None = None,
+) -> None:
+    """Write `manifest.json`, which makes a data set of the shards and tables that stand in `root`.
+
+    `names` are files beside the tables of samples and shards. `folder` takes the temporary file.
+    """
+    names = {SHARDS, *names, *(place_of_rows(index)[0] for index in range(len(shards)))}
+    recorded = {name: {"bytes": (root / name).stat().st_size, "sha256": files.sha256(root / name)} for name in names}
+    files.write_bytes(root / MANIFEST, manifest_bytes(kind, fingerprint, shards, recorded, left_out or {}), folder)
 
 
 def manifest_bytes(

@@ -5,6 +5,8 @@ import tarfile
 from collections.abc import Sequence
 
 TAR_BLOCK = 512
+END_OF_TAR = bytes(2 * TAR_BLOCK)
+"""What follows the last member."""
 
 
 def sample_bytes(

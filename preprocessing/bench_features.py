@@ -1,5 +1,7 @@
 """Measure feature extraction: the whole job against the bare network and against the naive loop, in one run.
 
+    sat bench features      or: python -m preprocessing.bench_features
+
 Surprising: the job's figure counts everything from plan to manifest: loading the network, decoding, statistics, shards
 synced, read back and hashed; the bare network only gets finished batches. The naive loop runs in a process of its own,
 with PyTorch's default settings. Weights are random, speed does not depend on them.
@@ -10,12 +12,22 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from preprocessing.annotations import Records
+from preprocessing.console import run
+from preprocessing.extract_features import extract_stripe, finalize_features
+from preprocessing.features.plan import plan_features
+from preprocessing.features.recipe import FeatureOptions
+from preprocessing.shard_images import plan_images, shard_stripe
+from preprocessing.sharding.finalize import finalize
+from preprocessing.sharding.plan import ImageRecord
+from preprocessing.synthetic import make_scenes
 
-def run(
+
+def main(
     images: Annotated[int, typer.Option(min=8, help="pictures per run of the job")] = 1024,
     size: Annotated[int, typer.Option(help="side of the encoder's input")] = 224,
     batch_size: Annotated[int, typer.Option(min=1, help="pictures per pass of job and bare network")] = 32,
@@ -23,7 +35,7 @@ def run(
     rounds: Annotated[int, typer.Option(min=1, help="turns of each contender; the medians count")] = 3,
     folder: Annotated[Path | None, typer.Option(help="where test shards go; default: temporary")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="write the rows to this file")] = None,
-) -> list[dict]:
+) -> list[dict[str, Any]]:
     """Images/s of the whole job, the bare network at the same precision and a naive loop (PIL, batch 1, fp32)."""
     import torch
 
@@ -35,16 +47,17 @@ def run(
         root = Path(temporary)
         files = _picture_files(root, pictures, images)
         weights = _random_weights(root / "weights.safetensors")
-        contenders = {
+        naive_loop = InOwnProcess(_naive, files[: max(8, images // 32)], weights, size, device, device=device)
+        contenders: dict[str, Callable[[], Any]] = {
             "job": _job(root, files, weights, size, batch_size),
             "bare": _bare(weights, size, batch_size, compute, device, images),
-            "naive": InOwnProcess(_naive, files[: max(8, images // 32)], weights, size, device, device=device),
+            "naive": naive_loop,
         }
         rates: dict[str, list[float]] = {name: [] for name in contenders}
         for _ in range(rounds):  # in turn, so that a slow minute of the machine hits all alike
             for name, contender in contenders.items():
                 rates[name].append(contender())
-        contenders["naive"].close()
+        naive_loop.close()
     job, bare, naive = (sorted(rates[name])[rounds // 2] for name in ("job", "bare", "naive"))
     row = {"device": torch.cuda.get_device_name() if device != "cpu" else "cpu", "compute": compute, "size": size}
     row |= {"job_images_per_s": job, "bare_images_per_s": bare, "naive_images_per_s": naive}
@@ -55,25 +68,20 @@ def run(
 
 def _job(root: Path, files: list[Path], weights: Path, size: int, batch_size: int) -> Callable[[], float]:
     """The extraction from plan to manifest over image shards made of `files`, as a user would run it."""
-    from preprocessing.annotations import ImageRecord, Records
-    from preprocessing.extract_features import extract_stripe, finalize_features
-    from preprocessing.features.plan import plan_features
-    from preprocessing.shard_images import plan_images, shard_stripe
-    from preprocessing.sharding.finalize import finalize
-
     records = tuple(
         ImageRecord(str(number), file.name, "train", ("a picture",), str(number), file.stat().st_size)
         for number, file in enumerate(files)
     )
-    options = {"shard_size": 128, "seed": 1, "max_bad_fraction": 0.0}
-    plan = plan_images(Records(records, (), {}), files[0].parent, root / "images", **options)
+    annotated, out = Records(records, (), {}), root / "images"
+    plan = plan_images(annotated, files[0].parent, out, shard_size=128, seed=1, max_bad_fraction=0.0)
     shard_stripe(plan)
     finalize(plan)
 
     def job() -> float:
         shutil.rmtree(root / "features", ignore_errors=True)
         begin = time.perf_counter()
-        plan = plan_features(root / "images", root / "features", weights, size=size, batch_size=batch_size)
+        options = FeatureOptions(size=size, batch_size=batch_size)
+        plan = plan_features(root / "images", root / "features", weights, options)
         extract_stripe(plan)
         finalize_features(plan)
         return len(files) / (time.perf_counter() - begin)
@@ -136,8 +144,6 @@ def _picture_files(root: Path, pictures: Path | None, count: int) -> list[Path]:
         if not found:
             raise ValueError(f"{pictures} holds no .jpg, .jpeg or .png file")
         return [found[number % len(found)] for number in range(count)]
-    from preprocessing.synthetic import make_scenes
-
     make_scenes(root / "scenes", {"train": count}, seed=1)
     return sorted((root / "scenes" / "images" / "train").iterdir())
 
@@ -159,3 +165,7 @@ def _synchronise(device: str) -> None:
 
     if device != "cpu":
         torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    run(main)

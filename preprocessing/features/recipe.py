@@ -1,0 +1,84 @@
+"""What shapes the bytes of a feature data set, as values: the typed view of the fingerprint of its plan."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sat.settings import check, setting
+from sat.shards.features import STORAGE, EncoderSpec, FeatureSpec, Transform
+from sat.shards.pictures import GEOMETRIES, RESIZE
+
+WRITER = 1
+"""Version of what is written for given inputs; part of the fingerprint."""
+ARCHITECTURE = "resnet50"
+
+
+@dataclass(frozen=True)
+class FeatureOptions:
+    """What a user may choose about features. Raises ValueError, naming the choices, for what does not exist."""
+
+    size: int = setting(224, at_least=1)
+    """Side of the encoder's input in pixels: 224 gives 7x7 cells, 448 gives 14x14."""
+    stage: int = setting(4, choices=(1, 2, 3, 4))
+    """ResNet stage whose output is kept."""
+    dtype: str = setting("bf16", choices=tuple(STORAGE))
+    """Format on disk."""
+    geometry: str = setting("squash", choices=GEOMETRIES)
+    """What becomes of the parts of a picture that do not fit into a square."""
+    compute: str = setting("auto", choices=("auto", "bf16", "fp32"))
+    """Arithmetic of the network; auto: what this machine is best at, or what the plan that stands says."""
+    batch_size: int = setting(32, at_least=1)
+    """Pictures per pass through the network."""
+    statistics_splits: tuple[str, ...] = ()
+    """Splits the statistics are taken from; none named: train, or all of a data set without it."""
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+@dataclass(frozen=True)
+class FeatureRecipe:
+    """Everything that shapes the bytes of a feature data set."""
+
+    source: str
+    """Digest of the image data set."""
+    spec: FeatureSpec
+    compute: str
+    """Arithmetic of the network: bf16 or fp32."""
+    statistics_splits: tuple[str, ...]
+    writer: int = WRITER
+
+    @property
+    def encoder(self) -> EncoderSpec:
+        """The network."""
+        assert self.spec.encoder is not None, "features are extracted by an encoder"
+        return self.spec.encoder
+
+    @property
+    def transform(self) -> Transform:
+        """What a picture goes through before it."""
+        assert self.spec.transform is not None, "features are extracted from pictures"
+        return self.spec.transform
+
+    def to_fingerprint(self) -> dict[str, Any]:
+        """The document on disk."""
+        document = {"writer": self.writer, "source": self.source, "compute": self.compute}
+        return document | {"statistics_splits": list(self.statistics_splits)} | self.spec.to_fingerprint()
+
+    @classmethod
+    def from_fingerprint(cls, fingerprint: Mapping[str, Any]) -> "FeatureRecipe":
+        """Inverse of `to_fingerprint`. ValueError as `FeatureSpec.from_fingerprint`, KeyError where an entry lacks."""
+        return cls(
+            source=fingerprint["source"],
+            spec=FeatureSpec.from_fingerprint(fingerprint),
+            compute=fingerprint["compute"],
+            statistics_splits=tuple(fingerprint["statistics_splits"]),
+            writer=fingerprint["writer"],
+        )
+
+
+def feature_spec(options: FeatureOptions, weights_sha256: str) -> FeatureSpec:
+    """What an encoder of these weights gives; ValueError for a size that its cells do not cover exactly."""
+    encoder = EncoderSpec(ARCHITECTURE, options.stage, weights_sha256)
+    transform = Transform(options.size, options.geometry, RESIZE, "imagenet")
+    return FeatureSpec("grid", encoder.cells(options.size), encoder.dim, options.dtype, encoder, transform)
