@@ -24,6 +24,7 @@ from preprocessing.features.statistics import restore
 from preprocessing.features.weights import CONTENT_KEY, content_digest, find_weights
 from preprocessing.fetch_weights import convert
 from preprocessing.fetch_weights import main as fetch
+from preprocessing.shard_images import main as shard_images
 from preprocessing.shard_images import plan_images, shard_stripe
 from preprocessing.sharding.finalize import finalize
 from sat import files
@@ -304,6 +305,13 @@ def test_image_shards_that_changed_since_the_plan_are_refused(made, tmp_path):
     make_images(tmp_path / "coco", tmp_path / "images", seed=2, overwrite=True)
     with pytest.raises(ValueError, match="run the plan step again"):
         extract_stripe(plan)
+
+
+def test_a_folder_planned_for_features_takes_no_pictures(made, tmp_path):
+    plan_features(made / "images", tmp_path, made / "weights.safetensors", FeatureOptions(**SMALL))
+    with pytest.raises(ValueError, match="planned to hold features"):
+        shard_images(tmp_path, step="shards", num_workers=1)
+    assert not list(tmp_path.glob("*.tar"))
 
 
 @pytest.mark.gpu
