@@ -41,11 +41,16 @@ _extractor: Extractor | None = None
 def extract_stripe(plan: Plan, *, stripe: str = "0/1", num_workers: int = 0, decode_threads: int = 0) -> Summary:
     """Write the shards of a stripe on this machine; 0 workers: two per GPU, or one on a CPU; 0 threads: by cores.
 
-    torch is not even imported when all shards stand. Raises what `Extractor.build` and `run_shards` raise.
+    torch is not even imported when all shards stand. Raises ValueError where this machine cannot compute as planned,
+    and what `Extractor.build` and `run_shards` raise.
     """
     index, count = parse_stripe(stripe)
     shards = plan.shards[index::count]
-    devices = ["cpu"] if all(is_finished(plan.root, s, plan.digest) for s in shards) else _devices(num_workers)
+    if all(is_finished(plan.root, s, plan.digest) for s in shards):
+        devices = ["cpu"]
+    else:
+        _refuse_compute(recipe_of(plan).compute)
+        devices = _devices(num_workers)
     threads = decode_threads or max(1, available_cores() // len(devices))
     with progress_line(sum(shard.samples for shard in shards), "feature shards") as advance:
         if len(devices) == 1:
@@ -93,6 +98,12 @@ def _start_worker(plan: Plan, places: "Queue[tuple[str, list[int]]]", threads: i
 def _build(plan: Plan, shard: PlannedShard) -> Sidecar:
     assert _extractor is not None, "the worker process was not started by _start_worker"
     return _extractor.build(plan, shard)
+
+
+def _refuse_compute(compute: str) -> None:
+    from preprocessing.features.network import refuse_compute
+
+    refuse_compute(compute)
 
 
 def _devices(num_workers: int) -> list[str]:
@@ -144,6 +155,8 @@ def main(
             raise ValueError("planning needs --images")
         if step == Step.PLAN and compute == "auto":
             raise ValueError("another machine may do the work: choose what it computes in, --compute bf16 or fp32")
+        if step == Step.ALL and compute == "bf16":
+            _refuse_compute(compute)
         splits = tuple(statistics_split or ())
         options = FeatureOptions(size, stage, dtype, geometry, compute, batch_size, splits)
         plan = plan_features(images, out, find_weights(weights, weights_dir), options, overwrite=overwrite)

@@ -17,6 +17,8 @@ from safetensors.torch import save_file
 from preprocessing import fetch_weights
 from preprocessing.annotations import read_annotations
 from preprocessing.extract_features import extract_stripe, finalize_features
+from preprocessing.extract_features import main as extract_program
+from preprocessing.features import network
 from preprocessing.features.network import COMPUTE, best_compute, fast_forward, load_network
 from preprocessing.features.plan import plan_features
 from preprocessing.features.recipe import FeatureOptions
@@ -137,10 +139,22 @@ def test_statistics_are_those_of_the_stored_values_of_the_training_split(made, t
     assert (statistics["scale"] > 0).all() and "scale_sha256" in manifest.fingerprint
 
 
+@pytest.mark.skipif(best_compute() != "bf16", reason="this CPU does not compute in bf16")
 def test_the_network_in_bf16_is_within_two_percent(made, tmp_path):
     grids = grids_of(extract(made, tmp_path / "bf16", compute="bf16"))
     for key, grid in expected_grids(made, grids).items():
         assert np.linalg.norm(grids[key] - grid) <= 0.02 * np.linalg.norm(grid)
+
+
+def test_bf16_is_refused_before_the_plan_by_a_machine_that_cannot(made, tmp_path, monkeypatch):
+    monkeypatch.setattr(network, "best_compute", lambda: "fp32")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="cannot compute in bf16 .*--compute fp32"):
+        extract_program(tmp_path / "out", made / "images", str(made / "weights.safetensors"), size=64, compute="bf16")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match="cannot compute in bf16"):  # planned elsewhere
+        extract(made, tmp_path / "planned", compute="bf16")
+    assert not list((tmp_path / "planned").glob("*.tar"))
 
 
 @pytest.mark.parametrize("stage", [1, 4])

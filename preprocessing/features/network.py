@@ -30,6 +30,14 @@ def best_compute() -> str:
     return "bf16" if _has_onednn() and torch.ops.mkldnn._is_mkldnn_bf16_supported() else "fp32"
 
 
+def refuse_compute(compute: str) -> None:
+    """Raise ValueError where this machine cannot compute in `compute`."""
+    if compute == "bf16" and not torch.cuda.is_available() and best_compute() != "bf16":
+        raise ValueError(
+            "this CPU cannot compute in bf16 (it has neither AVX-512 nor AMX); use --compute fp32, or another machine"
+        )
+
+
 def _has_onednn() -> bool:
     return bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]  # torch states no types here
 
