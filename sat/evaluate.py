@@ -22,7 +22,7 @@ from sat.evaluation.decoding import decode
 from sat.evaluation.metrics import Scores, most_frequent_caption, score
 from sat.evaluation.options import METRICS
 from sat.export import TrainedModel, load_model, refuse_other_features
-from sat.model.kernels.choose import speed_up
+from sat.machine import speed_up
 from sat.run_folder import attach
 from sat.shards.manifest import Manifest, load_manifest
 from sat.text import CaptionTokenizer, normalise
@@ -101,7 +101,7 @@ def decode_split(
 def baselines(
     captions: dict[str, str], references: dict[str, list[str]], training_captions: list[str]
 ) -> dict[str, dict[str, str]]:
-    """Captions that do not see the picture: `blind` (shuffled features) and `most_frequent` (of the training captions)."""
+    """Captions that do not see the picture: `blind` (shuffled features) and `most_frequent` (of the training's)."""
     ids = sorted(captions)
     if len(ids) < 2:
         raise ValueError(f"baselines need at least 2 images, the split has {len(ids)}")

@@ -1,10 +1,9 @@
 """The trained model as three files: `model.safetensors`, `config.json`, `tokenizer.json`.
 
-The surprise: the folder says which features it was trained on (fingerprint), and everything that feeds it other features
-is refused; scores on the wrong grid look plausible and mean nothing.
+The surprise: the folder says which features it was trained on (fingerprint), and everything that feeds it others is
+refused; scores on the wrong grid look plausible and mean nothing.
 """
 
-import dataclasses
 import json
 import os
 import shutil
@@ -19,7 +18,7 @@ from sat.config import Config, config_from_dict, config_to_dict
 from sat.model.captioner import Captioner
 from sat.model.encoders.end_to_end import EndToEnd
 from sat.model.encoders.resnet import Encoder
-from sat.model.spec import CaptionerSpec
+from sat.model.spec import Sizes
 from sat.shards.manifest import Manifest
 from sat.text import CaptionTokenizer
 
@@ -35,15 +34,6 @@ class TrainedModel:
     features: dict
     """Fingerprint of the features it was trained on; after end-to-end training what its pictures go through."""
     step: int
-
-
-def build_captioner(
-    model: CaptionerSpec, *, vocab_size: int, feature_dim: int, grid_size: int, kernels: str
-) -> Captioner:
-    """The captioner of these settings, freshly initialised from torch's default generator."""
-    not_the_models = {"preset", "word_vectors", "tune_word_vectors", "scheduled_sampling"}
-    numbers = {k: v for k, v in dataclasses.asdict(model).items() if k not in not_the_models}
-    return Captioner(vocab_size=vocab_size, feature_dim=feature_dim, grid_size=grid_size, kernels=kernels, **numbers)
 
 
 def save_model(
@@ -85,15 +75,9 @@ def load_model(folder: Path, device: torch.device | str = "cpu") -> TrainedModel
     config = config_from_dict(about["config"])
     tokenizer = CaptionTokenizer.load(folder / FILES[2])
     features = about["features"]
-    model = build_captioner(
-        config.model,
-        vocab_size=tokenizer.vocab_size,
-        feature_dim=features["dim"],
-        grid_size=features["grid"][0] * features["grid"][1],
-        kernels=config.train.kernels,
-    )
-    if config.encoder.train:
-        model = EndToEnd(Encoder(), model)
+    sizes = Sizes(tokenizer.vocab_size, features["grid"][0] * features["grid"][1], features["dim"])
+    captioner = Captioner(config.model, sizes, config.train.kernels)
+    model = EndToEnd(Encoder(), captioner) if config.encoder.train else captioner
     try:
         model.load_state_dict(load_file(folder / FILES[0]))
     except RuntimeError as error:

@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from sat.config import Config
 from sat.data.loader import evaluation_batches
 from sat.engine.processes import Runtime
-from sat.export import build_captioner
+from sat.model.captioner import Captioner
 from sat.model.encoders.end_to_end import EndToEnd, feature_statistics
 from sat.model.encoders.resnet import load_encoder
+from sat.model.objectives.teacher_forcing import TeacherForcing
+from sat.model.spec import Sizes
 from sat.optim import WeightAverage, build_optimizer, learning_rate
 from sat.shards.manifest import load_statistics
 from sat.training_data import TrainingData
@@ -28,9 +30,11 @@ MODEL, OPTIMIZER, AVERAGE, ENGINE = "model.safetensors", "optimizer.pt", "averag
 @dataclass(frozen=True)
 class Learner:
     model: nn.Module
-    """What is called for the loss: wrapped for the exchange of gradients."""
+    """The objective, wrapped for the exchange of gradients: what is called for the loss."""
+    objective: TeacherForcing
+    """The same, unwrapped."""
     module: nn.Module
-    """The same model, unwrapped."""
+    """The model that it trains, whose tensors are saved and exported."""
     optimizer: torch.optim.Optimizer
     average: WeightAverage | None
     """Exponential moving average of the weights, or None."""
@@ -77,15 +81,16 @@ def build_learner(config: Config, data: TrainingData, runtime: Runtime) -> Learn
     )
     per_pass = -(-config.train.global_batch // (runtime.world_size * config.train.accumulation_steps))
     model, wrapped = runtime.prepare(
-        module,
+        TeacherForcing(module),
         optimizer,
         micro_batch=per_pass,
         accumulation_steps=config.train.accumulation_steps,
         clip_norm=config.train.clip_norm,
     )
-    module = runtime.unwrap(model)
+    objective = runtime.unwrap(model)
+    module = objective.model
     average = WeightAverage(module, config.train.ema) if config.train.ema else None
-    return Learner(model, module, wrapped, average, config, data.total_steps)
+    return Learner(model, objective, module, wrapped, average, config, data.total_steps)
 
 
 def build_model(config: Config, data: TrainingData, runtime: Runtime) -> nn.Module:
@@ -99,13 +104,9 @@ def build_model(config: Config, data: TrainingData, runtime: Runtime) -> nn.Modu
         )
     else:
         statistics = load_statistics(data.main)
-    captioner = build_captioner(
-        config.model,
-        vocab_size=data.tokenizer.vocab_size,
-        feature_dim=data.features["dim"],
-        grid_size=data.features["grid"][0] * data.features["grid"][1],
-        kernels=config.train.kernels,
-    )
+    cells = data.features["grid"][0] * data.features["grid"][1]
+    sizes = Sizes(data.tokenizer.vocab_size, cells, data.features["dim"])
+    captioner = Captioner(config.model, sizes, config.train.kernels)
     with torch.no_grad():
         for name, buffer in (
             ("mean", captioner.feature_mean),

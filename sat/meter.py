@@ -36,7 +36,7 @@ class Meter:
     began: float = field(default_factory=time.perf_counter)
 
     def add(self, sums: LossSums) -> None:
-        self.sums.append(torch.stack([sums.nll.float(), sums.penalty.float(), sums.correct.float()]))
+        self.sums.append(torch.stack([sums.counts[name].float() for name in ("nll", "penalty", "correct")]))
 
     def count(self, tokens: float, captions: float, rate: float, bad: int) -> None:
         self.tokens, self.captions, self.steps = self.tokens + tokens, self.captions + captions, self.steps + 1
@@ -48,10 +48,6 @@ class Meter:
         result = fetch()
         self.waited += time.perf_counter() - began
         return result
-
-    def nll_of_last(self, micro_batches: int) -> float:
-        """Summed NLL of this rank's last micro-batches; waits for the device."""
-        return float(sum(part[0] for part in self.sums[-micro_batches:]))
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:

@@ -11,9 +11,11 @@ import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from sat import checkpoint
@@ -26,8 +28,8 @@ from sat.engine.processes import Runtime, start
 from sat.evaluate import Evaluation, evaluate
 from sat.export import save_model
 from sat.learner import Learner, build_learner, check_resumable, load_tensors, save_tensors
+from sat.machine import speed_up
 from sat.meter import Meter
-from sat.model.kernels.choose import speed_up
 from sat.model.loss import total_loss
 from sat.run_folder import Run, open_run, read_status
 from sat.training_data import TrainingData, open_data
@@ -82,6 +84,10 @@ def steps_from(
     config: Config, data: TrainingData, cursor: Cursor, runtime: Runtime, meter: Meter
 ) -> Iterator[list[CaptionBatch]]:
     """The micro-batches of each remaining optimizer step, over all remaining epochs; waiting time goes to the meter."""
+
+    def take(batches: Iterator[CaptionBatch]) -> list[CaptionBatch]:
+        return list(itertools.islice(batches, config.train.accumulation_steps))
+
     while cursor.epoch < config.train.epochs:
         batches = training_batches(
             data.sources,
@@ -101,7 +107,7 @@ def steps_from(
             pin_memory=runtime.device.type == "cuda",
             **data.reading,
         )
-        while step_batches := meter.wait_for(lambda: list(itertools.islice(batches, config.train.accumulation_steps))):
+        while step_batches := meter.wait_for(partial(take, batches)):
             yield step_batches
         cursor = cursor.next_epoch()
 
@@ -117,6 +123,8 @@ def take_step(config, learner: Learner, batches: list[CaptionBatch], step: int, 
     tokens, captions, stop = runtime.sum_over_ranks(local)
     torch.manual_seed(derive_key(config.train.seed, step, runtime.rank) >> 1)
     rate = learner.set_learning_rate(step)
+    follows = learner.objective.follows
+    followed: list[list[Tensor]] = [[] for _ in follows]
     for i, batch in enumerate(batches):
         batch = batch.to(runtime.device)
         with runtime.forward_context(learner.model, last=i == len(batches) - 1):
@@ -124,11 +132,13 @@ def take_step(config, learner: Learner, batches: list[CaptionBatch], step: int, 
                 sums = learner.model(batch.grid, batch.captions, batch.lengths, learner.sampling_probability(step))
             runtime.backward(total_loss(sums, tokens, captions), len(batches))
         meter.add(sums)
+        for name, parts in zip(follows, followed, strict=True):
+            parts.append(sums.counts[name].float())
     meter.gradient_norm = runtime.step(learner.model, learner.optimizer, config.train.clip_norm)
     learner.after_step()
-    if config.model.attention == "hard" and tokens:
-        nll = runtime.sum_over_ranks([meter.nll_of_last(len(batches))])[0]
-        learner.module.update_baseline(nll / tokens)
+    if follows:
+        totals = runtime.sum_over_ranks([float(sum(parts)) for parts in followed])
+        learner.objective.after_step(dict(zip(follows, totals, strict=True)))
     meter.count(tokens, captions, rate, bad=sum(batch.bad for batch in batches))
     return stop > 0
 
@@ -157,7 +167,7 @@ def resume(config: Config, data: TrainingData, learner: Learner, runtime: Runtim
 
 
 def identity(config: Config, data: TrainingData, runtime: Runtime) -> dict:
-    """The settings that make a training what it is. Others (workers, ranks, evaluation) may change between its lives."""
+    """The settings that make a training what it is. Others (workers, ranks, evaluation) may change in between."""
     kept = fixed_settings(config)
     kept["features"] = [[manifest.digest, weight] for manifest, weight in data.sources]
     kept["tokenizer"] = data.tokenizer.digest
@@ -188,13 +198,14 @@ def log_step(step: int, learner: Learner, meter: Meter, run: Run, bar: tqdm) -> 
     bar.set_postfix_str(f"nll {values['nll_per_token']:.3f}, {values['captions_per_s']:.0f} captions/s", refresh=False)
     if not (math.isfinite(values["nll_per_token"]) and math.isfinite(values["gradient_norm"])):
         raise RuntimeError(
-            f"step {step}: NLL {values['nll_per_token']}, gradient norm {values['gradient_norm']}; a checkpoint written "
-            "since the last log line may hold it too; lower train.learning_rate, lengthen train.warmup_steps, or use train.precision=fp32"
+            f"step {step}: NLL {values['nll_per_token']}, gradient norm {values['gradient_norm']}; a checkpoint "
+            "written since the last log line may hold it too; lower train.learning_rate, lengthen train.warmup_steps, "
+            "or use train.precision=fp32"
         )
 
 
 def score_and_keep_best(config: Config, data: TrainingData, learner: Learner, progress: Progress, run: Run) -> Progress:
-    """Score the evaluation split by free-running decoding; export the model when its CIDEr is the best yet. All ranks enter."""
+    """Score the evaluation split by free-running decoding; export the best model yet by CIDEr. All ranks enter."""
     model = learner.evaluated.eval()
     split = config.data.eval_split
     result = evaluate(model, data.main, split, data.tokenizer, config, run.runtime, data.reading)

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from sat.model.captioner import Captioner
-from sat.model.loss import total_loss
-from sat.model.spec import PRESETS
+from sat.model.loss import LossSums, total_loss
+from sat.model.objectives.teacher_forcing import TeacherForcing
+from sat.model.spec import PRESETS, CaptionerSpec, Sizes
 
 PAPER, TUTORIAL = (PRESETS[name] | {"penalty_weight": 0.7} for name in ("paper", "tutorial"))
 both_presets = pytest.mark.parametrize("preset", [PAPER, TUTORIAL], ids=["paper", "tutorial"])
@@ -16,10 +17,9 @@ LENGTHS = torch.tensor([[4, 1, 6], [0, 0, 0], [2, 5, 0], [3, 0, 3]])  # ragged; 
 
 def make_model(dtype=torch.float64, **settings) -> Captioner:
     torch.manual_seed(3)
-    settings = PAPER | {"dropout": 0.0} | settings
-    model = Captioner(
-        vocab_size=V, grid_size=L, feature_dim=D, embedding_dim=E, lstm_dim=H, attention_dim=A, **settings
-    )
+    settings = PAPER | {"dropout": 0.0, "embedding_dim": E, "lstm_dim": H, "attention_dim": A} | settings
+    kernels = settings.pop("kernels", "auto")
+    model = Captioner(CaptionerSpec(**settings), Sizes(V, L, D), kernels)
     for parameter in model.parameters():  # the authors' N(0, 0.01) would leave nothing to compare
         torch.nn.init.normal_(parameter, std=0.4)
     model.feature_mean.normal_()
@@ -37,6 +37,10 @@ def make_batch(dtype=torch.float64):
         captions[b, k, : n + 1] = torch.randint(4, V, (n + 1,), generator=generator)
         captions[b, k, 0], captions[b, k, n] = 1, 2
     return grid, captions, LENGTHS
+
+
+def loss_sums(model, grid, captions, lengths, sampling=0.0) -> LossSums:
+    return TeacherForcing(model)(grid, captions, lengths, sampling)
 
 
 class Reference:
@@ -135,12 +139,13 @@ def assert_same(model, settings, *, tolerance, dropout=lambda x: x, sampling=0.0
     per_token, per_caption, nll = reference.batch(grid, captions, lengths, **how)
     tokens, rows = int(lengths.sum()), int((lengths > 0).sum())
     expected = per_token / tokens + per_caption / rows
-    sums = model(grid, captions, lengths, sampling)
-    loss = total_loss(sums, sums.tokens, sums.captions)
+    sums = loss_sums(model, grid, captions, lengths, sampling)
+    counts = sums.counts
+    loss = total_loss(sums, counts["tokens"], counts["captions"])
     loss.backward()
-    assert (int(sums.tokens), int(sums.captions)) == (tokens, rows)
+    assert (int(counts["tokens"]), int(counts["captions"])) == (tokens, rows)
     assert loss.item() == pytest.approx(expected.item(), rel=tolerance)
-    assert sums.nll.item() == pytest.approx(nll.item(), rel=tolerance)
+    assert counts["nll"].item() == pytest.approx(nll.item(), rel=tolerance)
     for name, gradient in reference.gradients(expected).items():
         difference = (model.get_parameter(name).grad - gradient).norm()
         assert difference <= tolerance * max(gradient.norm(), 1e-3), name

@@ -9,7 +9,8 @@ from sat.bench import step
 from sat.bench.harness import InOwnProcess
 from sat.model.captioner import Captioner
 from sat.model.loss import total_loss
-from sat.model.spec import PRESETS
+from sat.model.objectives.teacher_forcing import TeacherForcing
+from sat.model.spec import CaptionerSpec, Sizes
 
 OURS = {
     "embedding": "embedding",
@@ -27,16 +28,8 @@ def test_the_loop_computes_our_loss_and_gradients(monkeypatch):
     for name, value in {"VOCABULARY": 23, "WIDTH": 6, "FEATURES": 7}.items():
         monkeypatch.setattr(step, name, value)
     torch.manual_seed(0)
-    model = Captioner(
-        vocab_size=23,
-        grid_size=5,
-        feature_dim=7,
-        embedding_dim=6,
-        lstm_dim=6,
-        attention_dim=6,
-        dropout=0.0,
-        **PRESETS["tutorial"],
-    ).double()
+    spec = CaptionerSpec.of_preset("tutorial", embedding_dim=6, lstm_dim=6, attention_dim=6, dropout=0.0)
+    model = Captioner(spec, Sizes(23, 5, 7)).double()
     loop = step.PerCaptionLoop().double().eval()
     parameters = dict(model.named_parameters())
     with torch.no_grad():
@@ -50,8 +43,8 @@ def test_the_loop_computes_our_loss_and_gradients(monkeypatch):
                 parameter.zero_()  # biases that ours leaves out, as they change nothing
     grid = torch.rand(3, 5, 7).double()
     captions, lengths = torch.randint(4, 23, (3, 2, 6)), torch.tensor([[5, 2], [1, 4], [3, 3]])
-    sums = model(grid, captions, lengths)
-    ours = total_loss(sums, sums.tokens, sums.captions)
+    sums = TeacherForcing(model)(grid, captions, lengths)
+    ours = total_loss(sums, sums.counts["tokens"], sums.counts["captions"])
     theirs = loop(grid.repeat_interleave(2, 0), captions.flatten(0, 1), lengths.flatten())
     assert theirs.item() == pytest.approx(ours.item(), rel=1e-9)
     ours.backward()

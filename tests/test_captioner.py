@@ -6,9 +6,10 @@ import torch
 from sat.model.attention import attend_for_inference, attend_hard
 from sat.model.captioner import Captioner
 from sat.model.loss import total_loss
+from sat.model.objectives.rollout import roll_out
+from sat.model.objectives.teacher_forcing import TeacherForcing
 from sat.model.packing import pack
-from sat.model.rollout import roll_out
-from sat.model.spec import PRESETS
+from sat.model.spec import PRESETS, CaptionerSpec, Sizes
 from tests.helpers_captioner import (
     LENGTHS,
     PAPER,
@@ -23,6 +24,7 @@ from tests.helpers_captioner import (
     assert_same,
     both_presets,
     draw_by_quantile,
+    loss_sums,
     make_batch,
     make_model,
     third_quantile,
@@ -117,12 +119,15 @@ def test_hard_attention_draws_its_locations_from_alpha():
 
 def test_the_reward_baseline_moves_a_tenth_of_the_way():
     model = make_model(**PAPER | {"attention": "hard"})
-    model.update_baseline(torch.tensor(4.0))
-    model.update_baseline(torch.tensor(2.0))
+    objective = TeacherForcing(model)
+    assert objective.follows == ("nll", "tokens")
+    objective.after_step({"nll": 40.0, "tokens": 10})
+    objective.after_step({"nll": 14.0, "tokens": 7})
+    objective.after_step({"nll": 0.0, "tokens": 0})  # a global batch without captions says nothing
     assert model.reward_baseline.item() == pytest.approx(0.9 * 0.4 + 0.1 * 2.0)
 
 
-@pytest.mark.parametrize("smoothing", [0.1, 1.0])
+@pytest.mark.parametrize("smoothing", [0.1, 0.9])
 def test_label_smoothing_mixes_the_targets_with_the_uniform_distribution(smoothing):
     settings = PAPER | {"label_smoothing": smoothing}
     assert_same(make_model(**settings), settings, tolerance=1e-6)
@@ -160,7 +165,7 @@ def test_dropout_sits_on_the_initial_hidden_layer_and_before_the_vocabulary(pres
     model = make_model(**preset).eval()
     grid, captions, lengths = make_batch()
     nll = Reference(model, preset).batch(grid, captions, lengths)[2]
-    assert model(grid, captions, lengths).nll.item() == pytest.approx(nll.item())
+    assert loss_sums(model, grid, captions, lengths).counts["nll"].item() == pytest.approx(nll.item())
 
 
 @pytest.mark.parametrize("attention", ["soft", "none"])
@@ -179,7 +184,7 @@ def test_forward_equals_decoding_step_by_step(preset, attention, kernels):
         assert alpha.shape == (*lengths.shape, L) and torch.allclose(alpha.sum(-1), torch.ones(()).double())
         log_p = logits.log_softmax(-1).gather(2, captions[:, :, t + 1, None]).squeeze(2)
         nll -= log_p[lengths > t].sum()
-    assert model(grid, captions, lengths).nll.item() == pytest.approx(nll.item(), rel=1e-9)
+    assert loss_sums(model, grid, captions, lengths).counts["nll"].item() == pytest.approx(nll.item(), rel=1e-9)
 
 
 def test_hard_attention_decodes_by_expectation_sampling_or_argmax():
@@ -213,10 +218,14 @@ def test_captions_sharing_a_grid_count_as_captions_with_a_copy_each(preset, atte
         (shared, (grid, captions, lengths)),
         (copies, (grid.repeat_interleave(K, 0), captions.flatten(0, 1)[:, None], lengths.flatten()[:, None])),
     ):
-        sums = model(*batch)
+        sums = loss_sums(model, *batch)
         total_loss(sums, 10, 4).backward()
         gradients.append([sums.per_token, sums.per_caption, *(p.grad for p in model.parameters())])
     assert all(torch.allclose(a, b, rtol=1e-9, atol=1e-12) for a, b in zip(*gradients, strict=True))
+
+
+def named(sums):
+    return sums.counts | {"per_token": sums.per_token, "per_caption": sums.per_caption}
 
 
 @all_attentions
@@ -225,14 +234,15 @@ def test_sums_and_gradients_of_parts_of_a_batch_add_up_to_those_of_the_whole(pre
     draw_by_quantile(monkeypatch)
     grid, captions, lengths = make_batch()
     whole, parts = (make_model(**preset | {"attention": attention}) for _ in range(2))
-    expected = whole(grid, captions, lengths)
-    total_loss(expected, expected.tokens, expected.captions).backward()
+    expected = loss_sums(whole, grid, captions, lengths)
+    tokens, rows = expected.counts["tokens"], expected.counts["captions"]
+    total_loss(expected, tokens, rows).backward()
     sums = []
     for part in (slice(0, 1), slice(1, 2), slice(2, None)):  # the middle one has no caption
-        sums.append(parts(grid[part], captions[part], lengths[part]))
-        total_loss(sums[-1], expected.tokens, expected.captions).backward()
-    for name, value in expected._asdict().items():
-        assert sum(getattr(s, name).item() for s in sums) == pytest.approx(value.item(), rel=1e-9), name
+        sums.append(loss_sums(parts, grid[part], captions[part], lengths[part]))
+        total_loss(sums[-1], tokens, rows).backward()
+    for name, value in named(expected).items():
+        assert sum(named(each)[name].item() for each in sums) == pytest.approx(value.item(), rel=1e-9), name
     for a, b in zip(whole.parameters(), parts.parameters(), strict=True):
         assert torch.allclose(a.grad, b.grad, rtol=1e-9, atol=1e-12)
 
@@ -244,7 +254,7 @@ def test_every_parameter_gets_a_gradient_whatever_the_batch(preset, attention, l
     model = make_model(**preset | {"attention": attention})
     lengths = torch.tensor(lengths)
     captions = torch.tensor([[[1, 2], [0, 0]]]) * (lengths > 0)[..., None]
-    sums = model(torch.randn(1, L, D), captions, lengths)
+    sums = loss_sums(model, torch.randn(1, L, D), captions, lengths)
     total_loss(sums, 1, 1).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
     if not lengths.sum():
@@ -263,7 +273,7 @@ def test_gradients_reach_the_grid_for_end_to_end_training():
     grid, captions, lengths = make_batch()
     grid.requires_grad_()
     model = make_model()
-    loss = total_loss(model(grid, captions, lengths), 1, 1)
+    loss = total_loss(loss_sums(model, grid, captions, lengths), 1, 1)
     loss.backward()
     leaf = grid.detach().clone().requires_grad_()
     sums = Reference(model, PAPER).batch(leaf, captions, lengths)
@@ -273,7 +283,7 @@ def test_gradients_reach_the_grid_for_end_to_end_training():
 
 def test_the_authors_initial_weights_are_small_normal_with_orthogonal_recurrent_blocks():
     torch.manual_seed(0)
-    model = Captioner(vocab_size=50, grid_size=L, feature_dim=64, embedding_dim=32, lstm_dim=32, attention_dim=16)
+    model = Captioner(CaptionerSpec(embedding_dim=32, lstm_dim=32, attention_dim=16), Sizes(50, L, 64))
     for block in model.state_gates.weight.chunk(4):
         assert torch.allclose(block @ block.T, torch.eye(32), atol=1e-5)
     others = [p for name, p in model.named_parameters() if "bias" not in name and name != "state_gates.weight"]
@@ -283,15 +293,8 @@ def test_the_authors_initial_weights_are_small_normal_with_orthogonal_recurrent_
 
 def test_uniform_initial_weights_are_a_tenth_for_words_and_torchs_own_elsewhere():
     torch.manual_seed(0)
-    model = Captioner(
-        vocab_size=500,
-        grid_size=L,
-        feature_dim=64,
-        embedding_dim=48,
-        lstm_dim=40,
-        attention_dim=32,
-        **PRESETS["paper"] | {"weight_init": "uniform"},
-    )
+    spec = CaptionerSpec(embedding_dim=48, lstm_dim=40, attention_dim=32, weight_init="uniform")
+    model = Captioner(spec, Sizes(500, L, 64))
     assert model.vocabulary.bias.count_nonzero() == 0
     bounds = {"embedding.weight": 0.1, "vocabulary.weight": 0.1}
     for name, module in model.named_modules():
@@ -311,8 +314,8 @@ def test_uniform_initial_weights_are_a_tenth_for_words_and_torchs_own_elsewhere(
 def test_wrong_shapes_are_refused_with_the_expected_ones():
     model, (grid, captions, lengths) = make_model(), make_batch()
     with pytest.raises(ValueError, match=r"grid \[B, 6, 7\] expected, got \[4, 5, 7\]"):
-        model(grid[:, :5], captions, lengths)
+        loss_sums(model, grid[:, :5], captions, lengths)
     with pytest.raises(ValueError, match="lengths must be 0 .. 3"):
-        model(grid, captions[:, :, :4], lengths)
+        loss_sums(model, grid, captions[:, :, :4], lengths)
     with pytest.raises(ValueError, match=r"captions \[B, K, T\]"):
-        model(grid, captions[:, 0], lengths)
+        loss_sums(model, grid, captions[:, 0], lengths)

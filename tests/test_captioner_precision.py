@@ -12,8 +12,8 @@ from torch.nn.functional import cross_entropy
 
 from sat.model.captioner import Captioner
 from sat.model.loss import total_loss
-from sat.model.spec import PRESETS
-from tests.helpers_captioner import all_attentions, make_batch, make_model
+from sat.model.spec import PRESETS, CaptionerSpec, Sizes
+from tests.helpers_captioner import all_attentions, loss_sums, make_batch, make_model
 
 V, L, D, E, H, A = 97, 9, 64, 40, 48, 32
 DRAWN = 2
@@ -33,18 +33,9 @@ def same_draws(monkeypatch):
 
 def captioner(preset: str, attention: str, seed: int, kernels: str = "auto") -> Captioner:
     torch.manual_seed(seed)
-    model = Captioner(
-        vocab_size=V,
-        grid_size=L,
-        feature_dim=D,
-        embedding_dim=E,
-        lstm_dim=H,
-        attention_dim=A,
-        dropout=0.0,
-        attention=attention,
-        kernels=kernels,
-        **PRESETS[preset],
-    )
+    widths = {"embedding_dim": E, "lstm_dim": H, "attention_dim": A}
+    spec = CaptionerSpec.of_preset(preset, dropout=0.0, attention=attention, **widths)
+    model = Captioner(spec, Sizes(V, L, D), kernels)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=1.5 / parameter.shape[-1] ** 0.5)
@@ -80,15 +71,15 @@ def plain_loss(model: Captioner, grid, captions, lengths, dtype: torch.dtype) ->
     loss, alpha_sum = 0, 0
     for t in range(int(lengths.max())):
         running = lengths > t
-        words = model.embedding(captions[:, t]).to(dtype) * (t > 0 or model.first_input == "start")
+        words = model.embedding(captions[:, t]).to(dtype) * (t > 0 or model.spec.first_input == "start")
         before = h.to(dtype)
         gates = model.word_gates(words) + model.state_gates(before)
         if attention:
             hidden = projection + attention.query(before)[:, None]
-            hidden = hidden.tanh() if attention.activation == "tanh" else hidden.relu()
+            hidden = hidden.tanh() if attention.tanh else hidden.relu()
             alpha = wide(attention.score(hidden).squeeze(2)).softmax(1)
             alpha_sum = alpha_sum + alpha * running[:, None]
-            context = grid[:, DRAWN] if model.kind == "hard" else (alpha.to(dtype)[:, None] @ grid).squeeze(1)
+            context = grid[:, DRAWN] if model.spec.attention == "hard" else (alpha.to(dtype)[:, None] @ grid).squeeze(1)
             context = context * model.gate(before).sigmoid()
             gates = gates + model.context_gates(context)
         h, c = plain_lstm(gates, c)
@@ -98,15 +89,15 @@ def plain_loss(model: Captioner, grid, captions, lengths, dtype: torch.dtype) ->
             features = features + model.output_context(context) if attention else features
         nll = cross_entropy(wide(model.vocabulary(features)), captions[:, t + 1], reduction="none")[running]
         loss = loss + nll.sum()
-        if model.kind == "hard":
+        if model.spec.attention == "hard":
             log_alpha = alpha[running].log()
             loss = loss - 0.1 * ((model.reward_baseline - nll.detach()) * log_alpha[:, DRAWN]).sum()
             loss = loss + 0.002 * (alpha[running] * log_alpha).sum()
     loss, deviation = loss / lengths.sum(), (1 - alpha_sum) ** 2
-    if model.kind != "soft":
+    if model.spec.attention != "soft":
         return loss
     deviation = deviation[lengths > 0]
-    return loss + (deviation.sum() / lengths.sum() if model.penalty == "sum" else deviation.mean())
+    return loss + (deviation.sum() / lengths.sum() if model.spec.penalty == "sum" else deviation.mean())
 
 
 def plain_lstm(gates, c):
@@ -116,9 +107,13 @@ def plain_lstm(gates, c):
 
 
 def our_loss(model: Captioner, grid, captions, lengths) -> torch.Tensor:
-    sums = model(grid, captions, lengths)
-    assert sums.nll.dtype == sums.per_token.dtype == torch.promote_types(model.vocabulary.weight.dtype, torch.float32)
-    return total_loss(sums, sums.tokens, sums.captions)
+    sums = loss_sums(model, grid, captions, lengths)
+    assert (
+        sums.counts["nll"].dtype
+        == sums.per_token.dtype
+        == torch.promote_types(model.vocabulary.weight.dtype, torch.float32)
+    )
+    return total_loss(sums, sums.counts["tokens"], sums.counts["captions"])
 
 
 def loss_and_gradients(model: Captioner, loss: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -8,7 +8,7 @@ import torch
 from sat.evaluation.decoding import decode
 from sat.evaluation.options import DecodeOptions
 from sat.model.captioner import Captioner
-from sat.model.spec import PRESETS
+from sat.model.spec import PRESETS, CaptionerSpec, Sizes
 from sat.text import END
 from tests.helpers_decoding import assert_same, log_probs, one_thread, slow_beam_search  # noqa: F401  (a fixture)
 
@@ -20,16 +20,8 @@ PRESETS_AND_KINDS = [("paper", "soft"), ("tutorial", "soft"), ("paper", "hard"),
 def captioner(preset="paper", kind="soft", seed=0, vocab_size=40) -> Captioner:
     """A small real model whose words are peaked, so that rounding does not decide, and whose captions end."""
     torch.manual_seed(seed)
-    model = Captioner(
-        vocab_size=vocab_size,
-        grid_size=4,
-        feature_dim=12,
-        embedding_dim=16,
-        lstm_dim=16,
-        attention_dim=8,
-        attention=kind,
-        **PRESETS[preset],
-    ).eval()
+    spec = CaptionerSpec.of_preset(preset, attention=kind, embedding_dim=16, lstm_dim=16, attention_dim=8)
+    model = Captioner(spec, Sizes(vocab_size, 4, 12)).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=1.0)
     with torch.no_grad():

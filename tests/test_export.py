@@ -7,7 +7,9 @@ import torch
 
 from sat.config import load_config
 from sat.evaluate import baselines
-from sat.export import build_captioner, load_model, refuse_other_features, save_model
+from sat.export import load_model, refuse_other_features, save_model
+from sat.model.captioner import Captioner
+from sat.model.spec import Sizes
 from sat.text import build_tokenizer
 from tests.helpers_shards import make_feature_dataset
 
@@ -20,9 +22,7 @@ def saved(tmp_path):
     manifest = make_feature_dataset(tmp_path / "features")
     config = load_config(None, SMALL)
     torch.manual_seed(0)
-    model = build_captioner(
-        config.model, vocab_size=tokenizer.vocab_size, feature_dim=8, grid_size=4, kernels=config.train.kernels
-    )
+    model = Captioner(config.model, Sizes(tokenizer.vocab_size, grid_size=4, feature_dim=8))
     save_model(tmp_path / "best", model.state_dict(), tokenizer, config, manifest.fingerprint, step=7)
     return tmp_path / "best", model, manifest
 

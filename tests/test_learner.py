@@ -19,9 +19,9 @@ from sat.evaluate import evaluate, refuse_unfit
 from sat.export import load_model
 from sat.learner import build_learner
 from sat.meter import Meter
-from sat.model.captioner import Captioner
 from sat.model.encoders.end_to_end import EndToEnd
 from sat.model.encoders.resnet import Encoder, load_encoder, normalise
+from sat.model.objectives.teacher_forcing import TeacherForcing
 from sat.run_folder import Run
 from sat.shards.manifest import load_manifest
 from sat.text import build_tokenizer
@@ -244,13 +244,13 @@ def test_a_stopped_training_goes_on_with_its_average(features, alone, tmp_path):
 
 
 def test_scheduled_sampling_grows_linearly_with_the_steps(features, alone, tmp_path, monkeypatch):
-    seen, plain = [], Captioner.forward
+    seen, plain = [], TeacherForcing.forward
 
-    def forward(model, grid, captions, lengths, sampling_probability=0.0):
+    def forward(objective, grid, captions, lengths, sampling_probability=0.0):
         seen.append(sampling_probability)
-        return plain(model, grid, captions, lengths, sampling_probability)
+        return plain(objective, grid, captions, lengths, sampling_probability)
 
-    monkeypatch.setattr(Captioner, "forward", forward)
+    monkeypatch.setattr(TeacherForcing, "forward", forward)
     trained([*features, "model.scheduled_sampling=0.6"], tmp_path / "run", alone)
     assert seen == pytest.approx([0, 0.2, 0.4])
 

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from sat.model.kernels import choose as kernels
+from sat import machine
 from sat.model.kernels import native, torch_kernels
+from sat.model.kernels.choose import choose_kernels
 from sat.model.loss import linear_cross_entropy
 from sat.model.packing import pack
-from sat.model.recurrence import Weights, recur
+from sat.model.recurrence import Inputs, Loop, Weights, recur
 
 needs_compiler = pytest.mark.skipif(native.library()[0] is None, reason=f"no native kernels: {native.library()[1]}")
 KERNELS = [pytest.param(torch_kernels, id="pytorch"), pytest.param(native, id="native", marks=needs_compiler)]
@@ -46,7 +47,7 @@ def make_inputs(packing, gate_width, L=5, D=4, A=3, H=2, dtype=torch.float64, sc
 
 
 def call(module, packing, tanh, *inputs):
-    return recur(module, packing, tanh, *inputs[:5], Weights(*inputs[5:]))
+    return recur(Loop(module, packing, tanh), Inputs(*inputs[:5]), Weights(*inputs[5:]))
 
 
 @pytest.mark.parametrize("module", KERNELS)
@@ -142,13 +143,12 @@ def test_chunked_cross_entropy_equals_the_whole_one(module, smoothing, dtype, to
 
 def test_without_a_compiler_the_pytorch_kernels_serve_and_always_is_refused(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.delenv("CXX", raising=False)
     native.library.cache_clear()
     try:
-        assert kernels.choose_kernels("auto", torch.empty(0)) is torch_kernels
-        assert "there is no C++ compiler" in kernels.speed_up("auto", "cpu")
+        assert choose_kernels("auto", torch.empty(0)) is torch_kernels
+        assert "there is no C++ compiler" in machine.speed_up("auto", "cpu")
         with pytest.raises(ValueError, match="train.kernels is native, but .* there is no C\\+\\+ compiler; use auto"):
-            kernels.choose_kernels("native", torch.empty(0))
+            choose_kernels("native", torch.empty(0))
     finally:
         native.library.cache_clear()
 
@@ -157,7 +157,7 @@ def test_a_compiler_that_fails_is_named_with_its_message(monkeypatch, tmp_path):
     compiler = tmp_path / "c++"
     compiler.write_text("#!/bin/sh\necho out of registers >&2\nexit 1\n")
     compiler.chmod(0o755)
-    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     native.library.cache_clear()
     try:
@@ -169,7 +169,7 @@ def test_a_compiler_that_fails_is_named_with_its_message(monkeypatch, tmp_path):
 
 @needs_compiler
 def test_two_processes_build_at_once_and_leave_one_library(tmp_path):
-    program = "from sat.model import native; assert native.library()[0]"
+    program = "from sat.model.kernels import native; assert native.library()[0]"
     environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
     processes = [subprocess.Popen([sys.executable, "-c", program], env=environment) for _ in range(2)]
     assert [process.wait(timeout=120) for process in processes] == [0, 0]
@@ -178,12 +178,12 @@ def test_two_processes_build_at_once_and_leave_one_library(tmp_path):
 
 def test_never_calls_no_compiler(monkeypatch):
     monkeypatch.setattr(native, "library", lambda: pytest.fail("built"))
-    assert kernels.choose_kernels("torch", torch.empty(0)) is torch_kernels
-    assert "train.kernels=torch" in kernels.speed_up("torch", "cpu")
+    assert choose_kernels("torch", torch.empty(0)) is torch_kernels
+    assert "train.kernels=torch" in machine.speed_up("torch", "cpu")
 
 
 def test_fp32_products_stay_exact_whatever_route_was_chosen():
-    kernels.speed_up("torch", "cpu")
+    machine.speed_up("torch", "cpu")
     a, b = torch.randn(33, 2048), torch.randn(2048, 65)
     assert ((a @ b) - a.double() @ b.double()).norm() < 4e-6 * (a.double() @ b.double()).norm()
 
@@ -194,10 +194,10 @@ def test_fp32_products_stay_exact_whatever_route_was_chosen():
     ids=["AMX", "no AVX-512", "Intel", "unknown"],
 )
 def test_fp32_products_keep_their_route_on_cpus_that_might_round_or_gain_nothing(flags, monkeypatch):
-    monkeypatch.setattr(kernels, "_cpu_flags", lambda: flags)
-    monkeypatch.setattr(kernels, "_product_error", lambda: pytest.fail("tried the other route"))
+    monkeypatch.setattr(machine, "_cpu_flags", lambda: flags)
+    monkeypatch.setattr(machine, "_product_error", lambda: pytest.fail("tried the other route"))
     torch.backends.mkldnn.matmul.fp32_precision = "ieee"
-    assert kernels.speed_up("torch", "cpu").endswith("; fp32 products by torch's default library")
+    assert machine.speed_up("torch", "cpu").endswith("; fp32 products by torch's default library")
     assert torch.backends.mkldnn.matmul.fp32_precision == "ieee"
 
 
@@ -217,23 +217,23 @@ def test_fp32_products_go_to_onednn_only_where_it_was_seen_to_be_exact(before, e
         routes.append(torch.backends.mkldnn.matmul.fp32_precision)
         return error
 
-    monkeypatch.setattr(kernels, "_cpu_flags", lambda: NEW_AMD)
-    monkeypatch.setattr(kernels, "_product_error", product_error)
+    monkeypatch.setattr(machine, "_cpu_flags", lambda: NEW_AMD)
+    monkeypatch.setattr(machine, "_product_error", product_error)
     torch.backends.mkldnn.matmul.fp32_precision = before
-    assert kernels.speed_up("torch", "cpu").endswith(f"; fp32 products by {line}")
+    assert machine.speed_up("torch", "cpu").endswith(f"; fp32 products by {line}")
     assert routes == ["bf16"]  # it was measured on the route it judges
     assert torch.backends.mkldnn.matmul.fp32_precision == (after or before)
 
 
 def test_the_error_of_products_tells_bf16_rounding_from_fp32(monkeypatch):
     torch.backends.mkldnn.matmul.fp32_precision = "ieee"
-    assert kernels._product_error() < kernels.EXACT
+    assert machine._product_error() < machine.EXACT
 
     def rounded(a, b):
         return torch.mm(a.bfloat16().float(), b.bfloat16().float()) if a.dtype == torch.float32 else torch.mm(a, b)
 
     monkeypatch.setattr(torch.Tensor, "__matmul__", rounded)
-    assert kernels._product_error() > 100 * kernels.EXACT
+    assert machine._product_error() > 100 * machine.EXACT
 
 
 @needs_compiler
@@ -242,7 +242,7 @@ def test_a_library_that_cannot_be_loaded_is_built_anew(monkeypatch, tmp_path):
     compiler = tmp_path / "c++"  # it only copies: `-o FILE` comes last
     compiler.write_text(f'#!/bin/sh\nfor last; do :; done\n[ "$last" = --version ] || cp "{whole}" "$last"\n')
     compiler.chmod(0o755)
-    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     native.library.cache_clear()
     try:
@@ -252,7 +252,7 @@ def test_a_library_that_cannot_be_loaded_is_built_anew(monkeypatch, tmp_path):
     assert path.is_relative_to(tmp_path)
     path.unlink()  # a file in use must not be written to
     path.write_text("<html>not a library</html>")
-    program = "from sat.model import native; print(native.library())"
+    program = "from sat.model.kernels import native; print(native.library())"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
     assert "<CDLL" in done.stdout and f"{path}, built in " in done.stdout
     assert path.read_bytes() == Path(whole).read_bytes()

@@ -10,12 +10,13 @@ from hypothesis import strategies as st
 from torch import nn
 
 from sat.model.captioner import Captioner
+from sat.model.spec import CaptionerSpec, Sizes
 from sat.optim import WeightAverage, build_optimizer, learning_rate
 
 
 def captioner() -> Captioner:
     torch.manual_seed(0)
-    return Captioner(vocab_size=11, grid_size=4, feature_dim=8, embedding_dim=6, lstm_dim=5, attention_dim=7)
+    return Captioner(CaptionerSpec(embedding_dim=6, lstm_dim=5, attention_dim=7), Sizes(11, 4, 8))
 
 
 def test_matrices_decay_and_biases_vectors_and_embeddings_never_do():

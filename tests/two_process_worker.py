@@ -32,9 +32,9 @@ def losses_are_kept(learner, kept: list[float]):
     """Write down this rank's NLL per token of each micro-batch."""
 
     def hook(_module, _arguments, sums):
-        kept.append(float(sums.nll / sums.tokens.clamp_min(1)))
+        kept.append(float(sums.counts["nll"] / sums.counts["tokens"].clamp_min(1)))
 
-    learner.module.register_forward_hook(hook)
+    learner.objective.register_forward_hook(hook)
 
 
 def main() -> None:

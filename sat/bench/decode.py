@@ -18,9 +18,9 @@ from torch.nn import functional
 from sat.bench.harness import InOwnProcess, alternated_medians, report
 from sat.evaluation.decoding import decode
 from sat.evaluation.options import DecodeOptions
+from sat.machine import speed_up
 from sat.model.captioner import CLAMP, Captioner, Memory
-from sat.model.kernels.choose import speed_up
-from sat.model.spec import PRESETS
+from sat.model.spec import PRESETS, CaptionerSpec, Sizes
 from sat.text import END, PAD, START
 
 LOGITS_STD = 6.0
@@ -36,7 +36,7 @@ def run(
     preset: Annotated[str, typer.Option(help="Preset of the model, see `sat.config`.")] = "paper",
     width: Annotated[int, typer.Option(help="Width of embedding, LSTM and attention.")] = 512,
     vocab_size: Annotated[int, typer.Option(help="Words.")] = 10_000,
-) -> list[dict]:
+) -> list[dict[str, object]]:
     """Measure both in turn, on a GPU where there is one, and compare their captions; one row per grid, float32."""
     if preset not in PRESETS:
         raise ValueError(f"preset {preset!r} is unknown; choose from {', '.join(PRESETS)}")
@@ -53,12 +53,17 @@ def run(
     return rows
 
 
-def _compare(model: Captioner, grid: Tensor, options: DecodeOptions, rounds: int) -> dict:
+def _compare(model: Captioner, grid: Tensor, options: DecodeOptions, rounds: int) -> dict[str, object]:
     one_by_one = InOwnProcess(one_image_at_a_time, model, grid, options, device=grid.device.type)
-    contenders = {"ours": lambda: decode(model, grid, options), "baseline": one_by_one}
+    contenders: dict[str, Callable[[], object]] = {
+        "ours": lambda: decode(model, grid, options),
+        "baseline": one_by_one,
+    }
     seconds = alternated_medians(contenders, rounds=rounds, device=grid.device.type)
     captions = [found[0].tokens for found in decode(model, grid, options)]
-    same = sum(mine == theirs for mine, theirs in zip(captions, one_by_one(), strict=True))
+    others = one_by_one()
+    assert isinstance(others, list)
+    same = sum(mine == theirs for mine, theirs in zip(captions, others, strict=True))
     one_by_one.close()
     return {
         "images": len(grid),
@@ -87,18 +92,19 @@ def search_one_image(model: Captioner, grid: Tensor, beam_size: int, max_length:
 
     One copy of the grid per beam, projected anew at every word, until as many captions have ended as there were beams.
     """
-    attention, live = model.attention, beam_size
+    attention, gate, live = model.attention, model.gate, beam_size
+    assert attention and gate
     grid = ((grid - model.feature_mean) / model.feature_std).clamp(-CLAMP, CLAMP)
-    h, c = (x[0].expand(live, -1) for x in model.init_state(Memory(grid[None], grid[None])))
+    h, c = (x[0].expand(live, -1) for x in model.init_state(Memory(grid[None], grid[None], grid[None])))
     grid = grid.expand(live, -1, -1)  # [k, L, D]
     sequences, totals = torch.full((live, 1), START, device=grid.device), torch.zeros(live, 1, device=grid.device)
     finished: list[tuple[float, list[int]]] = []
     for step in range(max_length):
         words = model.embed(sequences[:, -1])
         hidden = attention.project(grid) + attention.query(h)[:, None]  # [k, L, A]
-        hidden = hidden.tanh() if attention.activation == "tanh" else hidden.relu()
+        hidden = hidden.tanh() if attention.tanh else hidden.relu()
         alpha = attention.score(hidden).softmax(1)  # [k, L, 1]
-        context = (alpha * grid).sum(1) * model.gate(h).sigmoid()  # [k, D]
+        context = (alpha * grid).sum(1) * gate(h).sigmoid()  # [k, D]
         h, c = model.lstm(model.word_gates(words), context, h, c)
         scores = functional.log_softmax(model.vocabulary(model.output_features(words, h, context)), dim=1)
         scores[:, [PAD, START]] = -torch.inf
@@ -107,7 +113,7 @@ def search_one_image(model: Captioner, grid: Tensor, beam_size: int, max_length:
         parents, words = places // scores.shape[1], places % scores.shape[1]
         sequences = torch.cat([sequences[parents], words[:, None]], dim=1)
         ended = words == END
-        finished += zip(best[ended].tolist(), sequences[ended].tolist())
+        finished += zip(best[ended].tolist(), sequences[ended].tolist(), strict=True)
         live -= int(ended.sum())
         if live == 0:
             break
@@ -116,21 +122,16 @@ def search_one_image(model: Captioner, grid: Tensor, beam_size: int, max_length:
         h, c, grid = h[going_on], c[going_on], grid[going_on]
     if finished:
         return max(finished)[1][1:-1]
-    return sequences[totals[:, 0].argmax()][1:].tolist()
+    unfinished: list[int] = sequences[totals[:, 0].argmax()][1:].tolist()
+    return unfinished
 
 
 @torch.no_grad()
 def model_with_endings(preset: str, grid_size: int, width: int, vocab_size: int) -> Captioner:
     """A model in eval mode with random but peaked words, whose captions end after about ten of them."""
     torch.manual_seed(0)
-    model = Captioner(
-        vocab_size=vocab_size,
-        grid_size=grid_size,
-        embedding_dim=width,
-        lstm_dim=width,
-        attention_dim=width,
-        **PRESETS[preset],
-    ).eval()
+    spec = CaptionerSpec.of_preset(preset, embedding_dim=width, lstm_dim=width, attention_dim=width)
+    model = Captioner(spec, Sizes(vocab_size, grid_size)).eval()
     for name, parameter in model.named_parameters():
         if parameter.dim() > 1:  # keep the variance through every layer
             torch.nn.init.normal_(parameter, std=1.0 if name == "embedding.weight" else parameter.shape[1] ** -0.5)
@@ -143,6 +144,7 @@ def model_with_endings(preset: str, grid_size: int, width: int, vocab_size: int)
 
 def _end_after_ten_words(model: Captioner) -> None:
     """The last LSTM unit's cell grows by 0.1 a word, whatever it sees; only `<end>` looks at it, and at it alone."""
+    assert model.context_gates and model.init_c
     gates = (model.word_gates, model.state_gates, model.context_gates)
     for gate, bias in enumerate((10.0, 10.0, 0.1, 10.0)):  # input, forget, cell, output
         row = (gate + 1) * model.state_gates.in_features - 1
@@ -151,7 +153,7 @@ def _end_after_ten_words(model: Captioner) -> None:
         model.word_gates.bias[row] = bias
     last = [layer for layer in model.init_c.modules() if isinstance(layer, torch.nn.Linear)][-1]
     last.weight[-1], last.bias[-1] = 0, 0
-    if model.output_state:  # carry the unit to the last output feature, alone
+    if model.output_state and model.output_context:  # carry the unit to the last output feature, alone
         model.embedding.weight[:, -1], model.output_context.weight[-1] = 0, 0
         model.output_state.weight[-1], model.output_state.weight[-1, -1] = 0, 1
     model.vocabulary.weight[:, -1], model.vocabulary.weight[END] = 0, 0

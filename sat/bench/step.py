@@ -23,10 +23,11 @@ import typer
 from torch import Tensor, nn
 
 from sat.bench.harness import InOwnProcess, alternated_medians, gemm_peak, peak_memory_mb, report
+from sat.machine import speed_up
 from sat.model.captioner import Captioner
-from sat.model.kernels.choose import speed_up
 from sat.model.loss import total_loss
-from sat.model.spec import PRESETS
+from sat.model.objectives.teacher_forcing import TeacherForcing
+from sat.model.spec import CaptionerSpec, Sizes
 from sat.optim import build_optimizer
 
 IMAGES, CAPTIONS, VOCABULARY, WIDTH, FEATURES = 32, 5, 10_000, 512, 2048
@@ -66,10 +67,10 @@ def run(
     grids: Annotated[str, typer.Option(help="Grids, comma-separated: 7x7, 14x14.")] = "7x7,14x14",
     precisions: Annotated[str, typer.Option(help="Precisions, comma-separated: fp32, bf16.")] = "fp32,bf16",
     rounds: Annotated[int, typer.Option(help="Turns of both contenders, each on another batch; medians count.")] = 3,
-) -> list[dict]:
+) -> list[dict[str, object]]:
     """Measure both in turn, on a GPU where there is one; one row per precision and grid."""
     chosen = grids.split(","), precisions.split(",")
-    for names, known in zip(chosen, (GRIDS, PRECISIONS), strict=True):
+    for names, known in zip(chosen, (list(GRIDS), list(PRECISIONS)), strict=True):
         if unknown := set(names) - set(known):
             raise ValueError(f"{', '.join(sorted(unknown))} is unknown; choose from {', '.join(known)}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -80,7 +81,9 @@ def run(
     return rows
 
 
-def measure(grid: str, precision: str, batches: list[tuple[Tensor, Tensor]], rounds: int, device: str) -> dict:
+def measure(
+    grid: str, precision: str, batches: list[tuple[Tensor, Tensor]], rounds: int, device: str
+) -> dict[str, object]:
     """One row of the table: both contenders on the same batches, the first of which only warms up."""
     torch.manual_seed(0)
     features = torch.randn(IMAGES, GRIDS[grid], FEATURES, device=device).relu().bfloat16()
@@ -114,10 +117,9 @@ def measure(grid: str, precision: str, batches: list[tuple[Tensor, Tensor]], rou
 def our_step(features: Tensor, batches: list[tuple[Tensor, Tensor]], dtype: torch.dtype) -> Callable[[], None]:
     """A function that takes one optimizer step over the whole of the next batch."""
     device = features.device
-    widths = dict(embedding_dim=WIDTH, lstm_dim=WIDTH, attention_dim=WIDTH)
-    model = Captioner(
-        vocab_size=VOCABULARY, grid_size=features.shape[1], feature_dim=FEATURES, **widths, **PRESETS["tutorial"]
-    ).to(device)
+    spec = CaptionerSpec.of_preset("tutorial", embedding_dim=WIDTH, lstm_dim=WIDTH, attention_dim=WIDTH)
+    model = Captioner(spec, Sizes(VOCABULARY, features.shape[1], FEATURES)).to(device)
+    objective = TeacherForcing(model)
     optimizer = build_optimizer(model, learning_rate=4e-4, weight_decay=0.0, encoder_learning_rate=0.0)
 
     upcoming = itertools.cycle(batches)
@@ -125,9 +127,9 @@ def our_step(features: Tensor, batches: list[tuple[Tensor, Tensor]], dtype: torc
     def step() -> None:
         captions, lengths = next(upcoming)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            sums = model(features, captions, lengths)
+            sums = objective(features, captions, lengths)
         optimizer.zero_grad()
-        total_loss(sums, sums.tokens, sums.captions).backward()
+        total_loss(sums, sums.counts["tokens"], sums.counts["captions"]).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 5.0)
         optimizer.step()
 
@@ -137,7 +139,7 @@ def our_step(features: Tensor, batches: list[tuple[Tensor, Tensor]], dtype: torc
 class PerCaptionLoop(nn.Module):
     """The popular implementation's decoder (preset `tutorial`), one `nn.LSTMCell` step a word."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.embedding = nn.Embedding(VOCABULARY, WIDTH)
         self.project, self.query, self.score = nn.Linear(FEATURES, WIDTH), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 1)

@@ -10,13 +10,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-ENTROPY_WEIGHT = 0.002
-"""Weight of the entropy of alpha in hard attention's objective (authors' code)."""
-REWARD_SCALE = 0.1
-"""Weight of the reward in hard attention's objective (authors' code)."""
-BASELINE_DECAY = 0.9
-"""Decay of the moving average of the NLL that serves as the reward's baseline (paper, section 4.1)."""
-
 
 class Attended(NamedTuple):
     context: Tensor
@@ -30,17 +23,17 @@ class Attended(NamedTuple):
 class Attention(nn.Module):
     """e_ti = u . act(W_a a_i + W_h h_{t-1}), alpha_t = softmax(e_t): the parameters; `attend` is the computation."""
 
-    def __init__(self, feature_dim: int, lstm_dim: int, attention_dim: int, score: str):
+    def __init__(self, feature_dim: int, lstm_dim: int, attention_dim: int, score: str) -> None:
         super().__init__()
         self.project = nn.Linear(feature_dim, attention_dim)
         self.query = nn.Linear(lstm_dim, attention_dim, bias=False)
         self.score = nn.Linear(attention_dim, 1, bias=False)
-        self.activation = score
+        self.tanh = score == "tanh"
 
     def alpha(self, projection: Tensor, query: Tensor) -> Tensor:
         """Distribution over locations [B, k, L], float32 or wider, of `projection` [B, L, A] and `query` [B, k, A]."""
         hidden = projection[:, None] + query[:, :, None]  # [B, k, L, A]
-        hidden = hidden.tanh() if self.activation == "tanh" else hidden.relu()
+        hidden = hidden.tanh() if self.tanh else hidden.relu()
         scores = hidden @ self.score.weight[0].to(hidden.dtype)
         return scores.to(torch.promote_types(scores.dtype, torch.float32)).softmax(-1)
 
@@ -54,7 +47,7 @@ def attend_soft(attention: Attention, grid: Tensor, projection: Tensor, query: T
 def attend_hard(attention: Attention, grid: Tensor, projection: Tensor, query: Tensor, exact: Tensor) -> Attended:
     """Context of one location s_t ~ Multinoulli(alpha_t), or of alpha itself where `exact` (bool [B, k]) is true.
 
-    Paper, section 4.1. A drawn location passes no gradient to alpha: `reinforce_sums` supplies it.
+    Paper, section 4.1. A drawn location passes no gradient to alpha: the objective supplies it.
     """
     alpha = attention.alpha(projection, query)
     chosen = torch.multinomial(alpha.detach().flatten(0, 1), 1).view(alpha.shape[:2])
@@ -73,16 +66,3 @@ def attend_for_inference(attention: Attention, grid: Tensor, projection: Tensor,
 
 def _one_hot(location: Tensor, alpha: Tensor) -> Tensor:
     return torch.zeros_like(alpha).scatter_(2, location[..., None], 1)
-
-
-def reinforce_sums(alpha: Tensor, chosen: Tensor, nll: Tensor, baseline: Tensor) -> Tensor:
-    """Scalar whose gradient is hard attention's: REINFORCE at the drawn locations and entropy bonus, summed over words.
-
-    `alpha` [M, L], `chosen` [M] (-1: nothing drawn), `nll` [M] of the word that followed, `baseline` scalar. As in the
-    authors' code a location's reward is the log-likelihood of the very word it led to, against the mean NLL per word.
-    """
-    log_alpha = alpha.clamp_min(torch.finfo(alpha.dtype).tiny).log()
-    drawn = log_alpha.gather(1, chosen.clamp_min(0)[:, None]).squeeze(1) * (chosen >= 0)
-    advantage = REWARD_SCALE * (baseline.to(nll.dtype) - nll.detach())
-    entropy = -(alpha * log_alpha).sum()
-    return -(advantage * drawn).sum() - ENTROPY_WEIGHT * entropy

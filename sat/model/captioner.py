@@ -1,6 +1,8 @@
 """The decoder of Show, Attend and Tell: an LSTM that looks at the image's grid before every word.
 
-Both the paper and its popular re-implementation are settings of this one module (names as in `sat.config.ModelConfig`).
+The parameters and one step. What is minimised, and how a caption is walked along in training, is the objective's matter
+(`sat.model.objectives`). Both the paper and its popular re-implementation are settings of this one module
+(`sat.model.spec`).
 Surprising: without autocast the type of the weights decides (so weights cast to bf16 compute in bf16, whatever the
 features' type); LSTM state, softmax and sums are float32 or wider in any case.
 
@@ -9,21 +11,20 @@ width, V words; N captions that exist ("rows"), M their words packed time-major 
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
-from sat.model.attention import BASELINE_DECAY, Attended, Attention, attend_for_inference, reinforce_sums
+from sat.model.attention import Attended, Attention, attend_for_inference
 from sat.model.initialise import initialise
-from sat.model.kernels import native
-from sat.model.kernels.choose import choose_kernels
-from sat.model.loss import LossSums, doubly_stochastic_penalty, linear_cross_entropy
-from sat.model.packing import Packing, pack
-from sat.model.rollout import Rollout, roll_out
+from sat.model.kernels.choose import choose_beam_kernels
+from sat.model.spec import CaptionerSpec, Sizes
 
 START = 1
 """Token id of `<start>` (the same in `sat.text`)."""
+END = 2
+"""Token id of `<end>` (the same in `sat.text`)."""
 CLAMP = 5.0
 """Standardised features are clamped to this many standard deviations: ResNet features have long tails."""
 
@@ -35,7 +36,7 @@ class Memory(NamedTuple):
     """[B, L, D] standardised grid in the type of the matrix products."""
     projection: Tensor
     """[B, L, A] its part of the attention score; A = 0 without attention."""
-    prepared: Tensor | None = None
+    prepared: Tensor
     """[B, L, A] the same as the native kernels want it; A = 0 where they do not serve."""
 
 
@@ -49,62 +50,59 @@ class State(NamedTuple):
 
 
 class Captioner(nn.Module):
-    """Grid -> caption. Call it for the training loss; `encode`, `init_state` and `step` serve decoding."""
+    """Grid -> words: `encode`, `init_state` and `step` serve decoding, the parts of a step serve the objectives."""
 
-    def __init__(
-        self,
-        *,
-        vocab_size: int,
-        grid_size: int,
-        feature_dim: int = 2048,
-        embedding_dim: int = 512,
-        lstm_dim: int = 512,
-        attention_dim: int = 512,
-        dropout: float = 0.5,
-        attention: str = "soft",
-        state_init: str = "mlp",
-        score: str = "tanh",
-        gate: str = "scalar",
-        output: str = "deep",
-        first_input: str = "zero",
-        penalty: str = "sum",
-        penalty_weight: float = 1.0,
-        weight_init: str = "normal",
-        hard_inference: str = "expectation",
-        label_smoothing: float = 0.0,
-        kernels: str = "auto",
-    ):
+    feature_mean: Tensor
+    """[D] of the stored features, as all three buffers."""
+    feature_std: Tensor
+    feature_scale: Tensor
+    """What a stored number is multiplied by: one, but for int8 features."""
+    reward_baseline: Tensor
+    """Scalar, of hard attention alone: moving average of the NLL per token."""
+
+    def __init__(self, spec: CaptionerSpec, sizes: Sizes, kernels: str = "auto") -> None:
+        """Fresh weights from torch's default generator. `kernels`: see `sat.model.kernels.choose`."""
         super().__init__()
-        self.grid_size, self.kind, self.hard_inference, self.kernels = grid_size, attention, hard_inference, kernels
-        self.first_input, self.label_smoothing = first_input, label_smoothing
-        self.penalty, self.penalty_weight = penalty, penalty_weight
-        attends, deep = attention != "none", output == "deep"
+        self.spec, self.sizes, self.kernels = spec, sizes, kernels
+        attends, deep = spec.attention != "none", spec.output == "deep"
+        V, D, E, H = sizes.vocab_size, sizes.feature_dim, spec.embedding_dim, spec.lstm_dim
 
-        self.embedding = nn.Embedding(vocab_size, embedding_dim)
-        self.word_gates = nn.Linear(embedding_dim, 4 * lstm_dim)  # gate order: input, forget, cell, output
-        self.state_gates = nn.Linear(lstm_dim, 4 * lstm_dim, bias=False)
-        self.context_gates = nn.Linear(feature_dim, 4 * lstm_dim, bias=False) if attends else None
-        self.attention = Attention(feature_dim, lstm_dim, attention_dim, score) if attends else None
-        self.init_h = _state_initialiser(state_init, feature_dim, lstm_dim, dropout) if attends else None
-        self.init_c = _state_initialiser(state_init, feature_dim, lstm_dim, dropout) if attends else None
-        self.gate = nn.Linear(lstm_dim, feature_dim if gate == "vector" else 1) if attends and gate != "none" else None
-        self.image_word = None if attends else nn.Linear(feature_dim, embedding_dim)
-        self.output_state = nn.Linear(lstm_dim, embedding_dim) if deep else None
-        self.output_context = nn.Linear(feature_dim, embedding_dim, bias=False) if deep and attends else None
-        self.output_dropout = nn.Dropout(dropout)
-        self.vocabulary = nn.Linear(embedding_dim if deep else lstm_dim, vocab_size)
-        initialise(self, weight_init)
+        self.embedding = nn.Embedding(V, E)
+        self.word_gates = nn.Linear(E, 4 * H)  # gate order: input, forget, cell, output
+        self.state_gates = nn.Linear(H, 4 * H, bias=False)
+        self.context_gates = nn.Linear(D, 4 * H, bias=False) if attends else None
+        self.attention = Attention(D, H, spec.attention_dim, spec.score) if attends else None
+        self.init_h = _state_initialiser(spec, D) if attends else None
+        self.init_c = _state_initialiser(spec, D) if attends else None
+        self.gate = nn.Linear(H, D if spec.gate == "vector" else 1) if attends and spec.gate != "none" else None
+        self.image_word = None if attends else nn.Linear(D, E)
+        self.output_state = nn.Linear(H, E) if deep else None
+        self.output_context = nn.Linear(D, E, bias=False) if deep and attends else None
+        self.output_dropout = nn.Dropout(spec.dropout)
+        self.vocabulary = nn.Linear(E if deep else H, V)
+        initialise(
+            self,
+            spec.weight_init,
+            embedding=self.embedding,
+            vocabulary=self.vocabulary,
+            recurrent=self.state_gates,
+        )
 
-        self.register_buffer("feature_mean", torch.zeros(feature_dim))
-        self.register_buffer("feature_std", torch.ones(feature_dim))
-        self.register_buffer("feature_scale", torch.ones(feature_dim))
-        if attention == "hard":
+        self.register_buffer("feature_mean", torch.zeros(D))
+        self.register_buffer("feature_std", torch.ones(D))
+        self.register_buffer("feature_scale", torch.ones(D))
+        if spec.attention == "hard":
             self.register_buffer("reward_baseline", torch.zeros(()))
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+    @property
+    def captioner(self) -> Self:
+        """Itself: whoever trains or decodes need not know whether there is an encoder in front (`EndToEnd`)."""
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Moves and casts as usual, but keeps the buffers in float32: bf16 weights must not round the statistics."""
         exact = dict(self.named_buffers(recurse=False))
-        super()._apply(fn, recurse)
+        nn.Module._apply(self, fn, recurse)
         for name, buffer in self.named_buffers(recurse=False):
             if buffer.dtype in (torch.bfloat16, torch.float16):
                 setattr(self, name, exact[name].to(buffer.device))
@@ -117,22 +115,28 @@ class Captioner(nn.Module):
 
         `order` int64 [B'] picks and orders the images. Raises ValueError where L or D are not the model's.
         """
-        if grid.shape[1:] != (self.grid_size, len(self.feature_mean)):
-            raise ValueError(f"grid [B, {self.grid_size}, {len(self.feature_mean)}] expected, got {list(grid.shape)}")
+        expected = [self.sizes.grid_size, self.sizes.feature_dim]
+        if list(grid.shape[1:]) != expected:
+            raise ValueError(f"grid [B, {expected[0]}, {expected[1]}] expected, got {list(grid.shape)}")
         grid = self._standardised(grid, order)
         projection = self.attention.project(grid) if self.attention else grid[:, :, :0]
-        softly = self.kind == "soft" or self.hard_inference == "expectation"
-        serves = (
-            self.attention and softly and not torch.is_grad_enabled() and choose_kernels(self.kernels, grid) is native
-        )
-        prepared = native.prepare(projection, self.attention.activation == "tanh") if serves else grid[:, :, :0]
+        prepared = grid[:, :, :0]
+        if self.attention and self.expects and not torch.is_grad_enabled():
+            kernels = choose_beam_kernels(self.kernels, grid)
+            prepared = kernels.prepare(projection, self.attention.tanh) if kernels else prepared
         return Memory(grid, projection, prepared)
+
+    @property
+    def expects(self) -> bool:
+        """Whether decoding looks at the expected context, not at one location."""
+        return self.spec.attention == "soft" or self.spec.hard_inference == "expectation"
 
     def init_state(self, memory: Memory) -> State:
         """LSTM state before the first word, h and c: [B, 1, H]. Show and Tell reads the image as a first word."""
         mean = memory.grid.mean(1, keepdim=True, dtype=_wide(memory.grid.dtype)).to(memory.grid.dtype)  # [B, 1, D]
-        if self.attention:
+        if self.init_h and self.init_c:
             return State(self.init_h(mean).to(_wide(mean.dtype)), self.init_c(mean).to(_wide(mean.dtype)))
+        assert self.image_word
         zeros = mean.new_zeros(len(mean), 1, self.state_gates.in_features, dtype=_wide(mean.dtype))
         return State(*self.lstm(self.word_gates(self.image_word(mean)), None, zeros, zeros))
 
@@ -143,97 +147,49 @@ class Captioner(nn.Module):
         """
         words = self.embed(tokens)
         h, c, context, attended = self.advance(
-            words, state.h, state.c, lambda query: self._attend_for_inference(memory, query)
+            words, state.h, state.c, lambda attention, query: self._attend_for_inference(attention, memory, query)
         )
         logits = self.vocabulary(self.output_features(words, h, context)).to(h.dtype)
-        alpha = attended.alpha if attended else h.new_full((), 1 / self.grid_size).expand(*tokens.shape, self.grid_size)
+        L = self.sizes.grid_size
+        alpha = attended.alpha if attended else h.new_full((), 1 / L).expand(*tokens.shape, L)
         return logits, State(h, c), alpha
 
-    def _attend_for_inference(self, memory: Memory, query: Tensor) -> Attended:
-        how = "expectation" if self.kind == "soft" else self.hard_inference
-        fused = memory.prepared is not None and memory.prepared.numel() and not torch.is_grad_enabled()
-        if how != "expectation" or not fused:
-            return attend_for_inference(self.attention, memory.grid, memory.projection, query, how)
-        score = self.attention.score.weight[0].to(query.dtype)
-        tanh = self.attention.activation == "tanh"
-        return Attended(*native.attend_beams(memory.grid, memory.prepared, query, score, tanh), None)
-
-    # ------------------------------------------------------------------ training
-
-    def forward(self, grid: Tensor, captions: Tensor, lengths: Tensor, sampling_probability: float = 0.0) -> LossSums:
-        """Loss sums of `grid` [B, L, D] (as stored) with `captions` int64 [B, K, T + 1] and `lengths` int64 [B, K].
-
-        `lengths` counts predicted tokens (words and `<end>`), 0 for a caption that does not exist. In train mode
-        dropout, hard attention and scheduled sampling (with `sampling_probability` the model's own last word is fed)
-        draw from the default generators. Without any caption the sums are zeros that still reach every parameter.
-        """
-        packing = pack(captions, lengths)
-        if not packing.rows:
-            return self._zero_sums(grid)
-        memory = self.encode(grid, packing.images)
-        return self._loss(roll_out(self, memory, packing, sampling_probability), packing)
-
-    @torch.no_grad()
-    def update_baseline(self, mean_nll: Tensor | float) -> None:
-        """Move hard attention's reward baseline towards the global batch's mean NLL per token; the same on all."""
-        if self.kind == "hard":
-            self.reward_baseline.lerp_(torch.as_tensor(mean_nll).to(self.reward_baseline), 1 - BASELINE_DECAY)
-
-    def _loss(self, rollout: Rollout, packing: Packing) -> LossSums:
-        features = self.output_features(rollout.words, rollout.hidden, rollout.context)
-        words = linear_cross_entropy(
-            features,
-            *self.vocabulary.parameters(),
-            packing.targets,
-            self.label_smoothing,
-            choose_kernels(self.kernels, features),
-        )
-        per_token, penalty, zero = words.objective, torch.zeros_like(words.nll[0]), torch.zeros_like(words.nll[0])
-        if self.kind == "soft":  # the regulariser belongs to soft attention (paper, section 4.2.1)
-            penalty = self.penalty_weight * doubly_stochastic_penalty(rollout.alpha_sum, self.penalty).sum()
-        elif self.kind == "hard" and self.training:
-            per_token = per_token + reinforce_sums(rollout.alpha, rollout.chosen, words.nll, self.reward_baseline)
-        return LossSums(
-            per_token=per_token + penalty if self.penalty == "sum" else per_token,
-            per_caption=zero if self.penalty == "sum" else penalty,
-            nll=words.nll.sum(),
-            penalty=penalty.detach(),
-            tokens=words.correct.new_tensor(len(packing.targets)),
-            captions=words.correct.new_tensor(packing.rows[0]),
-            correct=words.correct,
-        )
-
-    def _zero_sums(self, grid: Tensor) -> LossSums:
-        total = sum((p.sum() * 0 for p in self.parameters() if p.requires_grad), self.vocabulary.bias.sum() * 0)
-        total = total + grid.sum() * 0 if grid.requires_grad else total
-        count = torch.zeros((), dtype=torch.int64, device=total.device)
-        return LossSums(total, total * 0, total.detach(), total.detach(), count, count, count)
+    def _attend_for_inference(self, attention: Attention, memory: Memory, query: Tensor) -> Attended:
+        kernels = None
+        if self.expects and memory.prepared.numel() and not torch.is_grad_enabled():
+            kernels = choose_beam_kernels(self.kernels, memory.grid)
+        if kernels is None:
+            how = "expectation" if self.expects else self.spec.hard_inference
+            return attend_for_inference(attention, memory.grid, memory.projection, query, how)
+        score = attention.score.weight[0].to(query.dtype)
+        return Attended(*kernels.attend_beams(memory.grid, memory.prepared, query, score, attention.tanh), None)
 
     # ------------------------------------------------------------------ parts of one step, for any leading dimensions
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Word vectors [..., E] of `tokens` [...]; `<start>` is the zero vector where `first_input` says so (paper)."""
-        words = self.embedding(tokens).to(self._matmul_dtype())
-        return words * (tokens != START)[..., None] if self.first_input == "zero" else words
+        words: Tensor = self.embedding(tokens).to(self._matmul_dtype())
+        return words * (tokens != START)[..., None] if self.spec.first_input == "zero" else words
 
     def advance(
-        self, words: Tensor, h: Tensor, c: Tensor, attend: Callable[[Tensor], Attended]
+        self, words: Tensor, h: Tensor, c: Tensor, attend: Callable[[Attention, Tensor], Attended]
     ) -> tuple[Tensor, Tensor, Tensor | None, Attended | None]:
-        """One word on: `words` [..., E], `h` and `c` [..., H], `attend` from a query [..., A] to what was seen.
+        """One word on: `words` [..., E], `h` and `c` [..., H], `attend` from the attention and a query [..., A] to
+        what was seen.
 
         Returns the new h and c, the gated context [..., D] and what `attend` returned (None without attention).
         """
         if self.attention is None:
             return *self.lstm(self.word_gates(words), None, h, c), None, None
         before = h.to(words.dtype)
-        attended = attend(self.attention.query(before))
+        attended = attend(self.attention, self.attention.query(before))
         context = attended.context * self.gate(before).sigmoid() if self.gate else attended.context
         return *self.lstm(self.word_gates(words), context, h, c), context, attended
 
     def lstm(self, word_gates: Tensor, context: Tensor | None, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
         """The LSTM cell (paper, eq. 1-3) from the words' share [..., 4H] of its gates and the context [..., D]."""
         gates = word_gates.to(c.dtype) + self.state_gates(h.to(word_gates.dtype))
-        if context is not None:
+        if self.context_gates and context is not None:
             gates = gates + self.context_gates(context)
         i, f, g, o = gates.chunk(4, dim=-1)
         c = f.sigmoid() * c + i.sigmoid() * g.tanh()
@@ -270,10 +226,9 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _state_initialiser(kind: str, feature_dim: int, lstm_dim: int, dropout: float) -> nn.Module:
+def _state_initialiser(spec: CaptionerSpec, feature_dim: int) -> nn.Module:
     """Mean grid [..., D] -> h0 or c0 [..., H]."""
-    if kind == "linear":
-        return nn.Linear(feature_dim, lstm_dim)
-    return nn.Sequential(
-        nn.Linear(feature_dim, lstm_dim), nn.ReLU(), nn.Dropout(dropout), nn.Linear(lstm_dim, lstm_dim), nn.Tanh()
-    )
+    H = spec.lstm_dim
+    if spec.state_init == "linear":
+        return nn.Linear(feature_dim, H)
+    return nn.Sequential(nn.Linear(feature_dim, H), nn.ReLU(), nn.Dropout(spec.dropout), nn.Linear(H, H), nn.Tanh())

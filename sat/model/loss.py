@@ -5,47 +5,36 @@ whole batch never exist. Surprising: its gradients are computed in the forward p
 hand, and only scaled in the backward pass.
 """
 
-from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from sat.model.kernels.interface import Kernels
 
 CHUNK_BYTES = 24 << 20
 """Memory of one chunk of logits; about a CPU's last-level cache."""
 
 
 class LossSums(NamedTuple):
-    """Sums over this micro-batch. Scalars; float32 (float64 in a float64 model), counts int64."""
+    """Sums over this micro-batch. Scalars; float32 (float64 in a float64 model), counts of things int64."""
 
     per_token: Tensor
     """Differentiable; to be divided by the number of tokens of the global batch."""
     per_caption: Tensor
     """Differentiable; to be divided by the number of captions of the global batch."""
-    nll: Tensor
-    """Detached: summed negative log-likelihood of the target tokens, in nats, without smoothing."""
-    penalty: Tensor
-    """Detached: summed attention regulariser, weight included."""
-    tokens: Tensor
-    """Predicted tokens."""
-    captions: Tensor
-    """Captions that have at least one token."""
-    correct: Tensor
-    """Tokens whose most probable prediction is right."""
+    counts: dict[str, Tensor]
+    """Detached sums by name, at least:
+
+    `nll`: negative log-likelihood of the target tokens, in nats, without smoothing; `penalty`: attention regulariser,
+    weight included; `tokens`: predicted tokens; `captions`: captions that have at least one token; `correct`: tokens
+    whose most probable prediction is right.
+    """
 
 
 def total_loss(sums: LossSums, global_tokens: Tensor | float, global_captions: Tensor | float) -> Tensor:
     """The objective's share of this micro-batch; the shares of all ranks and micro-batches add up to the loss."""
     return sums.per_token / max(global_tokens, 1) + sums.per_caption / max(global_captions, 1)
-
-
-def doubly_stochastic_penalty(alpha_sum: Tensor, kind: str) -> Tensor:
-    """Regulariser of each caption: `sum` or `mean` over locations of (1 - sum_t alpha_ti)^2 (paper, eq. 14).
-
-    `alpha_sum` [N, L] is summed over the words that exist, so padding counts for nothing. Returns [N].
-    """
-    deviation = (1 - alpha_sum).square()
-    return deviation.sum(1) if kind == "sum" else deviation.mean(1)
 
 
 class WordLoss(NamedTuple):
@@ -58,12 +47,11 @@ class WordLoss(NamedTuple):
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, smoothing: float, kernels: ModuleType
+    hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, smoothing: float, kernels: Kernels
 ) -> WordLoss:
     """Cross-entropy of `hidden` [M, E] @ `weight` [V, E]^T + `bias` [V] against `targets` int64 [M]; keeps no logits.
 
     Matrix products run in the type of `hidden`, softmax and sums in float32 (float64 for float64).
-    `kernels` is `sat.model.kernels.native` or `sat.model.kernels.torch_kernels`.
     """
     return WordLoss(*_LinearCrossEntropy.apply(hidden, weight, bias, targets, smoothing, kernels))
 
@@ -72,7 +60,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """With p = softmax(logits) and q = (1 - s) onehot + s / V: loss = -sum q log p, d loss / d logits = p - q."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, smoothing, kernels):
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, smoothing: float, kernels: Kernels
+    ) -> tuple[Tensor, Tensor, Tensor]:
         wide = torch.promote_types(hidden.dtype, torch.float32)
         dtypes = (hidden.dtype, weight.dtype, bias.dtype)
         weight, bias = weight.to(hidden.dtype), bias.to(wide)
@@ -99,6 +89,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return objective, nll, correct
 
     @staticmethod
-    def backward(ctx, grad_objective, _nll, _correct):
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad_objective, _, _ = grads
         gradients = ((g * grad_objective).to(d) for g, d in zip(ctx.saved_tensors, ctx.dtypes, strict=True))
         return *gradients, None, None, None

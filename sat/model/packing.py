@@ -79,7 +79,8 @@ class Slots:
     def spread(self, rows: Tensor) -> Tensor:
         """[n, ...] -> [B_t, K_t, ...], zeros where there is no row."""
         B, K = self.shape
-        return rows.new_zeros(B * K, *rows.shape[1:]).index_copy(0, self.position, rows).unflatten(0, (B, K))
+        flat = rows.new_zeros(B * K, *rows.shape[1:]).index_copy(0, self.position, rows)
+        return flat.view(B, K, *rows.shape[1:])
 
     def collect(self, rectangle: Tensor) -> Tensor:
         """[B_t, K_t, ...] -> [n, ...]"""

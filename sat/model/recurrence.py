@@ -6,14 +6,37 @@ loop. N rows, n of them running at step t, M packed words, L locations; H LSTM, 
 the gate (0, 1 or D).
 """
 
-from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from sat.model.kernels.torch_kernels import Seen
+from sat.model.kernels.interface import Kernels, Seen
 from sat.model.packing import Packing
+
+
+class Loop(NamedTuple):
+    """What drives the loop."""
+
+    kernels: Kernels
+    packing: Packing
+    tanh: bool
+    """The score's non-linearity: tanh or ReLU."""
+
+
+class Inputs(NamedTuple):
+    """What enters it: c in float32 or wider, all else in the type of the matrix products."""
+
+    grid: Tensor
+    """[B, L, D]"""
+    projection: Tensor
+    """[B, L, A]"""
+    word_gates: Tensor
+    """[M, 4H], the words' share of the gates."""
+    h: Tensor
+    """[N, H] from before the first step."""
+    c: Tensor
+    """[N, H]"""
 
 
 class Weights(NamedTuple):
@@ -29,24 +52,40 @@ class Weights(NamedTuple):
     """[A]"""
 
 
-def recur(
-    kernels: ModuleType,
-    packing: Packing,
-    tanh: bool,
-    grid: Tensor,
-    projection: Tensor,
-    word_gates: Tensor,
-    h: Tensor,
-    c: Tensor,
-    weights: Weights,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Run the loop over `packing`; returns hidden states [M, H], gated contexts [M, D], alpha summed per row [N, L].
+def recur(loop: Loop, inputs: Inputs, weights: Weights) -> tuple[Tensor, Tensor, Tensor]:
+    """Run the loop; returns hidden states [M, H], gated contexts [M, D] and alpha summed per row [N, L], wide."""
+    hidden, gated, alpha_sum = _Recurrence.apply(loop, *inputs, *weights)
+    return hidden, gated, alpha_sum
 
-    `grid` [B, L, D], `projection` [B, L, A], `word_gates` [M, 4H] (the words' share of the gates), h and c [N, H] from
-    before the first step; c and alpha in float32 or wider, all else in the type of the matrix products. `kernels` is
-    `sat.model.kernels.native` or `sat.model.kernels.torch_kernels`.
-    """
-    return _Recurrence.apply(kernels, packing, tanh, grid, projection, word_gates, h, c, *weights)
+
+class _Words(NamedTuple):
+    """What the loop leaves of every word, packed."""
+
+    states: Tensor
+    """[M, 4H + A + G] activations of the LSTM's gates, query, activation of the context gate."""
+    hidden: Tensor
+    """[M, H]"""
+    cells: Tensor
+    """[M, H] wide"""
+    contexts: Tensor
+    """[M, D]"""
+    gated: Tensor
+    """[M, D]; the contexts themselves where there is no gate."""
+    alphas: Tensor
+    """[M, L] wide"""
+
+    @classmethod
+    def empty(cls, inputs: Inputs, weights: Weights) -> "_Words":
+        M, H = len(inputs.word_gates), inputs.h.shape[1]
+        contexts = inputs.word_gates.new_empty(M, inputs.grid.shape[2])
+        return cls(
+            states=inputs.word_gates.new_empty(M, len(weights.state)),
+            hidden=inputs.word_gates.new_empty(M, H),
+            cells=inputs.c.new_empty(M, H),
+            contexts=contexts,
+            gated=torch.empty_like(contexts) if len(weights.gate_bias) else contexts,
+            alphas=inputs.c.new_empty(M, inputs.grid.shape[1]),
+        )
 
 
 class _Recurrence(torch.autograd.Function):
@@ -76,111 +115,86 @@ class _Recurrence(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, kernels, packing, tanh, grid, projection, word_gates, h, c, *weights):
-        state_weight, gate_bias, context_weight, score = weights
-        M, H, A = len(word_gates), h.shape[1], len(score)
-        seen = Seen(packing, grid.contiguous(), kernels.prepare(projection, tanh), score, tanh)
-        states = word_gates.new_empty(M, len(state_weight))
-        hidden, cells = word_gates.new_empty(M, H), c.new_empty(M, H)
-        contexts = word_gates.new_empty(M, grid.shape[2])
-        gated = torch.empty_like(contexts) if len(gate_bias) else contexts
-        alphas, alpha_sum = c.new_empty(M, grid.shape[1]), c.new_zeros(len(c), grid.shape[1])
-        h_first, c_first = h, c
+    def forward(ctx: Any, loop: Loop, *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        inputs, weights = Inputs(*tensors[:5]), Weights(*tensors[5:])
+        kernels, packing, tanh = loop
+        H, A = inputs.h.shape[1], len(weights.score)
+        seen = Seen(packing, inputs.grid.contiguous(), kernels.prepare(inputs.projection, tanh), weights.score, tanh)
+        words = _Words.empty(inputs, weights)
+        alpha_sum = inputs.c.new_zeros(len(inputs.c), inputs.grid.shape[1])
+        h, c = inputs.h, inputs.c
         for t, step in enumerate(packing.steps):
-            n, s = packing.rows[t], states[step]
-            torch.mm(h[:n], state_weight.t(), out=s)
-            kernels.attend(seen, t, s[:, 4 * H : 4 * H + A], alphas[step], contexts[step])
-            alpha_sum[:n] += alphas[step]
-            if len(gate_bias):
-                gate = s[:, 4 * H + A :].add_(gate_bias).sigmoid_()
-                torch.mul(contexts[step], gate, out=gated[step])
-            context_gates = gated[step] @ context_weight.t()
-            kernels.cell(s[:, : 4 * H], word_gates[step], context_gates, c[:n], cells[step], hidden[step])
-            h, c = hidden[step], cells[step]
-        ctx.save_for_backward(
-            seen.grid,
-            seen.projection,
-            h_first,
-            c_first,
-            state_weight,
-            context_weight,
-            score,
-            states,
-            hidden,
-            cells,
-            contexts,
-            gated,
-            alphas,
-        )
-        ctx.kernels, ctx.packing, ctx.tanh, ctx.gate_width = kernels, packing, tanh, len(gate_bias)
+            n, s = packing.rows[t], words.states[step]
+            torch.mm(h[:n], weights.state.t(), out=s)
+            kernels.attend(seen, t, s[:, 4 * H : 4 * H + A], words.alphas[step], words.contexts[step])
+            alpha_sum[:n] += words.alphas[step]
+            if len(weights.gate_bias):
+                gate = s[:, 4 * H + A :].add_(weights.gate_bias).sigmoid_()
+                torch.mul(words.contexts[step], gate, out=words.gated[step])
+            context_gates = words.gated[step] @ weights.context.t()
+            h_now, c_now = words.hidden[step], words.cells[step]
+            kernels.cell(s[:, : 4 * H], inputs.word_gates[step], context_gates, c[:n], c_now, h_now)
+            h, c = h_now, c_now
+        kept = (seen.grid, seen.projection, inputs.h, inputs.c, weights.state, weights.context, weights.score)
+        ctx.save_for_backward(*kept, *words)
+        ctx.loop, ctx.gate_width = loop, len(weights.gate_bias)
         ctx.set_materialize_grads(False)
-        return hidden, gated, alpha_sum
+        return words.hidden, words.gated, alpha_sum
 
     @staticmethod
-    def backward(ctx, grad_hidden, grad_gated, grad_alpha_sum):
-        (
-            grid,
-            projection,
-            h_first,
-            c_first,
-            state_weight,
-            context_weight,
-            score,
-            states,
-            hidden,
-            cells,
-            contexts,
-            gated,
-            alphas,
-        ) = ctx.saved_tensors
-        kernels, packing, H, A = ctx.kernels, ctx.packing, hidden.shape[1], len(score)
-        seen = Seen(packing, grid, projection, score, ctx.tanh)
-        grad_states, grad_scores = torch.empty_like(states), torch.empty_like(alphas)
-        grad_contexts = torch.empty_like(contexts)
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        grid, projection, h_first, c_first, state_weight, context_weight, score, *kept = ctx.saved_tensors
+        (kernels, packing, tanh), words = ctx.loop, _Words(*kept)
+        H, A = words.hidden.shape[1], len(score)
+        grad_hidden, grad_gated, grad_alpha_sum = grads
+        seen = Seen(packing, grid, projection, score, tanh)
+        grad_states, grad_scores = torch.empty_like(words.states), torch.empty_like(words.alphas)
+        grad_contexts = torch.empty_like(words.contexts)
         grad_h, grad_c = torch.zeros_like(c_first), torch.zeros_like(c_first)
         if grad_alpha_sum is None:
-            grad_alpha_sum = torch.zeros_like(alphas[: len(c_first)])
+            grad_alpha_sum = torch.zeros_like(words.alphas[: len(c_first)])
         grad_alpha_sum = grad_alpha_sum.contiguous()
+        query = slice(4 * H, 4 * H + A)
         for t in reversed(range(len(packing.rows))):
             step, n = packing.steps[t], packing.rows[t]
-            s, grad_s = states[step], grad_states[step]
-            c_before = cells[packing.steps[t - 1]][:n] if t else c_first
+            s, grad_s = words.states[step], grad_states[step]
+            c_before = words.cells[packing.steps[t - 1]][:n] if t else c_first
             if grad_hidden is not None:
                 grad_h[:n] += grad_hidden[step]
-            kernels.cell_backward(s[:, : 4 * H], c_before, cells[step], grad_h[:n], grad_c[:n], grad_s[:, : 4 * H])
+            kernels.cell_backward(
+                s[:, : 4 * H], c_before, words.cells[step], grad_h[:n], grad_c[:n], grad_s[:, : 4 * H]
+            )
             grad = grad_s[:, : 4 * H] @ context_weight
             if grad_gated is not None:
                 grad += grad_gated[step]
             if ctx.gate_width:
-                gate = s[:, 4 * H + A :]
-                asked = grad * contexts[step]
-                asked = asked.sum(1, keepdim=True) if ctx.gate_width == 1 else asked
-                grad_s[:, 4 * H + A :] = asked * gate * (1 - gate)
-                grad *= gate
+                _through_the_gate(grad, words.contexts[step], s[:, 4 * H + A :], grad_s[:, 4 * H + A :])
             grad_contexts[step] = grad
-            query = slice(4 * H, 4 * H + A)
             kernels.attend_backward(
-                seen, t, s[:, query], alphas[step], grad, grad_alpha_sum[:n], grad_scores[step], grad_s[:, query]
+                seen, t, s[:, query], words.alphas[step], grad, grad_alpha_sum[:n], grad_scores[step], grad_s[:, query]
             )
             grad_h[:n] = grad_s @ state_weight
 
-        before = torch.cat([h_first, hidden])[packing.previous]
-        grad_projection, grad_score = kernels.attend_backward_shared(seen, states[:, 4 * H : 4 * H + A], grad_scores)
+        before = torch.cat([h_first, words.hidden])[packing.previous]
+        grad_projection, grad_score = kernels.attend_backward_shared(seen, words.states[:, query], grad_scores)
+        grad_grid = _grad_grid(packing, grid, words.alphas, grad_contexts) if ctx.needs_input_grad[1] else None
         grad_gates = grad_states[:, : 4 * H]
-        return (
-            None,
-            None,
-            None,
-            _grad_grid(packing, grid, alphas, grad_contexts) if ctx.needs_input_grad[3] else None,
-            grad_projection,
-            grad_gates,
-            grad_h.to(h_first.dtype),
-            grad_c,
-            grad_states.t() @ before,
-            grad_states[:, 4 * H + A :].sum(0),
-            grad_gates.t() @ gated,
-            grad_score.to(score.dtype),
+        of_inputs = (grad_grid, grad_projection, grad_gates, grad_h.to(h_first.dtype), grad_c)
+        of_weights = Weights(
+            state=grad_states.t() @ before,
+            gate_bias=grad_states[:, 4 * H + A :].sum(0),
+            context=grad_gates.t() @ words.gated,
+            score=grad_score.to(score.dtype),
         )
+        return None, *of_inputs, *of_weights
+
+
+def _through_the_gate(grad: Tensor, context: Tensor, gate: Tensor, grad_gate: Tensor) -> None:
+    """Turn `grad` [n, D] of the gated context into that of the `context`; fill that of the `gate` [n, G]'s argument."""
+    asked = grad * context
+    asked = asked.sum(1, keepdim=True) if gate.shape[1] == 1 else asked
+    grad_gate.copy_(asked * gate * (1 - gate))
+    grad *= gate
 
 
 def _grad_grid(packing: Packing, grid: Tensor, alphas: Tensor, grad_contexts: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class CaptionerSpec:
-    """The section `model` of the configuration, and what `Captioner(spec, sizes)` takes. ValueError for what is none."""
+    """The section `model` of the configuration, and what `Captioner` takes. ValueError for what is none."""
 
     preset: str = setting("paper", choices=tuple(PRESETS))
     """`paper` or `tutorial`; the settings below default to the preset's."""
@@ -60,11 +60,11 @@ class CaptionerSpec:
     first_input: str = setting("zero", choices=("zero", "start"))
     """LSTM input before the first word: `zero` or the learned `start` vector."""
     penalty: str = setting("sum", choices=("sum", "mean"))
-    """Regulariser of a caption: `sum` over the grid beside the summed NLL (paper), or its `mean` beside the mean NLL."""
+    """Regulariser of a caption: `sum` over the grid beside the summed NLL (paper), or `mean` beside the mean NLL."""
     penalty_weight: float = setting(1.0)
     """Lambda; its meaning does not depend on batch size or number of ranks."""
     weight_init: str = setting("normal", choices=("normal", "uniform"))
-    """`normal`: N(0, 0.01), orthogonal recurrent (authors); `uniform`: U(-0.1, 0.1) embeddings, else torch's defaults."""
+    """`normal`: N(0, 0.01), orthogonal recurrent (authors); `uniform`: U(-0.1, 0.1) embeddings, else torch's own."""
     hard_inference: str = setting("expectation", choices=("expectation", "sample", "argmax"))
     """Hard attention at inference: `expectation`, `sample` or `argmax`."""
     word_vectors: str = setting("")

@@ -9,6 +9,7 @@ Shapes: B pictures, H x W pixels, L = (H / s) * (W / s) grid cells with s = 2 **
 
 import copy
 import hashlib
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -21,7 +22,6 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.checkpoint import checkpoint
-from torchvision.models import resnet50
 
 IMAGE_MEAN = (0.485, 0.456, 0.406)
 """Mean of ImageNet's pixels in [0, 1], per RGB channel."""
@@ -52,6 +52,8 @@ class Encoder(nn.Module):
         super().__init__()
         if stage not in STAGES:
             raise ValueError(f"encoder stage {stage} does not exist; choose one of {STAGES}")
+        from torchvision.models import resnet50
+
         network = resnet50(weights=None)
         self.conv1, self.bn1, self.maxpool = network.conv1, network.bn1, network.maxpool
         for number in STAGES[:stage]:
@@ -66,7 +68,8 @@ class Encoder(nn.Module):
         x = self.maxpool(F.relu(self.bn1(self.conv1(images)), inplace=True))
         for number in STAGES[: self.stage]:
             x = self._run_stage(self.stage_module(number), x)
-        return x.permute(0, 2, 3, 1).flatten(1, 2)  # a view where x is channels_last
+        grid: Tensor = x.permute(0, 2, 3, 1).flatten(1, 2)  # a view where x is channels_last
+        return grid
 
     def _run_stage(self, blocks: nn.Sequential, x: Tensor) -> Tensor:
         recompute = self.checkpointing and torch.is_grad_enabled() and _has_gradients(blocks)
@@ -80,7 +83,9 @@ class Encoder(nn.Module):
 
     def stage_module(self, stage: int) -> nn.Sequential:
         """The residual blocks of one kept stage."""
-        return getattr(self, f"layer{stage}")
+        blocks = getattr(self, f"layer{stage}")
+        assert isinstance(blocks, nn.Sequential)
+        return blocks
 
     def open_for_training(
         self, stages: Sequence[int], freeze_batchnorm: bool = True, checkpointing: bool = False
@@ -121,23 +126,27 @@ def _has_gradients(module: nn.Module) -> bool:
     return any(parameter.requires_grad for parameter in module.parameters())
 
 
-def _recompute_contexts(block: nn.Module) -> tuple[AbstractContextManager, AbstractContextManager]:
+def _recompute_contexts(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """Contexts of `block`'s first pass and of its recomputation."""
-    return nullcontext(), _fixed_statistics(block)
+    return nullcontext(), _as_in_the_first_pass(block, [norm for norm in _batchnorms(block) if norm.training])
 
 
 @contextmanager
-def _fixed_statistics(block: nn.Module) -> Iterator[None]:
-    """Run `block` again without moving its BatchNorm statistics a second time."""
-    moving = [(norm, norm.momentum, norm.num_batches_tracked.clone()) for norm in _batchnorms(block) if norm.training]
-    for norm, _, _ in moving:
+def _as_in_the_first_pass(block: nn.Module, trained: list[nn.BatchNorm2d]) -> Iterator[None]:
+    """Run `block` again, with `trained` its BatchNorms in train mode, without moving their statistics a second time."""
+    before = [(norm, norm.training, norm.momentum) for norm in _batchnorms(block)]
+    counters = [(counter, counter.clone()) for norm in trained if (counter := norm.num_batches_tracked) is not None]
+    for norm, _, _ in before:
+        norm.train(any(norm is each for each in trained))
         norm.momentum = 0.0
     try:
         yield
     finally:
-        for norm, momentum, batches in moving:
+        for norm, mode, momentum in before:
+            norm.train(mode)
             norm.momentum = momentum
-            norm.num_batches_tracked.copy_(batches)
+        for counter, batches in counters:
+            counter.copy_(batches)
 
 
 def load_encoder(path: str | Path, stage: int = 4) -> Encoder:
@@ -194,7 +203,7 @@ def fold_batchnorm(encoder: Encoder) -> Encoder:
     folded = copy.deepcopy(encoder)
     for module in list(folded.modules()):
         names = [name for name, _ in module.named_children()]
-        for before, name in zip(names, names[1:], strict=False):
+        for before, name in itertools.pairwise(names):
             norm = getattr(module, name)
             if isinstance(norm, nn.BatchNorm2d):
                 setattr(module, before, fuse_conv_bn_eval(getattr(module, before), norm))

@@ -1,89 +1,29 @@
-"""Which code does the numeric work on this machine: kernels of the time loop, fp32 matrix products, memory on CPUs.
-
-Surprising: on AMD CPUs PyTorch's default fp32 products (MKL) run at 60-85 % of the speed of oneDNN's. The switch to
-oneDNN is called "bf16" because it permits lower precision; on CPUs without AMX oneDNN computes in full fp32 all the
-same. So it is set by kind of CPU, and only after a product in fp32 was seen to be as exact as before.
-"""
-
-import ctypes
-from pathlib import Path
-from types import ModuleType
+"""Which kernels serve: native on CPUs where they can be built, those in PyTorch elsewhere or on request."""
 
 import torch
 from torch import Tensor
 
 from sat.model.kernels import native, torch_kernels
-
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-"""Parameters of glibc's mallopt (malloc.h)."""
-EXACT = 4e-6
-"""Relative error allowed to an fp32 product of inner length 2048; bf16 rounding would give 2e-3."""
+from sat.model.kernels.interface import BeamKernels, Kernels
 
 
-def choose_kernels(kernels: str, like: Tensor) -> ModuleType:
-    """Kernels of the time loop for tensors such as `like`: `native` on CPUs, `torch_kernels` elsewhere or if it must.
+def choose_kernels(kernels: str, like: Tensor) -> Kernels:
+    """Kernels for tensors such as `like`.
 
     `kernels`: `auto`, `torch` (no compiler is called) or `native` (ValueError where the kernels cannot be built).
     """
+    return native if _native_serves(kernels, like) else torch_kernels
+
+
+def choose_beam_kernels(kernels: str, like: Tensor) -> BeamKernels | None:
+    """The same for decoding; None where PyTorch's own operations serve."""
+    return native if _native_serves(kernels, like) else None
+
+
+def _native_serves(kernels: str, like: Tensor) -> bool:
     if kernels == "torch" or like.device.type != "cpu" or like.dtype == torch.float16:
-        return torch_kernels
+        return False
     library, explanation = native.library()
     if library is None and kernels == "native":
         raise ValueError(f"train.kernels is native, but there are no native kernels: {explanation}; use auto or torch")
-    return torch_kernels if library is None else native
-
-
-def speed_up(kernels: str, device: torch.device | str) -> str:
-    """Build the kernels, route matrix products and tune malloc before the first step; returns one line for the log."""
-    if torch.device(device).type != "cpu":
-        return "soft attention in PyTorch kernels"
-    _keep_freed_memory()
-    if kernels == "torch":
-        loop = "PyTorch kernels (train.kernels=torch)"
-    elif choose_kernels(kernels, torch.empty(0)) is native:
-        loop = f"native kernels from {native.library()[1]}"
-    else:
-        loop = f"PyTorch kernels ({native.library()[1]})"
-    return f"soft attention in {loop}; fp32 products by {_route_fp32_products()}"
-
-
-def _keep_freed_memory() -> None:
-    """Have glibc reuse freed blocks of up to 32 MB; giving them back and faulting them in costs 10 % of a step."""
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError):
-        return  # another C library
-    mallopt(M_MMAP_THRESHOLD, 32 << 20)
-    mallopt(M_TRIM_THRESHOLD, 1 << 30)
-
-
-def _route_fp32_products() -> str:
-    flags = _cpu_flags()
-    if "AuthenticAMD" not in flags or "avx512f" not in flags or any("amx" in flag for flag in flags):
-        return "torch's default library"
-    before = torch.backends.mkldnn.matmul.fp32_precision
-    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
-    if (error := _product_error()) < EXACT:
-        return f"oneDNN (full precision: relative error {error:.0e})"
-    torch.backends.mkldnn.matmul.fp32_precision = before
-    return f"torch's default library (oneDNN would round: relative error {error:.0e})"
-
-
-def _product_error() -> float:
-    """Largest relative error of fp32 products in the shapes and layouts of a training step."""
-    generator = torch.Generator().manual_seed(0)
-    errors = []
-    for rows in (1, 5, 160):
-        a = torch.randn(rows, 2048, generator=generator)
-        b = torch.randn(2048, 256, generator=generator)
-        exact = a.double() @ b.double()
-        for product in (a @ b, a @ b.t().contiguous().t(), a.t().contiguous().t() @ b):
-            errors.append(float((product - exact).norm() / exact.norm()))
-    return max(errors)
-
-
-def _cpu_flags() -> set[str]:
-    try:
-        return set(Path("/proc/cpuinfo").read_text().split("\n\n")[0].split())
-    except OSError:
-        return set()
+    return library is not None

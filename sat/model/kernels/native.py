@@ -2,18 +2,16 @@
 
 Surprising: not a PyTorch extension. Without PyTorch's headers the build takes seconds instead of most of a minute and
 needs a C++ compiler only; the finished library is kept in the user's cache. Where there is no compiler, `library` says
-why and `sat.model.kernels.torch_kernels` does the same work. The kernels mirror that module's; shapes as in `native.cpp`.
+why and `sat.model.kernels.torch_kernels` does the same work. What each kernel does: `sat.model.kernels.interface`;
+shapes as in `native.cpp`.
 """
 
 import contextlib
 import ctypes
 import functools
-import hashlib
-import os
 import platform
 import shutil
 import subprocess
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,9 +19,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sat.model.kernels.torch_kernels import Seen
+from sat import files
+from sat.model.kernels.interface import Seen
 
 FLAGS = ["-std=c++17", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC"]
+COMPILERS = ("c++", "g++", "clang++")
+"""Tried in this order, as PATH has them."""
+SOURCE = Path(__file__).with_name("native.cpp")
 
 
 @functools.cache
@@ -33,29 +35,28 @@ def library() -> tuple[ctypes.CDLL | None, str]:
     Built once per source, compiler and kind of CPU. Processes that build at the same time do not disturb one another:
     each renames its own file into place. A file that cannot be loaded is built anew.
     """
-    compiler = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++") or shutil.which("clang++")
+    compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
     if compiler is None:
         return None, "there is no C++ compiler"
-    source = Path(__file__).with_name("native.cpp")
     try:
         version = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=60).stdout
-        identity = "\n".join([source.read_text(), compiler, version, *FLAGS, _cpu()])
-        path = _cache_folder() / f"kernels-{hashlib.sha256(identity.encode()).hexdigest()[:24]}.so"
+        identity = "\n".join([SOURCE.read_text(), compiler, version, *FLAGS, _cpu()])
+        path = files.cache_folder(private=True) / f"kernels-{files.sha256_of(identity)[:24]}.so"
         if path.exists():
             with contextlib.suppress(OSError):
                 return ctypes.CDLL(str(path)), str(path)
         begin = time.perf_counter()
-        partial = path.with_suffix(f".{platform.node()}-{os.getpid()}.tmp")
-        command = [compiler, *FLAGS, str(source), "-o", str(partial)]
-        result = subprocess.run(command, capture_output=True, text=True, timeout=300)
-        if result.returncode:
-            return None, f"{' '.join(command)} failed: {result.stderr.strip()[-500:]}"
-        with open(partial, "rb") as file:
-            os.fsync(file.fileno())  # loading a library that a crash cut short would kill the process
-        os.replace(partial, path)
+        with files.replacing(path) as partial:
+            _compile([compiler, *FLAGS, str(SOURCE), "-o", str(partial)])
         return ctypes.CDLL(str(path)), f"{path}, built in {time.perf_counter() - begin:.0f} s"
+    except subprocess.CalledProcessError as error:
+        return None, f"{' '.join(error.cmd)} failed: {error.stderr.strip()[-500:]}"
     except (OSError, subprocess.SubprocessError) as error:
         return None, f"building them with {compiler} failed: {error}"
+
+
+def _compile(command: list[str]) -> None:
+    subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
 
 
 def prepare(projection: Tensor, tanh: bool) -> Tensor:
@@ -214,7 +215,11 @@ def _score(tanh: bool) -> str:
 
 @functools.cache
 def _function(symbol: str) -> Callable[..., None]:
-    return ctypes.CFUNCTYPE(None)(ctypes.c_void_p.in_dll(library()[0], symbol).value)
+    loaded, explanation = library()
+    assert loaded is not None, explanation
+    address = ctypes.c_void_p.in_dll(loaded, symbol).value
+    assert address is not None, symbol
+    return ctypes.CFUNCTYPE(None)(address)
 
 
 def _cpu() -> str:
@@ -224,13 +229,3 @@ def _cpu() -> str:
         return "\n".join(line for line in text.splitlines() if line.startswith(("model name", "flags", "Features")))
     except OSError:
         return platform.processor() or platform.machine()
-
-
-def _cache_folder() -> Path:
-    """The user's cache, or a new private folder where that cannot be written."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "show-attend-and-tell"
-    try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        return folder if os.access(folder, os.W_OK) else Path(tempfile.mkdtemp(prefix="kernels-"))
-    except OSError:
-        return Path(tempfile.mkdtemp(prefix="kernels-"))

@@ -5,29 +5,14 @@ B images, N rows, n of them running at step t, M packed words, L locations, D fe
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from sat.model.packing import Packing
+from sat.model.kernels.interface import Seen
 
 CHUNK_BYTES = 4 << 20
 """Memory of one block of hidden units [images, slots, L, A] on a CPU: what stays in its cache."""
-
-
-class Seen(NamedTuple):
-    """What attention looks at, the same at every step."""
-
-    packing: Packing
-    grid: Tensor
-    """[B, L, D]"""
-    projection: Tensor
-    """[B, L, A] as `prepare` left it."""
-    score: Tensor
-    """[A]"""
-    tanh: bool
-    """The score's non-linearity: tanh or ReLU."""
 
 
 def prepare(projection: Tensor, tanh: bool) -> Tensor:

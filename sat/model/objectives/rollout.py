@@ -4,19 +4,17 @@ Surprising: there are two. `step_by_step` is readable, differentiated by autogra
 attention fed with the true words takes `fast`, which computes the same.
 """
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding
 
-from sat.model.attention import Attended, attend_for_inference, attend_hard
+from sat.model.attention import Attended, Attention, attend_for_inference, attend_hard
+from sat.model.captioner import Captioner, Memory
 from sat.model.kernels.choose import choose_kernels
 from sat.model.packing import Packing
-from sat.model.recurrence import Weights, recur
-
-if TYPE_CHECKING:
-    from sat.model.captioner import Captioner, Memory
+from sat.model.recurrence import Inputs, Loop, Weights, recur
 
 
 class Rollout(NamedTuple):
@@ -31,20 +29,21 @@ class Rollout(NamedTuple):
     alpha_sum: Tensor | None
     """[N, L] attention of each caption summed over its words; None without attention."""
     alpha: Tensor | None
-    """[M, L] attention of each word; None without attention."""
+    """[M, L] attention of each word; None without attention, and where `fast` served."""
     chosen: Tensor | None
     """[M] locations drawn by hard attention (-1: alpha itself was used), else None."""
 
 
-def roll_out(model: "Captioner", memory: "Memory", packing: Packing, sampling_probability: float) -> Rollout:
+def roll_out(model: Captioner, memory: Memory, packing: Packing, sampling_probability: float) -> Rollout:
     """Run `model` over the captions of `packing`; `memory` holds the images in the order of `packing.images`."""
-    if model.kind == "soft" and not sampling_probability:
+    if model.spec.attention == "soft" and not sampling_probability:
         return fast(model, memory, packing)
     return step_by_step(model, memory, packing, sampling_probability)
 
 
-def fast(model: "Captioner", memory: "Memory", packing: Packing) -> Rollout:
+def fast(model: Captioner, memory: Memory, packing: Packing) -> Rollout:
     """Soft attention, the true words fed, through the hand-derived loop; each distinct word meets the gates once."""
+    assert model.attention and model.context_gates
     dtype = memory.grid.dtype
     distinct, place = packing.inputs.unique(return_inverse=True)
     vectors = model.embed(distinct)
@@ -60,63 +59,80 @@ def fast(model: "Captioner", memory: "Memory", packing: Packing) -> Rollout:
         score=model.attention.score.weight[0].to(dtype),
     )
     h, c = (state[:, 0][packing.row_image] for state in model.init_state(memory))
-    hidden, context, alpha_sum = recur(
-        choose_kernels(model.kernels, memory.grid),
-        packing,
-        model.attention.activation == "tanh",
-        memory.grid,
-        memory.projection,
-        embedding(place, model.word_gates(vectors)),
-        h.to(dtype),
-        c,
-        weights,
-    )
+    inputs = Inputs(memory.grid, memory.projection, embedding(place, model.word_gates(vectors)), h.to(dtype), c)
+    loop = Loop(choose_kernels(model.kernels, memory.grid), packing, model.attention.tanh)
+    hidden, context, alpha_sum = recur(loop, inputs, weights)
     return Rollout(embedding(place, vectors), hidden, context, alpha_sum, None, None)
 
 
-def step_by_step(model: "Captioner", memory: "Memory", packing: Packing, sampling_probability: float) -> Rollout:
+class _Step(NamedTuple):
+    words: Tensor
+    hidden: Tensor
+    context: Tensor | None
+    attended: Attended | None
+
+
+def step_by_step(model: Captioner, memory: Memory, packing: Packing, sampling_probability: float) -> Rollout:
     """Any attention, any words fed: one word after another."""
     h, c = (state[:, 0][packing.row_image] for state in model.init_state(memory))
     exact = torch.rand(len(h), device=h.device) < 0.5  # hard attention: half see alpha itself (paper, section 4.1)
-    steps = []
+    steps: list[_Step] = []
     for t, words in enumerate(model.embed(packing.inputs).split(packing.rows)):
         n = len(words)
         if t and sampling_probability:
             words = _mix_own_words(model, words, steps[-1], sampling_probability)
-        h, c, context, attended = model.advance(
-            words, h[:n], c[:n], lambda query, t=t: _attend_rows(model, memory, packing, t, query, exact)
-        )
-        steps.append((words, h, context, attended))
 
-    words, hidden, contexts, attendeds = zip(*steps, strict=True)
+        def attend(attention: Attention, query: Tensor, t: int = t) -> Attended:
+            return _attend_rows(model, attention, memory, packing, t, query, exact)
+
+        h, c, context, attended = model.advance(words, h[:n], c[:n], attend)
+        steps.append(_Step(words, h, context, attended))
+    return _packed(model, packing, steps)
+
+
+def _packed(model: Captioner, packing: Packing, steps: list[_Step]) -> Rollout:
+    words, hidden = torch.cat([step.words for step in steps]), torch.cat([step.hidden for step in steps])
     if model.attention is None:
-        return Rollout(torch.cat(words), torch.cat(hidden), None, None, None, None)
-    alpha = torch.cat([a.alpha for a in attendeds])
+        return Rollout(words, hidden, None, None, None, None)
+    context = torch.cat([step.context for step in steps if step.context is not None])
+    attendeds = [step.attended for step in steps if step.attended]
+    alpha = torch.cat([attended.alpha for attended in attendeds])
     alpha_sum = alpha.new_zeros(packing.rows[0], alpha.shape[1]).index_add(0, packing.word_row, alpha)
-    chosen = torch.cat([a.chosen for a in attendeds]) if model.kind == "hard" and model.training else None
-    return Rollout(torch.cat(words), torch.cat(hidden), torch.cat(contexts), alpha_sum, alpha, chosen)
+    chosen = None
+    if model.spec.attention == "hard" and model.training:
+        chosen = torch.cat([attended.chosen for attended in attendeds if attended.chosen is not None])
+    return Rollout(words, hidden, context, alpha_sum, alpha, chosen)
 
 
 def _attend_rows(
-    model: "Captioner", memory: "Memory", packing: Packing, t: int, query: Tensor, exact: Tensor
+    model: Captioner,
+    attention: Attention,
+    memory: Memory,
+    packing: Packing,
+    t: int,
+    query: Tensor,
+    exact: Tensor,
 ) -> Attended:
     """Attend for the rows running at step t: `query` [n, A]. Rows of one image share its grid as slots [B_t, K_t]."""
     slots, B = packing.slots(t), packing.images_running[t]
     grid, projection, queries = memory.grid[:B], memory.projection[:B], slots.spread(query)
-    if model.kind == "hard" and model.training:
-        attended = attend_hard(model.attention, grid, projection, queries, slots.spread(exact[: len(query)]))
+    if model.spec.attention == "hard" and model.training:
+        attended = attend_hard(attention, grid, projection, queries, slots.spread(exact[: len(query)]))
     else:
-        how = "expectation" if model.kind == "soft" else model.hard_inference
-        attended = attend_for_inference(model.attention, grid, projection, queries, how)
-    return Attended(*(x if x is None else slots.collect(x) for x in attended))
+        how = "expectation" if model.expects else model.spec.hard_inference
+        attended = attend_for_inference(attention, grid, projection, queries, how)
+    context, alpha, chosen = attended
+    return Attended(slots.collect(context), slots.collect(alpha), None if chosen is None else slots.collect(chosen))
 
 
-def _mix_own_words(model: "Captioner", words: Tensor, before: tuple, probability: float) -> Tensor:
+def _mix_own_words(model: Captioner, words: Tensor, before: _Step, probability: float) -> Tensor:
     """Scheduled sampling (Bengio et al. 2015): each of `words` [n, E] gives way to the model's own with `probability`.
 
     The model's own word is the most probable one after the step `before`, without dropout.
     """
+    n = len(words)
     with torch.no_grad():
-        previous = [x if x is None else x[: len(words)] for x in before[:3]]
-        own = model.vocabulary(model.output_features(*previous, dropout=False)).argmax(1)
-    return torch.where(torch.rand(len(words), 1, device=words.device) < probability, model.embed(own), words)
+        context = None if before.context is None else before.context[:n]
+        features = model.output_features(before.words[:n], before.hidden[:n], context, dropout=False)
+        own = model.vocabulary(features).argmax(1)
+    return torch.where(torch.rand(n, 1, device=words.device) < probability, model.embed(own), words)

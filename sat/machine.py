@@ -1,0 +1,90 @@
+"""Process-wide switches, thrown by programs alone: how many cores, how malloc keeps memory, who computes fp32 products.
+
+Surprising: on AMD CPUs PyTorch's default fp32 products (MKL) run at 60-85 % of the speed of oneDNN's. The switch to
+oneDNN is called "bf16" because it permits lower precision; on CPUs without AMX oneDNN computes in full fp32 all the
+same. So it is set by kind of CPU, and only after a product in fp32 was seen to be as exact as before.
+"""
+
+import ctypes
+import os
+from pathlib import Path
+from typing import Any
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""Parameters of glibc's mallopt (malloc.h)."""
+EXACT = 4e-6
+"""Relative error allowed to an fp32 product of inner length 2048; bf16 rounding would give 2e-3."""
+
+
+def available_cores() -> int:
+    """Cores this process may run on: fewer than the machine's in a container or under a scheduler."""
+    return len(os.sched_getaffinity(0))
+
+
+def speed_up(kernels: str, device: object) -> str:
+    """Build the kernels, route matrix products and tune malloc before the first step; returns one line for the log.
+
+    `kernels` is the setting `train.kernels`, `device` a torch.device or its name.
+    """
+    import torch
+
+    from sat.model.kernels import native
+    from sat.model.kernels.choose import choose_kernels
+
+    if torch.device(str(device)).type != "cpu":
+        return "soft attention in PyTorch kernels"
+    _keep_freed_memory()
+    if kernels == "torch":
+        loop = "PyTorch kernels (train.kernels=torch)"
+    elif choose_kernels(kernels, torch.empty(0)) is native:
+        loop = f"native kernels from {native.library()[1]}"
+    else:
+        loop = f"PyTorch kernels ({native.library()[1]})"
+    return f"soft attention in {loop}; fp32 products by {_route_fp32_products()}"
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc reuse freed blocks of up to 32 MB; giving them back and faulting them in costs 10 % of a step."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError):
+        return  # another C library
+    mallopt(M_MMAP_THRESHOLD, 32 << 20)
+    mallopt(M_TRIM_THRESHOLD, 1 << 30)
+
+
+def _route_fp32_products() -> str:
+    import torch
+
+    backend: Any = torch.backends.mkldnn  # its types do not know `matmul`
+    flags = _cpu_flags()
+    if "AuthenticAMD" not in flags or "avx512f" not in flags or any("amx" in flag for flag in flags):
+        return "torch's default library"
+    before = backend.matmul.fp32_precision
+    backend.matmul.fp32_precision = "bf16"
+    if (error := _product_error()) < EXACT:
+        return f"oneDNN (full precision: relative error {error:.0e})"
+    backend.matmul.fp32_precision = before
+    return f"torch's default library (oneDNN would round: relative error {error:.0e})"
+
+
+def _product_error() -> float:
+    """Largest relative error of fp32 products in the shapes and layouts of a training step."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    errors = []
+    for rows in (1, 5, 160):
+        a = torch.randn(rows, 2048, generator=generator)
+        b = torch.randn(2048, 256, generator=generator)
+        exact = a.double() @ b.double()
+        for product in (a @ b, a @ b.t().contiguous().t(), a.t().contiguous().t() @ b):
+            errors.append(float((product - exact).norm() / exact.norm()))
+    return max(errors)
+
+
+def _cpu_flags() -> set[str]:
+    try:
+        return set(Path("/proc/cpuinfo").read_text().split("\n\n")[0].split())
+    except OSError:
+        return set()

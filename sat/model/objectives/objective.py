@@ -1,0 +1,36 @@
+"""What an objective is: a module that turns a micro-batch into sums, and is what an engine wraps."""
+
+from collections.abc import Mapping
+from typing import Protocol
+
+from torch import Tensor
+
+from sat.model.captioner import Captioner, Memory
+from sat.model.loss import LossSums
+
+
+class Trained(Protocol):
+    """What an objective trains: a `Captioner`, or one with its encoder in front."""
+
+    training: bool
+
+    @property
+    def captioner(self) -> Captioner:
+        """The part that says words."""
+
+    def encode(self, grid: Tensor, order: Tensor | None = None) -> Memory:
+        """What the captioner needs of the inputs that `order` int64 [B'] picks, in that order."""
+
+
+class Objective(Protocol):
+    """A module (torch.nn.Module) whose parameters are those of `model`."""
+
+    @property
+    def follows(self) -> tuple[str, ...]:
+        """Names of the counts whose sums over the global batch `after_step` wants."""
+
+    def __call__(self, grid: Tensor, captions: Tensor, lengths: Tensor, sampling_probability: float = 0.0) -> LossSums:
+        """Loss sums of one micro-batch."""
+
+    def after_step(self, totals: Mapping[str, float]) -> None:
+        """Called after each optimizer step with the sums that it follows, the same on all ranks."""

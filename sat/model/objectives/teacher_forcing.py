@@ -1,0 +1,131 @@
+"""Teacher forcing: each caption's words are fed, and its next words are to be predicted. What an engine wraps.
+
+Surprising: a micro-batch without any caption runs the graph of any other, on one caption made up for it, with weight
+zero: an engine that splits gradients among ranks counts on every parameter's gradient arriving on every rank.
+"""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from sat.model.captioner import END, START
+from sat.model.kernels.choose import choose_kernels
+from sat.model.loss import LossSums, linear_cross_entropy
+from sat.model.objectives.objective import Trained
+from sat.model.objectives.rollout import Rollout, roll_out
+from sat.model.packing import Packing, pack
+
+ENTROPY_WEIGHT = 0.002
+"""Weight of the entropy of alpha in hard attention's objective (authors' code)."""
+REWARD_SCALE = 0.1
+"""Weight of the reward in hard attention's objective (authors' code)."""
+BASELINE_DECAY = 0.9
+"""Decay of the moving average of the NLL that serves as the reward's baseline (paper, section 4.1)."""
+
+
+class TeacherForcing(nn.Module):
+    """Cross-entropy of the true words, with the regulariser of soft attention or the gradient of hard attention."""
+
+    def __init__(self, model: Trained) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, grid: Tensor, captions: Tensor, lengths: Tensor, sampling_probability: float = 0.0) -> LossSums:
+        """Loss sums of `grid` [B, L, D] (as stored) with `captions` int64 [B, K, T + 1] and `lengths` int64 [B, K].
+
+        `grid` is uint8 pictures [B, 3, S, S] where an encoder stands in front. `lengths` counts predicted tokens (words
+        and `<end>`), 0 for a caption that does not exist; inputs without captions are not looked at. In train mode
+        dropout, hard attention and scheduled sampling (with `sampling_probability` the model's own last word is fed)
+        draw from the default generators. Without any caption the sums are zeros that still reach every parameter.
+        Raises ValueError for shapes and lengths that do not fit.
+        """
+        packing = pack(captions, lengths)
+        if packing.rows:
+            return self._sums(grid, packing, sampling_probability)
+        made_up = pack(captions.new_tensor([[[START, END]]]), lengths.new_ones(1, 1))
+        with _statistics_kept(self):
+            sums = self._sums(grid, made_up, sampling_probability)
+        counts = {name: torch.zeros_like(count) for name, count in sums.counts.items()}
+        return LossSums(sums.per_token * 0, sums.per_caption * 0, counts)
+
+    @property
+    def follows(self) -> tuple[str, ...]:
+        """Hard attention's baseline follows the NLL per token."""
+        return ("nll", "tokens") if self.model.captioner.spec.attention == "hard" else ()
+
+    @torch.no_grad()
+    def after_step(self, totals: Mapping[str, float]) -> None:
+        """Move hard attention's reward baseline towards the global batch's mean NLL per token; alike on all ranks."""
+        if self.follows and totals["tokens"]:
+            baseline = self.model.captioner.reward_baseline
+            mean = torch.as_tensor(totals["nll"] / totals["tokens"])
+            baseline.lerp_(mean.to(baseline), 1 - BASELINE_DECAY)
+
+    def _sums(self, grid: Tensor, packing: Packing, sampling_probability: float) -> LossSums:
+        model = self.model.captioner
+        memory = self.model.encode(grid, packing.images)
+        rollout = roll_out(model, memory, packing, sampling_probability)
+        features = model.output_features(rollout.words, rollout.hidden, rollout.context)
+        words = linear_cross_entropy(
+            features,
+            model.vocabulary.weight,
+            model.vocabulary.bias,
+            packing.targets,
+            model.spec.label_smoothing,
+            choose_kernels(model.kernels, features),
+        )
+        per_token, penalty, zero = words.objective, torch.zeros_like(words.nll[0]), torch.zeros_like(words.nll[0])
+        spec = model.spec
+        if spec.attention == "soft":  # the regulariser belongs to soft attention (paper, section 4.2.1)
+            assert rollout.alpha_sum is not None
+            penalty = spec.penalty_weight * doubly_stochastic_penalty(rollout.alpha_sum, spec.penalty).sum()
+        elif spec.attention == "hard" and model.training:
+            per_token = per_token + reinforce_sums(rollout, words.nll, model.reward_baseline)
+        counts = {
+            "nll": words.nll.sum(),
+            "penalty": penalty.detach(),
+            "tokens": words.correct.new_tensor(len(packing.targets)),
+            "captions": words.correct.new_tensor(packing.rows[0]),
+            "correct": words.correct,
+        }
+        by_token = spec.penalty == "sum"
+        return LossSums(per_token + penalty if by_token else per_token, zero if by_token else penalty, counts)
+
+
+def doubly_stochastic_penalty(alpha_sum: Tensor, kind: str) -> Tensor:
+    """Regulariser of each caption: `sum` or `mean` over locations of (1 - sum_t alpha_ti)^2 (paper, eq. 14).
+
+    `alpha_sum` [N, L] is summed over the words that exist, so padding counts for nothing. Returns [N].
+    """
+    deviation = (1 - alpha_sum).square()
+    return deviation.sum(1) if kind == "sum" else deviation.mean(1)
+
+
+def reinforce_sums(rollout: Rollout, nll: Tensor, baseline: Tensor) -> Tensor:
+    """Scalar whose gradient is hard attention's: REINFORCE at the drawn locations and entropy bonus, summed over words.
+
+    `nll` [M] of the word that followed, `baseline` scalar. As in the authors' code a location's reward is the
+    log-likelihood of the very word it led to, against the mean NLL per word.
+    """
+    alpha, chosen = rollout.alpha, rollout.chosen
+    assert alpha is not None and chosen is not None
+    log_alpha = alpha.clamp_min(torch.finfo(alpha.dtype).tiny).log()
+    drawn = log_alpha.gather(1, chosen.clamp_min(0)[:, None]).squeeze(1) * (chosen >= 0)
+    advantage = REWARD_SCALE * (baseline.to(nll.dtype) - nll.detach())
+    entropy = -(alpha * log_alpha).sum()
+    return -(advantage * drawn).sum() - ENTROPY_WEIGHT * entropy
+
+
+@contextlib.contextmanager
+def _statistics_kept(module: nn.Module) -> Iterator[None]:
+    """Inside, no BatchNorm of `module` moves its statistics."""
+    moving = [norm for norm in module.modules() if isinstance(norm, nn.BatchNorm2d) and norm.training]
+    for norm in moving:
+        norm.eval()
+    try:
+        yield
+    finally:
+        for norm in moving:
+            norm.train()
