@@ -16,14 +16,16 @@ from torch import nn
 
 from sat.checkpoint import write_json
 from sat.config import Config
-from sat.data.loader import evaluation_batches, read_references
+from sat.data.loader import Reading, evaluation_batches, read_references
+from sat.data.plan import Share
 from sat.engine.processes import Runtime, start
 from sat.evaluation.decoding import decode
 from sat.evaluation.metrics import Scores, most_frequent_caption, score
 from sat.evaluation.options import METRICS
-from sat.export import TrainedModel, load_model, refuse_other_features
+from sat.export import TrainedModel, load_model
 from sat.machine import speed_up
 from sat.run_folder import attach
+from sat.shards.features import FeatureSpec
 from sat.shards.manifest import Manifest, load_manifest
 from sat.text import CaptionTokenizer, normalise
 from sat.training_data import reading_options
@@ -45,7 +47,7 @@ def evaluate(
     tokenizer: CaptionTokenizer,
     config: Config,
     runtime: Runtime,
-    reading: dict,
+    reading: Reading,
 ) -> Evaluation:
     """Decode and score `split`. All ranks enter and all get the result; the same scores for any world size.
 
@@ -58,7 +60,7 @@ def evaluate(
         raise ValueError(f"split {split!r} of {manifest.root}: an image was decoded twice; image ids must be unique")
 
     def score_once() -> Scores:
-        return score(read_references(manifest, split), captions, tuple(config.eval.metrics))
+        return score(read_references(manifest, split, reading.options), captions, tuple(config.eval.metrics))
 
     scores = runtime.run_on_main(score_once)
     return Evaluation(scores, captions, sum(not finished for _, _, finished in gathered))
@@ -72,20 +74,13 @@ def decode_split(
     tokenizer: CaptionTokenizer,
     config: Config,
     runtime: Runtime,
-    reading: dict,
+    reading: Reading,
 ) -> list[tuple[str, str, bool]]:
     """This rank's (image_id, caption, finished) of the split; a progress line on rank 0."""
     from tqdm import tqdm
 
-    batches = evaluation_batches(
-        manifest,
-        split=split,
-        rank=runtime.rank,
-        world_size=runtime.world_size,
-        batch_size=config.eval.batch_size,
-        num_workers=config.data.num_workers,
-        **reading,
-    )
+    share = Share(runtime.rank, runtime.world_size)
+    batches = evaluation_batches(manifest, split, reading, batch_size=config.eval.batch_size, share=share)
     results = []
     images = sum(shard.samples for shard in manifest.shards if shard.split == split)
     with tqdm(total=images, desc=f"decode {split}", unit="image", disable=not runtime.is_main, leave=False) as bar:
@@ -168,7 +163,7 @@ def refuse_unfit(trained: TrainedModel, manifest: Manifest) -> None:
     if trained.config.encoder.train and manifest.kind != "images":
         raise ValueError(f"the model has its own encoder and reads image shards; {manifest.root} holds {manifest.kind}")
     if not trained.config.encoder.train:
-        refuse_other_features(trained.features, manifest)
+        FeatureSpec.from_fingerprint(trained.features).refuse(manifest.spec, manifest.root)
 
 
 def best_folder(run: Path) -> Path:

@@ -19,7 +19,6 @@ from sat.model.captioner import Captioner
 from sat.model.encoders.end_to_end import EndToEnd
 from sat.model.encoders.resnet import Encoder
 from sat.model.spec import Sizes
-from sat.shards.manifest import Manifest
 from sat.text import CaptionTokenizer
 
 FILES = ("model.safetensors", "config.json", "tokenizer.json")
@@ -83,24 +82,3 @@ def load_model(folder: Path, device: torch.device | str = "cpu") -> TrainedModel
     except RuntimeError as error:
         raise ValueError(f"{folder / FILES[0]} does not fit its config.json: {error}") from None
     return TrainedModel(model.to(device).eval(), tokenizer, config, features, about["step"])
-
-
-def end_to_end_features(config: Config, weights_sha256: str) -> dict:
-    """What stands for a fingerprint when the encoder is trained too, beginning from the weights of that digest."""
-    size, encoder = config.encoder.image_size, Encoder()
-    return {
-        "encoder": {"architecture": "resnet50", "stage": encoder.stage, "trained_from": weights_sha256},
-        "transform": {"size": size, "geometry": "squash"},
-        "grid": [size // 32, size // 32],
-        "dim": encoder.feature_dim,
-    }
-
-
-def refuse_other_features(expected: dict, manifest: Manifest) -> None:
-    """Raise ValueError unless `manifest`'s features were made as those the model was trained on."""
-    for key in ("encoder", "transform", "grid", "dim", "dtype", "scale_sha256"):
-        if expected.get(key) != manifest.fingerprint.get(key):
-            raise ValueError(
-                f"{manifest.root}: its {key} is {manifest.fingerprint.get(key)!r}, but the model was trained on "
-                f"{expected.get(key)!r}; extract the features again with the model's encoder"
-            )

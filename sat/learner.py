@@ -4,7 +4,7 @@ The surprise: an optimizer that DeepSpeed shards is saved by DeepSpeed into its 
 checkpoint is the same file for one process and for a thousand.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -125,7 +125,8 @@ def build_model(config: Config, data: TrainingData, runtime: Runtime) -> nn.Modu
 def _some_pictures(config: Config, data: TrainingData) -> Tensor:
     """The first 256 training pictures in shard order, uint8 [n, 3, S, S]; the same on every rank."""
     split = config.data.train_splits[0]
-    return next(evaluation_batches(data.main, split=split, batch_size=256, **data.reading)).grid
+    here = replace(data.reading, options=replace(data.reading.options, num_workers=0))
+    return next(evaluation_batches(data.main, split, here, batch_size=256)).grid
 
 
 def save_tensors(learner: Learner, runtime: Runtime, folder: Path) -> None:

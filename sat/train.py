@@ -10,8 +10,8 @@ import json
 import math
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,7 +23,7 @@ from sat.config import Config, fixed_settings, load_config
 from sat.data.batch import CaptionBatch
 from sat.data.loader import training_batches
 from sat.data.order import derive_key
-from sat.data.plan import Cursor
+from sat.data.plan import Cursor, Share
 from sat.engine.processes import Runtime, start
 from sat.evaluate import Evaluation, evaluate
 from sat.export import save_model
@@ -84,32 +84,19 @@ def steps_from(
     config: Config, data: TrainingData, cursor: Cursor, runtime: Runtime, meter: Meter
 ) -> Iterator[list[CaptionBatch]]:
     """The micro-batches of each remaining optimizer step, over all remaining epochs; waiting time goes to the meter."""
-
-    def take(batches: Iterator[CaptionBatch]) -> list[CaptionBatch]:
-        return list(itertools.islice(batches, config.train.accumulation_steps))
-
-    while cursor.epoch < config.train.epochs:
-        batches = training_batches(
-            data.sources,
-            data.tokenizer,
-            splits=config.data.train_splits,
-            cursor=cursor,
-            global_batch=config.train.global_batch,
-            rank=runtime.rank,
-            world_size=runtime.world_size,
-            accumulation_steps=config.train.accumulation_steps,
-            captions_per_image=config.data.captions_per_image,
-            max_caption_length=config.data.max_caption_length,
-            run_length=config.data.run_length,
-            num_workers=config.data.num_workers,
-            on_bad_sample=config.data.on_bad_sample,
-            max_bad_samples=config.data.max_bad_samples,
-            pin_memory=runtime.device.type == "cuda",
-            **data.reading,
-        )
-        while step_batches := meter.wait_for(partial(take, batches)):
+    batches = training_batches(
+        data.sources,
+        data.tokenizer,
+        replace(data.reading, pin_memory=runtime.device.type == "cuda"),
+        splits=config.data.train_splits,
+        cursor=cursor,
+        epochs=config.train.epochs - cursor.epoch,
+        global_batch=config.train.global_batch,
+        share=Share(runtime.rank, runtime.world_size, config.train.accumulation_steps),
+    )
+    with closing(batches):
+        while step_batches := meter.wait_for(lambda: list(itertools.islice(batches, config.train.accumulation_steps))):
             yield step_batches
-        cursor = cursor.next_epoch()
 
 
 def take_step(config, learner: Learner, batches: list[CaptionBatch], step: int, run: Run, meter: Meter) -> bool:

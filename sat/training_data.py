@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from sat.config import Config
-from sat.data.loader import steps_per_epoch
-from sat.export import end_to_end_features, refuse_other_features
+from sat.data.loader import Pictures, Reading, steps_per_epoch
 from sat.model.encoders.resnet import weights_digest
+from sat.shards.features import end_to_end_features
 from sat.shards.manifest import Manifest, load_manifest
 from sat.shards.pictures import decode, fit
 from sat.text import CaptionTokenizer
@@ -28,8 +28,8 @@ class TrainingData:
     """Steps between checkpoints."""
     features: dict
     """Fingerprint of what the captioner sees."""
-    reading: dict
-    """How samples are read: keyword arguments of `evaluation_batches` and `training_batches`."""
+    reading: Reading
+    """How samples are read."""
 
     @property
     def main(self) -> Manifest:
@@ -42,7 +42,8 @@ def open_data(config: Config) -> TrainingData:
     wanted = "images" if config.encoder.train else "features"
     if main.kind != wanted:
         raise ValueError(
-            f"data.features {main.root} holds {main.kind}; with encoder.train={config.encoder.train} it must hold {wanted}"
+            f"data.features {main.root} holds {main.kind}; "
+            f"with encoder.train={config.encoder.train} it must hold {wanted}"
         )
     for split in [*config.data.train_splits, config.data.eval_split]:
         if not main.splits.get(split):
@@ -50,7 +51,8 @@ def open_data(config: Config) -> TrainingData:
     sources = [(main, 1.0)]
     for extra in config.data.extra:
         manifest = load_manifest(extra.features)
-        refuse_other_features(main.fingerprint, manifest)
+        if main.spec is not None:
+            main.spec.refuse(manifest.spec, manifest.root)
         sources.append((manifest, extra.weight))
     per_epoch = steps_per_epoch(sources, config.data.train_splits, config.train.global_batch)
     total_steps = per_epoch * config.train.epochs
@@ -71,13 +73,11 @@ def open_data(config: Config) -> TrainingData:
     )
 
 
-def reading_options(config: Config) -> dict:
-    """Cache of remote shards and, with `encoder.train`, how a picture file becomes what the encoder sees."""
-    options = {"cache_dir": config.data.cache_dir, "cache_gb": config.data.cache_gb}
-    if config.encoder.train:
-        size = config.encoder.image_size
-        options |= {"decode": partial(decode_picture, size=size), "image_size": size}
-    return options
+def reading_options(config: Config) -> Reading:
+    """How samples are read; with `encoder.train` from picture files."""
+    size = config.encoder.image_size
+    pictures = Pictures(partial(decode_picture, size=size), size) if config.encoder.train else None
+    return Reading(config.data, pictures)
 
 
 def decode_picture(data: bytes, size: int) -> Tensor:
@@ -86,8 +86,6 @@ def decode_picture(data: bytes, size: int) -> Tensor:
 
 
 def _features(config: Config, main: Manifest) -> dict:
-    return (
-        end_to_end_features(config, weights_digest(config.encoder.weights))
-        if config.encoder.train
-        else main.fingerprint
-    )
+    if not config.encoder.train:
+        return main.fingerprint
+    return end_to_end_features(config.encoder.image_size, weights_digest(config.encoder.weights)).to_fingerprint()

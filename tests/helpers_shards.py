@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,10 @@ from preprocessing.features.statistics import ChannelSums, merge_statistics, res
 from preprocessing.sharding.finalize import finalize
 from preprocessing.sharding.plan import FeatureSettings, ImageRecord, Plan, PlannedShard, publish_plan
 from preprocessing.sharding.write import Sample, write_shard
+from sat.data.batch import CaptionBatch
+from sat.data.loader import Reading, training_batches
+from sat.data.options import LoaderOptions
+from sat.data.plan import Cursor, Share
 from sat.shards.features import FeatureSpec
 from sat.shards.manifest import Manifest
 
@@ -71,6 +76,28 @@ def make_feature_dataset(
             samples.append(Sample(record, spec.npy_bytes(stored), "npy", 64, 48))
         write_shard(root, shard, plan.digest, samples, extra=sums.to_json)
     return finalize(plan, lambda sidecars: merge_statistics(sidecars, ["train"], dim, scale))
+
+
+def loader_arguments(settings: dict) -> dict:
+    """Flat settings of a test -> the arguments `reading` and `share` of the loader, and the rest as it is."""
+    settings, options = dict(settings), {"num_workers": 0}
+    parts = {
+        "options": {field.name for field in fields(LoaderOptions)},
+        "share": {field.name for field in fields(Share)},
+    }
+    taken = {
+        part: {name: settings.pop(name) for name in list(settings) if name in names} for part, names in parts.items()
+    }
+    pictures = settings.pop("pictures", None)
+    reading = Reading(LoaderOptions(**options | taken["options"]), pictures)
+    return settings | {"reading": reading} | ({"share": Share(**taken["share"])} if taken["share"] else {})
+
+
+def read_batches(sources, tokenizer, *, done: int = 0, epoch: int = 0, **settings) -> list[CaptionBatch]:
+    """All batches of `training_batches` from a cursor on, of the split `train` and 8 samples unless told otherwise."""
+    cursor = replace(Cursor.start(sources, 7), samples_done=done, epoch=epoch)
+    settings = {"splits": ["train"], "global_batch": 8} | settings
+    return list(training_batches(sources, tokenizer, cursor=cursor, **loader_arguments(settings)))
 
 
 def picture(index: int, size: tuple[int, int] = (64, 48)) -> Image.Image:

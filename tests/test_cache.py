@@ -15,9 +15,10 @@ from pathlib import Path
 import fsspec
 import pytest
 import torch
-from helpers_shards import make_feature_dataset, self_describing_captions
+from helpers_shards import loader_arguments, make_feature_dataset, self_describing_captions
 
-from sat.data.loader import evaluation_batches, read_references, training_batches
+from sat.data.loader import Reading, evaluation_batches, read_references, training_batches
+from sat.data.options import LoaderOptions
 from sat.data.plan import Cursor
 from sat.data.reader import BadSample, SampleReader
 from sat.shards import retry, schema
@@ -112,7 +113,8 @@ def epoch(tokenizer):
             "cache_dir": str(folder),
             "cache_gb": limit / 1e9,
         } | settings
-        return list(training_batches(sources, tokenizer, cursor=Cursor.start(sources, 1), **settings))
+        arguments = loader_arguments(settings)
+        return list(training_batches(sources, tokenizer, cursor=Cursor.start(sources, 1), **arguments))
 
     return read
 
@@ -183,8 +185,9 @@ def test_workers_and_ranks_share_one_download_of_each_shard(root, serve, epoch, 
 def test_references_and_evaluation_read_through_the_cache_too(root, serve, tmp_path):
     server = serve()
     manifest = load_manifest(server.url)
-    assert read_references(manifest, "val", cache_dir=str(tmp_path)) == read_references(load_manifest(str(root)), "val")
-    batches = list(evaluation_batches(manifest, split="val", cache_dir=str(tmp_path)))
+    options = LoaderOptions(cache_dir=str(tmp_path))
+    assert read_references(manifest, "val", options) == read_references(load_manifest(str(root)), "val")
+    batches = list(evaluation_batches(manifest, "val", Reading(options)))
     assert [i for b in batches for i in b.image_ids] == ["val-0", "val-1", "val-2"]
 
 

@@ -7,7 +7,7 @@ import torch
 
 from sat.config import load_config
 from sat.evaluate import baselines
-from sat.export import load_model, refuse_other_features, save_model
+from sat.export import load_model, save_model
 from sat.model.captioner import Captioner
 from sat.model.spec import Sizes
 from sat.text import build_tokenizer
@@ -65,14 +65,6 @@ def test_weights_of_another_shape_are_refused_naming_the_file(saved):
     (saved[0] / "config.json").write_text(json.dumps(about))
     with pytest.raises(ValueError, match=r"model\.safetensors does not fit"):
         load_model(saved[0])
-
-
-@pytest.mark.parametrize("key", ["encoder", "transform", "grid", "dtype", "scale_sha256"])
-def test_features_made_otherwise_are_refused_with_both_values(saved, key):
-    manifest = saved[2]
-    refuse_other_features(manifest.fingerprint, manifest)
-    with pytest.raises(ValueError, match=f"its {key} is .* but the model was trained on 'other'"):
-        refuse_other_features(manifest.fingerprint | {key: "other"}, manifest)
 
 
 def test_the_blind_baseline_gives_every_image_the_caption_of_another_one():

@@ -75,12 +75,6 @@ LAZY = {
 """Heavy or optional: loaded by the function that needs them."""
 
 PRESENT: set[str] = {
-    # shards, data
-    "no TYPE_CHECKING: sat.data.plan",
-    "functions are short and take few parameters: sat/data/loader.py evaluation_batches takes many",
-    "functions are short and take few parameters: sat/data/loader.py training_batches takes many",
-    "functions are short and take few parameters: sat/data/plan.py plan_training takes many",
-    #
     # model, decoding
     "no TYPE_CHECKING: sat.evaluation.decoding",
     #

@@ -1,26 +1,39 @@
 """The loader's promises over real tiny shards: equal global batches in any world, resume anywhere, evaluation once."""
 
-import io
+import time
 from collections import Counter
 from dataclasses import replace
 from functools import partial
 
 import numpy as np
+import psutil
 import pytest
 import torch
-from helpers_shards import encoded, grid_of, make_feature_dataset, picture, self_describing_captions
-from PIL import Image
+from helpers_shards import (
+    flip_bit,
+    grid_of,
+    loader_arguments,
+    make_feature_dataset,
+    read_batches,
+    self_describing_captions,
+)
 
 from preprocessing.features.statistics import restore, store
-from preprocessing.sharding.finalize import finalize
-from preprocessing.sharding.plan import ImageRecord, ImageSettings, Plan, PlannedShard, publish_plan
-from preprocessing.sharding.write import Sample, write_shard
 from sat.data import reader as reader_module
-from sat.data.loader import evaluation_batches, read_references, steps_per_epoch, training_batches
-from sat.data.plan import Cursor
+from sat.data.loader import (
+    Pictures,
+    Reading,
+    evaluation_batches,
+    read_references,
+    steps_per_epoch,
+    training_batches,
+)
+from sat.data.options import LoaderOptions
+from sat.data.plan import Cursor, Share
 from sat.text import END, PAD, START, build_tokenizer
 
 SAMPLES = 23
+IN_PROCESS = Reading(LoaderOptions(num_workers=0))
 
 
 @pytest.fixture(scope="module")
@@ -42,13 +55,7 @@ def tokenizer():
 @pytest.fixture
 def batches_of(manifest, tokenizer):
     """training_batches over the tiny set, with its usual settings unless told otherwise."""
-    return partial(_batches, [(manifest, 1.0)], tokenizer)
-
-
-def _batches(sources, tokenizer, *, done=0, epoch=0, **settings):
-    cursor = replace(Cursor.start(sources, 7), samples_done=done, epoch=epoch)
-    settings = {"splits": ["train"], "global_batch": 8} | settings
-    return list(training_batches(sources, tokenizer, cursor=cursor, **settings))
+    return partial(read_batches, [(manifest, 1.0)], tokenizer)
 
 
 def global_batches(batches_of, world_size, **settings):
@@ -100,7 +107,7 @@ def test_resume_after_any_step_with_another_world_yields_the_remaining_batches(
     manifest, extra, tokenizer, mixed, global_batch
 ):
     sources = [(manifest, 1.0), (extra, 0.5)] if mixed else [(manifest, 1.0)]
-    batches_of = partial(_batches, sources, tokenizer, epoch=3, global_batch=global_batch)
+    batches_of = partial(read_batches, sources, tokenizer, epoch=3, global_batch=global_batch)
     whole, samples = global_batches(batches_of, 1), SAMPLES + (round(0.5 * SAMPLES) if mixed else 0)
     assert sum(map(len, whole.values())) == samples
     for step in range(len(whole) + 1):
@@ -136,7 +143,7 @@ def test_every_rank_makes_the_same_micro_batches_and_short_ranks_get_empty_rows(
 def test_rows_hold_the_grid_and_the_captions_of_their_image(tmp_path, tokenizer, dtype):
     manifest = make_feature_dataset(tmp_path, {"train": 9}, dtype=dtype)
     scale = np.full(8, 4 / 127, np.float32) if dtype == "int8" else None
-    for batch in _batches([(manifest, 1.0)], tokenizer, global_batch=4):
+    for batch in read_batches([(manifest, 1.0)], tokenizer, global_batch=4):
         names = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "int8": torch.int8}
         assert batch.grid.dtype == names[dtype]
         for row, image_id in enumerate(batch.image_ids):
@@ -156,7 +163,7 @@ def test_long_captions_are_cut_and_wordless_ones_dropped(tmp_path):
     texts = {0: ["one two three four", "..."], 1: [], 2: ["!", "two"]}
     manifest = make_feature_dataset(tmp_path, {"train": 3}, captions=lambda split, index: texts[index])
     tokenizer = build_tokenizer(["one two three four"], 1)
-    (batch,) = _batches([(manifest, 1.0)], tokenizer, max_caption_length=3, captions_per_image=2)
+    (batch,) = read_batches([(manifest, 1.0)], tokenizer, max_caption_length=3, captions_per_image=2)
     rows = {i: row for row, i in enumerate(batch.image_ids)}
     assert batch.lengths[rows["train-0"]].tolist() == [4, 0]
     assert tokenizer.decode(batch.captions[rows["train-0"], 0]) == "one two three"
@@ -195,13 +202,13 @@ def test_several_splits_are_one_training_set(batches_of):
 
 def test_a_mixture_gives_main_samples_once_and_extras_by_weight_for_any_world(manifest, extra, tokenizer):
     sources = [(manifest, 1.0), (extra, 0.5)]
-    expected = global_batches(partial(_batches, sources, tokenizer), 1)
+    expected = global_batches(partial(read_batches, sources, tokenizer), 1)
     counts = Counter(i for ids in expected.values() for i in ids)
     # Both sets name their images alike: train-0 .. train-3 are in both.
     assert sum(counts.values()) == SAMPLES + round(0.5 * SAMPLES)
     assert all(counts[f"train-{i}"] == 1 for i in range(4, SAMPLES))
     assert {counts[f"train-{i}"] for i in range(4)} == {1 + 3}
-    assert global_batches(partial(_batches, sources, tokenizer), 3, accumulation_steps=2) == expected
+    assert global_batches(partial(read_batches, sources, tokenizer), 3, accumulation_steps=2) == expected
     assert steps_per_epoch(sources, ["train"], 8) == len(expected)
 
 
@@ -209,7 +216,7 @@ def test_a_mixture_gives_main_samples_once_and_extras_by_weight_for_any_world(ma
 def test_evaluation_reads_each_image_exactly_once_and_balanced(manifest, world_size):
     shares = []
     for rank in range(world_size):
-        batches = list(evaluation_batches(manifest, split="val", rank=rank, world_size=world_size, batch_size=2))
+        batches = list(evaluation_batches(manifest, "val", IN_PROCESS, batch_size=2, share=Share(rank, world_size)))
         shares.append([i for b in batches for i in b.image_ids])
         assert all(b.grid.shape == (len(b.keys), 4, 8) and b.captions.shape[1] == 0 for b in batches)
     assert Counter(i for share in shares for i in share) == Counter(f"val-{i}" for i in range(6))
@@ -217,7 +224,7 @@ def test_evaluation_reads_each_image_exactly_once_and_balanced(manifest, world_s
 
 
 def test_evaluation_pairs_each_image_with_its_own_grid(manifest):
-    for batch in evaluation_batches(manifest, split="train", batch_size=5, num_workers=2):
+    for batch in evaluation_batches(manifest, "train", Reading(LoaderOptions(num_workers=2)), batch_size=5):
         for row, image_id in enumerate(batch.image_ids):
             expected = grid_of("train", int(image_id.split("-")[1]), 4, 8).astype(np.float16)
             assert np.array_equal(batch.grid[row].numpy(), expected)
@@ -238,8 +245,8 @@ def test_more_ranks_than_samples_still_make_equal_steps(batches_of):
 @pytest.mark.faults
 def test_an_empty_or_unknown_split_is_refused_with_those_there_are(manifest, tokenizer):
     for call in (
-        lambda: _batches([(manifest, 1.0)], tokenizer, splits=["train", "trian"]),
-        lambda: evaluation_batches(manifest, split="trian"),
+        lambda: read_batches([(manifest, 1.0)], tokenizer, splits=["train", "trian"]),
+        lambda: evaluation_batches(manifest, "trian"),
         lambda: read_references(manifest, "trian"),
         lambda: steps_per_epoch([(manifest, 1.0)], ["trian"], 8),
     ):
@@ -249,19 +256,31 @@ def test_an_empty_or_unknown_split_is_refused_with_those_there_are(manifest, tok
 
 def test_settings_and_sources_that_do_not_fit_are_refused_at_once(manifest, tokenizer, tmp_path):
     sources = [(manifest, 1.0)]
-    start = partial(training_batches, sources, tokenizer, splits=["train"], global_batch=8)
+    start = partial(training_batches, sources, tokenizer, IN_PROCESS, splits=["train"], global_batch=8)
     with pytest.raises(ValueError, match="cursor belongs to data set"):
         start(cursor=replace(Cursor.start(sources, 1), manifest="f" * 64))
     with pytest.raises(ValueError, match="sample 24 of an epoch of 23"):
         start(cursor=replace(Cursor.start(sources, 1), samples_done=24))
-    with pytest.raises(ValueError, match="choose fail or quarantine"):
-        start(cursor=Cursor.start(sources, 1), on_bad_sample="skip")
+    for settings in ({"global_batch": 0}, {"epochs": 0}):
+        with pytest.raises(ValueError, match="must be at least 1"):
+            start(cursor=Cursor.start(sources, 1), **settings)
+    for share in ((1, 1), (-1, 2), (0, 1, 0)):
+        with pytest.raises(ValueError, match=r"the rank must be in \[0, world_size\), accumulation_steps at least 1"):
+            Share(*share)
     with pytest.raises(ValueError, match="holds features; images, and only they, need"):
-        start(cursor=Cursor.start(sources, 1), decode=lambda blob: None, image_size=8)
+        pictures = Pictures(torch.frombuffer, 8)
+        training_batches(
+            sources,
+            tokenizer,
+            Reading(pictures=pictures),
+            splits=["train"],
+            cursor=Cursor.start(sources, 1),
+            global_batch=8,
+        )
     other = make_feature_dataset(tmp_path, {"train": 4}, dim=16)
     mixed = [(manifest, 1.0), (other, 1.0)]
-    with pytest.raises(ValueError, match="dim is 16 in .*, 8 in"):
-        training_batches(mixed, tokenizer, splits=["train"], cursor=Cursor.start(mixed, 1), global_batch=8)
+    with pytest.raises(ValueError, match="to be mixed with .*: its dim is 16, but 8 is needed"):
+        training_batches(mixed, tokenizer, IN_PROCESS, splits=["train"], cursor=Cursor.start(mixed, 1), global_batch=8)
 
 
 def test_cursor_survives_json_and_refuses_another_version(manifest):
@@ -278,57 +297,14 @@ def test_batches_move_between_devices_with_all_their_tensors(batches_of):
     assert len(batch.keys) == 8
 
 
-def make_image_dataset(root, count):
-    """A finished data set of PNG pictures, `picture(index)` under the image id `index`."""
-    shard = PlannedShard("train-000000.tar", "train", count, "0" * 64)
-    plan = publish_plan(Plan(root, {"name": "pictures"}, ImageSettings(""), (shard,)))
-    records = [ImageRecord(str(index), f"{index}.png", "train", ("red",), f"k{index}") for index in range(count)]
-    samples = [Sample(each, encoded(picture(int(each.image_id)), "PNG"), "png", 64, 48) for each in records]
-    write_shard(root, shard, plan.digest, samples)
-    return finalize(plan)
-
-
-def decode_crop(blob):
-    array = np.asarray(Image.open(io.BytesIO(blob)).crop((0, 0, 32, 32)))
-    return torch.from_numpy(array.copy()).permute(2, 0, 1)
-
-
-def test_image_shards_give_pictures_and_empty_rows_where_there_is_no_sample(tmp_path, tokenizer):
-    manifest = make_image_dataset(tmp_path, 5)
-    settings = {"decode": decode_crop, "image_size": 32, "global_batch": 3, "num_workers": 1}
-    seen = set()
-    for rank in range(2):
-        for batch in _batches([(manifest, 1.0)], tokenizer, rank=rank, world_size=2, **settings):
-            assert batch.grid.dtype == torch.uint8 and batch.grid.shape == (len(batch.keys), 3, 32, 32)
-            for row, image_id in enumerate(batch.image_ids):
-                if image_id:
-                    seen.add(image_id)
-                    expected = np.asarray(picture(int(image_id)).crop((0, 0, 32, 32)))
-                    assert np.array_equal(batch.grid[row].permute(1, 2, 0).numpy(), expected)
-                else:
-                    assert not batch.grid[row].any()
-    assert seen == {str(i) for i in range(5)}
-
-
-def test_a_picture_that_cannot_be_decoded_names_shard_and_key(tmp_path, tokenizer):
-    manifest = make_image_dataset(tmp_path, 2)
-
-    def refuse(blob):
-        raise OSError("no picture")
-
-    with pytest.raises(ValueError, match="train-000000.tar: key k[01]: its picture cannot be decoded: no picture"):
-        _batches([(manifest, 1.0)], tokenizer, decode=refuse, image_size=32)
-
-
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_memory_is_used_again_only_when_nobody_holds_a_batch_or_a_view_of_it(manifest, tokenizer, num_workers):
     sources = [(manifest, 1.0)]
     settings = {"splits": ["train"], "cursor": Cursor.start(sources, 7), "global_batch": 2, "epochs": 3}
-    kept = list(training_batches(sources, tokenizer, num_workers=num_workers, **settings))
+    reading = Reading(LoaderOptions(num_workers=num_workers))
+    kept = list(training_batches(sources, tokenizer, reading, **settings))
     addresses, views = set(), []
-    for batch, expected in zip(
-        training_batches(sources, tokenizer, num_workers=num_workers, **settings), kept, strict=True
-    ):
+    for batch, expected in zip(training_batches(sources, tokenizer, reading, **settings), kept, strict=True):
         addresses.add(batch.grid.data_ptr())
         assert_equal([batch], [expected])
         if batch.step % 5 == 0:
@@ -343,3 +319,33 @@ def test_several_epochs_in_one_go_are_the_epochs_one_by_one(batches_of):
         in_one = batches_of(epoch=1, done=8, epochs=3, num_workers=workers)
         assert_equal(in_one, one_by_one)
         assert [b.epoch for b in in_one] == [b.epoch for b in one_by_one]
+
+
+def test_a_damaged_sample_counts_once_per_epoch_against_the_bound(tmp_path, tokenizer):
+    manifest = make_feature_dataset(tmp_path, {"train": 5})
+    flip_bit(tmp_path / "train-000000.tar", 8 * 2000)
+    settings = {"on_bad_sample": "quarantine", "max_bad_samples": 1, "epochs": 3}
+    assert sum(batch.bad for batch in read_batches([(manifest, 1.0)], tokenizer, **settings)) == 3
+
+
+@pytest.mark.parametrize("end", ["close", "drop", "error"])
+def test_workers_end_with_an_iterator_that_is_not_read_to_its_end(manifest, tokenizer, end):
+    before = {child.pid for child in psutil.Process().children()}
+
+    def ours():
+        return [child for child in psutil.Process().children() if child.pid not in before]
+
+    sources = [(manifest, 1.0)]
+    settings = loader_arguments({"num_workers": 2, "epochs": 99, "splits": ["train"], "global_batch": 2})
+    batches = training_batches(sources, tokenizer, cursor=Cursor.start(sources, 7), **settings)
+    next(batches)
+    assert len(ours()) == 2
+    began = time.monotonic()
+    if end == "close":
+        batches.close()
+    elif end == "drop":
+        del batches
+    else:
+        with pytest.raises(RuntimeError, match="of the reader's"):
+            batches.throw(RuntimeError("of the reader's"))
+    assert not ours() and time.monotonic() - began < 4

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pytest
 import torch
 import xxhash
-from helpers_shards import make_feature_dataset, self_describing_captions
+from helpers_shards import loader_arguments, make_feature_dataset, self_describing_captions
 
 from sat.data.loader import training_batches
 from sat.data.plan import Cursor
@@ -57,7 +57,7 @@ def read_epoch(tokenizer):
     def read(root, **settings):
         sources = [(load_manifest(root), 1.0)]
         settings = {"splits": ["train"], "global_batch": 4, "cursor": Cursor.start(sources, 1)} | settings
-        return list(training_batches(sources, tokenizer, **settings))
+        return list(training_batches(sources, tokenizer, **loader_arguments(settings)))
 
     return read
 
@@ -346,14 +346,16 @@ def test_short_reads_are_completed(pristine, read_epoch, monkeypatch):
 
 EPOCH = """
 import hashlib, sys
-from sat.data.loader import training_batches
+from sat.data.loader import Reading, training_batches
+from sat.data.options import LoaderOptions
 from sat.shards.manifest import load_manifest
 from sat.data.plan import Cursor
 from sat.text import CaptionTokenizer
+reading = Reading(LoaderOptions(num_workers=0, captions_per_image=2))
 sources = [(load_manifest(sys.argv[1]), 1.0)]
 digest = hashlib.sha256()
-for batch in training_batches(sources, CaptionTokenizer.load(sys.argv[2]), splits=["train"], global_batch=5,
-                              cursor=Cursor.start(sources, 1), captions_per_image=2):
+for batch in training_batches(sources, CaptionTokenizer.load(sys.argv[2]), reading, splits=["train"], global_batch=5,
+                              cursor=Cursor.start(sources, 1)):
     digest.update(batch.grid.numpy().tobytes() + batch.captions.numpy().tobytes() + repr(batch.keys).encode())
 print(digest.hexdigest())
 """

@@ -187,7 +187,8 @@ class OurEpochs:
     """Our loader over several epochs, each in another order, timed one at a time."""
 
     def __init__(self, root: Path, workers: int, epochs: int):
-        from sat.data.loader import read_references, training_batches
+        from sat.data.loader import Reading, read_references, training_batches
+        from sat.data.options import LoaderOptions
         from sat.data.plan import Cursor
         from sat.shards.manifest import load_manifest
         from sat.text import build_tokenizer
@@ -199,11 +200,11 @@ class OurEpochs:
         self._batches = training_batches(
             sources,
             build_tokenizer([text for texts in captions.values() for text in texts], 1),
+            Reading(LoaderOptions(num_workers=workers)),
             splits=["train"],
             cursor=Cursor.start(sources, 1),
             epochs=epochs,
             global_batch=BATCH,
-            num_workers=workers,
         )
 
     def samples_per_s(self) -> float:

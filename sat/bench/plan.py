@@ -24,12 +24,12 @@ import time
 began, busy = time.perf_counter(), time.process_time()
 import json, sys
 from sat.shards.manifest import load_manifest
-from sat.data.plan import Cursor, plan_training
+from sat.data.plan import Cursor, Share, plan_training
 
 root, (ranks, rank, worker, done, global_batch) = sys.argv[1], map(int, sys.argv[2:])
 sources = [(load_manifest(root), 1.0)]
 cursor = Cursor.start(sources, seed=1).advanced(done)
-plan = plan_training(sources, ["train"], cursor, 1, global_batch, rank, ranks, 1, 4)
+plan = plan_training(sources, ["train"], cursor, 1, global_batch, Share(rank, ranks), 4)
 (slots,) = plan.slots([worker])
 shards = {sources[0][0].shards[shard].name for shard in slots.shard.tolist()}
 seconds, busy = time.perf_counter() - began, time.process_time() - busy

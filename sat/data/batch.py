@@ -7,9 +7,10 @@ processes share and use again (`buffers`), and what a worker hands over is the n
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import xxhash
 from torch import Tensor
@@ -18,12 +19,13 @@ from sat.data.buffers import Ring, attach
 from sat.data.order import choose_captions
 from sat.data.plan import Slots
 from sat.data.reader import BadSample, Rows, SampleReader
-from sat.shards.manifest import Manifest
+from sat.shards.features import FeatureSpec
 from sat.text import END, PAD, START, CaptionTokenizer
 
-TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "int8": torch.int8}
-NO_CAPTIONS = np.zeros((0, 1), dtype=np.int32), 0
-"""Tokens of a row without an image."""
+Encoded = tuple[npt.NDArray[np.int32], int]
+"""int32 [k, 1 + T], for each caption its length and its padded ids; and how many ids the longest has."""
+NO_CAPTIONS: Encoded = np.zeros((0, 1), dtype=np.int32), 0
+"""Of a row without an image."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ class InTransit:
     ring: int
     slot: int
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         rest = {field.name: getattr(self.batch, field.name) for field in fields(self.batch)}
         grid = rest.pop("grid")
         # Small tensors as plain arrays: torch would open a file in shared memory for each.
@@ -92,7 +94,7 @@ class InTransit:
         return _arrive, (rest, self.ring, self.slot, tuple(grid.shape), grid.dtype)
 
 
-def _arrive(rest: dict, ring: int, slot: int, shape: tuple[int, ...], dtype: torch.dtype) -> CaptionBatch:
+def _arrive(rest: dict[str, Any], ring: int, slot: int, shape: tuple[int, ...], dtype: torch.dtype) -> CaptionBatch:
     rest |= {"captions": torch.from_numpy(rest["captions"]), "lengths": torch.from_numpy(rest["lengths"])}
     return CaptionBatch(grid=attach(ring, slot, shape, dtype), **rest)
 
@@ -131,12 +133,26 @@ class CaptionOptions:
     seed: int
 
 
-def row_of(manifest: Manifest, image_size: int) -> tuple[tuple[int, ...], torch.dtype]:
-    """Shape and type of one row of a batch's grid."""
-    if manifest.kind == "images":
-        return (3, image_size, image_size), torch.uint8
-    height, width = manifest.fingerprint["grid"]
-    return (height * width, manifest.fingerprint["dim"]), TORCH_DTYPES[manifest.fingerprint["dtype"]]
+@dataclass(frozen=True)
+class GridRow:
+    """One row of a batch's grid: an image's features, or its pixels."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @classmethod
+    def of_features(cls, spec: FeatureSpec) -> "GridRow":
+        """[L, D], as they are stored."""
+        return cls(spec.shape, getattr(torch, spec.torch))
+
+    @classmethod
+    def of_pictures(cls, size: int) -> "GridRow":
+        """uint8 [3, S, S]."""
+        return cls((3, size, size), torch.uint8)
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -146,10 +162,10 @@ class BatchReader:
     readers: Sequence[SampleReader]
     captions: CaptionOptions | None
     """None: captions are left out (evaluation)."""
+    row: GridRow
+    """What each sample becomes."""
     decode: Callable[[bytes], Tensor] | None
-    """Picture file -> uint8 [3, S, S]; for image shards. Raises ValueError or OSError for what is no picture."""
-    image_size: int
-    """S, for image shards."""
+    """Picture file -> a row; for image shards. Raises ValueError or OSError for what is no picture."""
     quarantine: bool
     ring: Ring
     """Memory for the grids."""
@@ -186,10 +202,9 @@ class BatchReader:
 
     def _allocate(self, rows: int) -> tuple[Tensor, int | None]:
         """An uninitialised grid, in a slot of the ring where one is free."""
-        shape, dtype = row_of(self.readers[0].manifest, self.image_size)
-        shape = (rows, *shape)
+        shape, dtype = (rows, *self.row.shape), self.row.dtype
         worker = torch.utils.data.get_worker_info()
-        slot = self.ring.take(worker.id if worker else 0, math.prod(shape) * dtype.itemsize)
+        slot = self.ring.take(worker.id if worker else 0, rows * self.row.nbytes)
         if slot is None:
             return torch.empty(shape, dtype=dtype), None
         # A slot that is sent is released by the process that receives it.
@@ -200,11 +215,11 @@ class BatchReader:
 
         Returns the manifest's rows and the sample's place in them for each row, and what was wrong with those left out.
         """
-        store = self._store_picture if self.decode else self._store_features
-        raw = memoryview(grid.view(torch.uint8).numpy().reshape(-1))
+        store = self._store_features if self.decode is None else self._store_picture
+        raw = grid.view(torch.uint8).numpy().reshape(-1).data
         size = len(raw) // max(len(grid), 1)
         found: list[tuple[Rows | None, int]] = [(None, 0)] * len(grid)
-        problems = []
+        problems: list[str] = []
         for source, shard, first, places in stretches:
             for sample, row in enumerate(places, first):
                 try:
@@ -222,44 +237,46 @@ class BatchReader:
         return reader.read_grid(shard, sample, out)
 
     def _store_picture(self, reader: SampleReader, shard: int, sample: int, out: memoryview) -> Rows:
+        assert self.decode is not None
         rows, blob = reader.rows(shard), reader.read_picture(shard, sample)
         try:
             picture = self.decode(blob)
         except (ValueError, OSError) as error:
             raise reader.bad(rows, sample, f"its picture cannot be decoded: {error}") from error
-        out[:] = memoryview(picture.numpy().reshape(-1))
+        out[:] = picture.numpy().reshape(-1).data
         return rows
 
     def _captions_of(self, found: Sequence[tuple[Rows | None, int]], epoch: int) -> tuple[Tensor, Tensor]:
         """captions int64 [B, K, T] and lengths int64 [B, K]; K = 0 where captions are left out."""
-        if self.captions is None:
+        options = self.captions
+        if options is None:
             return torch.zeros((len(found), 0, 0), dtype=torch.int64), torch.zeros((len(found), 0), dtype=torch.int64)
-        tokens = [self._tokens(rows, sample, epoch) if rows else NO_CAPTIONS for rows, sample in found]
+        tokens = [_tokens(rows, sample, epoch, options) if rows else NO_CAPTIONS for rows, sample in found]
         # At least <start> and one prediction, so that a batch without captions is a step like any other.
         longest = max(2, *(width for _, width in tokens))
-        captions = np.full((len(tokens), self.captions.per_image, longest), PAD, dtype=np.int64)
+        captions = np.full((len(tokens), options.per_image, longest), PAD, dtype=np.int64)
         lengths = np.zeros(captions.shape[:2], dtype=np.int64)
         for row, (each, width) in enumerate(tokens):
             captions[row, : len(each), :width] = each[:, 1 : 1 + width]
             lengths[row, : len(each)] = each[:, 0]
         return torch.from_numpy(captions), torch.from_numpy(lengths)
 
-    def _tokens(self, rows: Rows, sample: int, epoch: int) -> tuple[np.ndarray, int]:
-        """int32 [k, 1 + T], for each caption shown its length and its padded ids; and how many ids the longest has."""
-        options = self.captions
-        found = rows.encoded.get(sample)
-        if found is None:
-            texts = rows.captions[sample].as_py()
-            found = rows.encoded[sample] = _encode(texts, options.tokenizer, options.max_words)
-        if len(found[0]) <= options.per_image:
-            return found
-        image = xxhash.xxh3_64_intdigest(rows.image_ids[sample].encode())
-        chosen = found[0][choose_captions(len(found[0]), options.per_image, image, options.seed, epoch)]
-        return chosen, int(chosen[:, 0].max()) + 1
+
+def _tokens(rows: Rows, sample: int, epoch: int, options: CaptionOptions) -> Encoded:
+    """The captions of an image that this epoch shows."""
+    found = rows.encoded.get(sample)
+    if found is None:
+        texts = rows.captions[sample].as_py()
+        found = rows.encoded[sample] = _encode(texts, options.tokenizer, options.max_words)
+    if len(found[0]) <= options.per_image:
+        return found
+    image = xxhash.xxh3_64_intdigest(rows.image_ids[sample].encode())
+    chosen = found[0][choose_captions(len(found[0]), options.per_image, image, options.seed, epoch)]
+    return chosen, int(chosen[:, 0].max()) + 1
 
 
-def _encode(texts: Sequence[str], tokenizer: CaptionTokenizer, max_words: int) -> tuple[np.ndarray, int]:
-    """As `_tokens` returns them, all captions of an image; those without a single word are dropped."""
+def _encode(texts: Sequence[str], tokenizer: CaptionTokenizer, max_words: int) -> Encoded:
+    """All captions of an image; those without a single word are dropped."""
     ids = [words for text in texts if (words := tokenizer.encode(text, max_words))]
     longest = max(map(len, ids), default=-2) + 2
     out = np.full((len(ids), 1 + longest), PAD, dtype=np.int32)

@@ -7,19 +7,23 @@ hand these loaders to `accelerator.prepare`: they are already shared among the r
 
 import gc
 import logging
-import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
-from sat.data.batch import BatchReader, CaptionBatch, CaptionOptions, InTransit, Stretch, row_of, stretches_of
+from sat.data.batch import BatchReader, CaptionBatch, CaptionOptions, GridRow, InTransit, Stretch, stretches_of
 from sat.data.buffers import Ring
+from sat.data.options import CacheOptions, LoaderOptions
 from sat.data.plan import (
     Cursor,
     EvaluationPlan,
+    Share,
     Slots,
     Sources,
     TrainingPlan,
@@ -39,11 +43,31 @@ SLOTS = 4
 """Batches whose memory is kept per worker: two wait, one is filled, one is in use; more get memory of their own."""
 CHECKED_AT_START = 20_000
 """Up to so many shards rank 0 compares all sizes before it starts; every size is compared when its shard is opened."""
-SAME_IN_A_MIXTURE = ("grid", "dim", "dtype", "encoder", "transform", "scale_sha256")
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """How a picture file becomes what the encoder sees; for image shards."""
+
+    decode: Callable[[bytes], Tensor]
+    """Picture file -> uint8 [3, S, S]. Raises ValueError or OSError for what is no picture. Workers call it."""
+    size: int
+    """S."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How samples are read into batches."""
+
+    options: LoaderOptions = LoaderOptions()
+    pictures: Pictures | None = None
+    """Needed for image shards, and only for them."""
+    pin_memory: bool = False
+    """Batches lie in page-locked memory, from which a GPU copies without waiting."""
 
 
 @dataclass
-class PlannedBatches:
+class PlannedBatches(Dataset[CaptionBatch | InTransit]):
     """A plan and its reader as a map-style data set: item i is batch i. Asks for batches ahead of their use."""
 
     plan: TrainingPlan | EvaluationPlan
@@ -78,88 +102,62 @@ class PlannedBatches:
 def training_batches(
     sources: Sources,
     tokenizer: CaptionTokenizer,
+    reading: Reading,
     *,
     splits: Sequence[str],
     cursor: Cursor,
     epochs: int = 1,
     global_batch: int,
-    rank: int = 0,
-    world_size: int = 1,
-    accumulation_steps: int = 1,
-    captions_per_image: int = 5,
-    max_caption_length: int = 50,
-    run_length: int = 4,
-    num_workers: int = 0,
-    on_bad_sample: str = "fail",
-    max_bad_samples: int = 100,
-    decode: Callable[[bytes], Tensor] | None = None,
-    image_size: int = 0,
-    cache_dir: str = "",
-    cache_gb: float = 50.0,
-    pin_memory: bool = False,
-) -> Iterator[CaptionBatch]:
+    share: Share = Share(),
+) -> Generator[CaptionBatch, None, None]:
     """The rest of the cursor's epoch, then further ones up to `epochs` in all.
 
-    Per optimizer step these are `accumulation_steps` micro-batches, on every rank alike. The global batches depend on
-    neither rank, world_size, accumulation_steps nor num_workers; the last of an epoch may be short. The workers live,
-    read ahead and remember what they encoded through all epochs.
-
-    decode: picture file -> uint8 [3, S, S] with S = image_size, needed for image shards.
+    Per optimizer step these are `share.accumulation_steps` micro-batches, on every rank alike. The global batches
+    depend neither on the share nor on the number of workers; the last of an epoch may be short. The workers live, read
+    ahead and remember what they encoded through all epochs; close the iterator to end them before its end.
 
     Raises ValueError at once for settings and data that do not fit, and for missing or cut shards; while iterating
-    BadSample (a ValueError) for damage, or, with on_bad_sample="quarantine", for more than max_bad_samples of it; and
+    BadSample (a ValueError) for damage, or, with quarantine, for more than `max_bad_samples` of it in an epoch; and
     OSError for storage that fails for good.
     """
-    _check_training(sources, cursor, on_bad_sample, global_batch, accumulation_steps)
-    _check_decode(sources[0][0], decode, image_size)
-    world = (rank, world_size, accumulation_steps)
-    plan = plan_training(sources, splits, cursor, epochs, global_batch, *world, run_length)
-    readers = [_open_reader(manifest, cache_dir, cache_gb, check=rank == 0) for manifest, _ in sources]
-    options = CaptionOptions(tokenizer, captions_per_image, max_caption_length, cursor.seed)
-    ring = _make_ring(plan, sources[0][0], image_size, num_workers)
-    reader = BatchReader(readers, options, decode, image_size, on_bad_sample == "quarantine", ring)
-    return _iterate(plan, reader, num_workers, max_bad_samples, pin_memory)
+    options = reading.options
+    _check_sources(sources, cursor)
+    row = _row(sources[0][0], reading)
+    plan = plan_training(sources, splits, cursor, epochs, global_batch, share, options.run_length)
+    readers = [_open_reader(manifest, options, check=share.rank == 0) for manifest, _ in sources]
+    captions = CaptionOptions(tokenizer, options.captions_per_image, options.max_caption_length, cursor.seed)
+    decode = reading.pictures.decode if reading.pictures else None
+    ring = _make_ring(plan, row, options.num_workers)
+    reader = BatchReader(readers, captions, row, decode, options.on_bad_sample == "quarantine", ring)
+    return _iterate(plan, reader, reading)
 
 
 def steps_per_epoch(sources: Sources, splits: Sequence[str], global_batch: int) -> int:
     """Optimizer steps of one epoch; the last may be short. Raises ValueError for a split that is not there."""
-    plan = plan_training(sources, splits, Cursor.start(sources, 0), 1, global_batch, 0, 1, 1, 1)
-    return len(plan)
+    return len(plan_training(sources, splits, Cursor.start(sources, 0), 1, global_batch, Share(), run_length=1))
 
 
 def evaluation_batches(
-    manifest: Manifest,
-    *,
-    split: str,
-    rank: int = 0,
-    world_size: int = 1,
-    batch_size: int = 64,
-    num_workers: int = 0,
-    decode: Callable[[bytes], Tensor] | None = None,
-    image_size: int = 0,
-    cache_dir: str = "",
-    cache_gb: float = 50.0,
-) -> Iterator[CaptionBatch]:
+    manifest: Manifest, split: str, reading: Reading = Reading(), *, batch_size: int = 64, share: Share = Share()
+) -> Generator[CaptionBatch, None, None]:
     """This rank's images of the split, without captions (K = 0) and without padding rows.
 
     Over all ranks each image comes exactly once; a rank may get one image, or batch, more than another, or none.
-    Raises as `training_batches` does.
+    Raises as `training_batches` does, and for the first bad sample.
     """
-    _check_decode(manifest, decode, image_size)
+    row = _row(manifest, reading)
     chosen = choose_shards(manifest, [split], run_length=1, main=True)
-    begin, end = (chosen.layout.samples * r // world_size for r in (rank, rank + 1))
-    reader = _open_reader(manifest, cache_dir, cache_gb, check=rank == 0)
+    begin, end = (chosen.layout.samples * r // share.world_size for r in (share.rank, share.rank + 1))
+    reader = _open_reader(manifest, reading.options, check=share.rank == 0)
     plan = EvaluationPlan(chosen, begin, end, batch_size)
-    ring = _make_ring(plan, manifest, image_size, num_workers)
-    batches = BatchReader([reader], None, decode, image_size, quarantine=False, ring=ring)
-    return _iterate(plan, batches, num_workers, max_bad=0, pin_memory=False)
+    decode = reading.pictures.decode if reading.pictures else None
+    ring = _make_ring(plan, row, reading.options.num_workers)
+    return _iterate(plan, BatchReader([reader], None, row, decode, quarantine=False, ring=ring), reading)
 
 
-def read_references(
-    manifest: Manifest, split: str, cache_dir: str = "", cache_gb: float = 50.0
-) -> dict[str, list[str]]:
+def read_references(manifest: Manifest, split: str, cache: CacheOptions = CacheOptions()) -> dict[str, list[str]]:
     """image_id -> its captions as they were given, in the shards' order. Raises ValueError for an unknown split."""
-    reader = _open_reader(manifest, cache_dir, cache_gb, check=False)
+    reader = _open_reader(manifest, cache, check=False)
     references: dict[str, list[str]] = {}
     for shard in choose_shards(manifest, [split], run_length=1, main=True).shards.tolist():
         rows = reader.rows(shard)
@@ -167,81 +165,76 @@ def read_references(
     return references
 
 
-def _make_ring(plan: TrainingPlan | EvaluationPlan, manifest: Manifest, image_size: int, num_workers: int) -> Ring:
-    shape, dtype = row_of(manifest, image_size)
-    return Ring(max(num_workers, 1), SLOTS, plan.rows * math.prod(shape) * dtype.itemsize, shared=num_workers > 0)
+def _make_ring(plan: TrainingPlan | EvaluationPlan, row: GridRow, num_workers: int) -> Ring:
+    return Ring(max(num_workers, 1), SLOTS, plan.rows * row.nbytes, shared=num_workers > 0)
 
 
 def _iterate(
-    plan: TrainingPlan | EvaluationPlan, reader: BatchReader, num_workers: int, max_bad: int, pin_memory: bool
-) -> Iterator[CaptionBatch]:
+    plan: TrainingPlan | EvaluationPlan, reader: BatchReader, reading: Reading
+) -> Generator[CaptionBatch, None, None]:
+    workers, allowed = reading.options.num_workers, reading.options.max_bad_samples
     remote = any(each.store.is_remote for each in reader.readers)
-    batches = PlannedBatches(plan, reader, ahead=4 if remote else 1)
-    # Item i goes to worker i % num_workers and comes back in order: DataLoader's own round robin.
-    loader = torch.utils.data.DataLoader(
-        batches,
+    # Item i goes to worker i % workers and comes back in order: DataLoader's own round robin.
+    loader: DataLoader[Any] = DataLoader(
+        PlannedBatches(plan, reader, ahead=4 if remote else 1),
         batch_size=None,
         shuffle=False,
-        num_workers=num_workers,
-        pin_memory=pin_memory,
+        num_workers=workers,
+        pin_memory=reading.pin_memory,
         worker_init_fn=_settle_worker,
-        multiprocessing_context="fork" if num_workers else None,  # workers inherit the ring
+        multiprocessing_context="fork" if workers else None,  # workers inherit the ring
     )
-    bad = retries = 0
+    batches: Iterator[CaptionBatch] = iter(loader)
+    epoch = bad = retries = 0
     try:
-        for batch in loader:
+        for batch in batches:
             for problem in batch.problems:
                 logger.warning("quarantined: %s", problem)
-            bad += batch.bad
+            epoch, bad = batch.epoch, batch.bad + (bad if batch.epoch == epoch else 0)
             retries += batch.retries
-            if bad > max_bad:
+            if bad > allowed:
                 last = batch.problems[-1]
-                raise ValueError(f"{bad} bad samples, data.max_bad_samples allows {max_bad}; the last: {last}")
+                raise ValueError(f"{bad} bad samples, data.max_bad_samples allows {allowed}; the last: {last}")
             yield batch
-    except Exception as error:
-        if num_workers:
-            # Its frames hold the DataLoader's iterator, whose workers then end only after 5 s each; what went wrong
-            # in a worker is in the message.
-            error.__traceback__ = None
-        raise
+    finally:
+        if isinstance(batches, _MultiProcessingDataLoaderIter):
+            # Its own __del__ comes too late where an error's frames hold it: then workers end only after 5 s each.
+            batches._shutdown_workers()
     if retries:
         logger.warning("%d reads failed and were repeated with success", retries)
 
 
 def _settle_worker(_: int) -> None:
-    """For a forked process: no threads in the tokenizers library, and what was inherited is not searched for garbage."""
+    """For a forked process: no threads in the tokenizers library, no search for garbage in what was inherited."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     gc.freeze()
 
 
-def _open_reader(manifest: Manifest, cache_dir: str, cache_gb: float, check: bool) -> SampleReader:
-    store = make_store(manifest.root, cache_dir, cache_gb)
+def _open_reader(manifest: Manifest, cache: CacheOptions, check: bool) -> SampleReader:
+    store = make_store(manifest.root, cache.cache_dir, cache.cache_gb)
     if check and not store.is_remote and len(manifest.shards) <= CHECKED_AT_START:
         check_files(manifest)
     return SampleReader(manifest, store)
 
 
-def _check_training(
-    sources: Sources, cursor: Cursor, on_bad_sample: str, global_batch: int, accumulation_steps: int
-) -> None:
+def _row(manifest: Manifest, reading: Reading) -> GridRow:
+    """What a sample of this data set becomes. ValueError where it holds pictures and nothing decodes them."""
+    spec = manifest.spec
+    if (spec is None) != (reading.pictures is not None):
+        raise ValueError(f"{manifest.root} holds {manifest.kind}; images, and only they, need a way to decode pictures")
+    if reading.pictures is not None:
+        return GridRow.of_pictures(reading.pictures.size)
+    assert spec is not None
+    return GridRow.of_features(spec)
+
+
+def _check_sources(sources: Sources, cursor: Cursor) -> None:
     digest = sources_digest(sources)
     if cursor.manifest != digest:
         raise ValueError(f"the cursor belongs to data set {cursor.manifest}, these samples are of {digest}")
-    if on_bad_sample not in ("fail", "quarantine"):
-        raise ValueError(f"on_bad_sample is {on_bad_sample!r}; choose fail or quarantine")
-    if global_batch < 1 or accumulation_steps < 1:
-        raise ValueError(f"global_batch {global_batch} and accumulation_steps {accumulation_steps} must be at least 1")
     main = sources[0][0]
     for manifest, _ in sources[1:]:
-        for name in ("kind", *SAME_IN_A_MIXTURE):
-            ours, theirs = (each.kind if name == "kind" else each.fingerprint.get(name) for each in (main, manifest))
-            if ours != theirs:
-                raise ValueError(f"cannot mix data sets: {name} is {theirs} in {manifest.root}, {ours} in {main.root}")
-
-
-def _check_decode(manifest: Manifest, decode: Callable | None, image_size: int) -> None:
-    wanted = manifest.kind == "images"
-    if wanted != (decode is not None) or wanted != (image_size > 0):
-        raise ValueError(
-            f"{manifest.root} holds {manifest.kind}; images, and only they, need `decode` and `image_size`"
-        )
+        if manifest.kind != main.kind:
+            raise ValueError(f"{manifest.root} holds {manifest.kind}, {main.root} {main.kind}; they cannot be mixed")
+        if main.spec is not None:
+            main.spec.refuse(manifest.spec, f"{manifest.root}, to be mixed with {main.root}")

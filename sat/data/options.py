@@ -30,7 +30,7 @@ class LoaderOptions(CacheOptions):
     on_bad_sample: str = setting("fail", choices=("fail", "quarantine"), may_change=True)
     """`fail`, or `quarantine`: a damaged sample becomes a counted zero-weight slot."""
     max_bad_samples: int = setting(100, may_change=True)
-    """With `quarantine`: stop after this many per rank."""
+    """With `quarantine`: stop after this many in an epoch, per rank."""
 
     def __post_init__(self) -> None:
         check(self, "data")

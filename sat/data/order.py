@@ -11,6 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
+
+Ints = npt.NDArray[np.int64]
 
 MASK = (1 << 64) - 1
 GOLDEN = 0x9E3779B97F4A7C15
@@ -25,7 +28,7 @@ def mix64(x: int) -> int:
     return x ^ (x >> 31)
 
 
-def mix64_array(x: np.ndarray) -> np.ndarray:
+def mix64_array(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     """`mix64` of each element of a uint64 array, whose products wrap by themselves."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -40,7 +43,7 @@ def derive_key(*parts: int) -> int:
     return key
 
 
-def permute(index: np.ndarray, size: int, key: int) -> np.ndarray:
+def permute(index: Ints, size: int, key: int) -> Ints:
     """Image of each `index` (int64, in [0, size)) under the key's pseudo-random bijection of range(size).
 
     The domain is a grid of about sqrt(size) x sqrt(size) cells, so about one index in sqrt(size) at most walks on.
@@ -58,13 +61,13 @@ def permute(index: np.ndarray, size: int, key: int) -> np.ndarray:
     return out.astype(np.int64)
 
 
-def _feistel(x: np.ndarray, height: int, width: int, key: int) -> np.ndarray:
-    height, width = np.uint64(height), np.uint64(width)
-    row, column = x // width, x % width
+def _feistel(x: npt.NDArray[np.uint64], height: int, width: int, key: int) -> npt.NDArray[np.uint64]:
+    rows, columns = np.uint64(height), np.uint64(width)
+    row, column = x // columns, x % columns
     for i in range(0, 2 * ROUNDS, 2):
-        row = (row + mix64_array(column + np.uint64(mix64(key + i & MASK))) % height) % height
-        column = (column + mix64_array(row + np.uint64(mix64(key + i + 1 & MASK))) % width) % width
-    return row * width + column
+        row = (row + mix64_array(column + np.uint64(mix64(key + i & MASK))) % rows) % rows
+        column = (column + mix64_array(row + np.uint64(mix64(key + i + 1 & MASK))) % columns) % columns
+    return row * columns + column
 
 
 @dataclass(frozen=True)
@@ -72,9 +75,9 @@ class Layout:
     """Where the samples of one source lie: two cumulative counts per shard."""
 
     run_length: int
-    ends: np.ndarray
+    ends: Ints
     """Cumulative samples that belong to full runs of `run_length`, int64 [shards]."""
-    rest_ends: np.ndarray
+    rest_ends: Ints
     """Cumulative samples that are left over at the shards' ends, int64 [shards]."""
 
     @property
@@ -82,7 +85,7 @@ class Layout:
         return int(self.ends[-1] + self.rest_ends[-1]) if self.ends.size else 0
 
 
-def make_layout(shard_samples: Sequence[int] | np.ndarray, run_length: int) -> Layout:
+def make_layout(shard_samples: Sequence[int] | Ints, run_length: int) -> Layout:
     """The layout of shards with these sample counts, to be read in runs of `run_length` consecutive samples."""
     if run_length < 1:
         raise ValueError(f"run_length is {run_length}; it must be at least 1")
@@ -92,7 +95,7 @@ def make_layout(shard_samples: Sequence[int] | np.ndarray, run_length: int) -> L
     return Layout(run_length, np.cumsum(whole, out=whole), np.cumsum(rest, out=rest))
 
 
-def locate(layout: Layout, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def locate(layout: Layout, index: Ints) -> tuple[Ints, Ints]:
     """(shard, sample within the shard) of each index in [0, samples), both int64.
 
     Indices count the samples of all full runs first, shard after shard, and then the left-over samples of the shards'
@@ -110,7 +113,7 @@ def locate(layout: Layout, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return shard, np.where(whole, index - begin, in_rest)
 
 
-def source_order(layout: Layout, key: int, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def source_order(layout: Layout, key: int, positions: Ints) -> tuple[Ints, Ints]:
     """(shard, sample within the shard) at these positions (int64, in [0, samples)) of the order that `key` names.
 
     The one run that may be short is put at a place of its own, so that it is not the end of every epoch.
@@ -125,7 +128,7 @@ def source_order(layout: Layout, key: int, positions: np.ndarray) -> tuple[np.nd
     return locate(layout, index)
 
 
-def interleave(counts: Sequence[int], positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def interleave(counts: Sequence[int], positions: Ints) -> tuple[Ints, Ints]:
     """(source, position within that source) when sources of these counts are spread evenly over sum(counts) positions.
 
     Every stretch of the result holds each source in its share, up to one sample per source. `positions`: int64.
@@ -145,7 +148,7 @@ def interleave(counts: Sequence[int], positions: np.ndarray) -> tuple[np.ndarray
     return source, within
 
 
-def _scaled_floor(p: np.ndarray, numerator: int, denominator: int) -> np.ndarray:
+def _scaled_floor(p: Ints, numerator: int, denominator: int) -> Ints:
     """p * numerator // denominator without overflow for the near-by positions of one batch."""
     if not p.size:
         return p
@@ -169,7 +172,7 @@ class EpochOrder:
     def samples(self) -> int:
         return sum(self.counts)
 
-    def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def locate(self, positions: Ints) -> tuple[Ints, Ints, Ints]:
         """(source, shard, sample within the shard) of these positions of the epoch; all int64."""
         source, within = interleave(self.counts, positions)
         shard, sample = np.empty_like(positions), np.empty_like(positions)
@@ -201,7 +204,7 @@ def epoch_order(
     return EpochOrder(tuple(layouts), tuple(counts), tuple(keys), epoch)
 
 
-def micro_batch_rows(samples: int, rank: int, world_size: int, accumulation_steps: int, micro: int) -> np.ndarray:
+def micro_batch_rows(samples: int, rank: int, world_size: int, accumulation_steps: int, micro: int) -> Ints:
     """Places (int64) within a global batch of `samples` that micro-batch `micro` of `rank` holds; -1 is a padding row.
 
     Rank r owns the places r::world_size. Every rank and micro-batch of a step has the same number of rows.

@@ -9,18 +9,30 @@ import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from sat.data.order import EpochOrder, Layout, epoch_order, make_layout, micro_batch_rows
+from sat.data.order import EpochOrder, Ints, Layout, epoch_order, make_layout, micro_batch_rows
+from sat.shards.manifest import Manifest
 
-if TYPE_CHECKING:  # planning itself needs no file and so none of the libraries that read them
-    from sat.shards.manifest import Manifest
-
-Sources = Sequence[tuple["Manifest", float]]
+Sources = Sequence[tuple[Manifest, float]]
 """The main data set first, each sample once per epoch; then others, with the samples drawn per sample of the first."""
 CURSOR_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which part of every global batch a process reads. ValueError for a rank that there is not."""
+
+    rank: int = 0
+    world_size: int = 1
+    accumulation_steps: int = 1
+    """Micro-batches per optimizer step and rank."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rank < self.world_size or self.accumulation_steps < 1:
+            raise ValueError(f"{self}: the rank must be in [0, world_size), accumulation_steps at least 1")
 
 
 @dataclass(frozen=True)
@@ -47,11 +59,11 @@ class Cursor:
     def next_epoch(self) -> "Cursor":
         return replace(self, epoch=self.epoch + 1, samples_done=0)
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, values: dict) -> "Cursor":
+    def from_dict(cls, values: dict[str, Any]) -> "Cursor":
         """Raises ValueError for a cursor of another version of this program."""
         if values.get("version") != CURSOR_VERSION:
             raise ValueError(f"cursor of version {values.get('version')}; this program reads version {CURSOR_VERSION}")
@@ -70,7 +82,7 @@ def sources_digest(sources: Sources) -> str:
 class Chosen:
     """The shards of some splits of one source, as the order numbers them."""
 
-    shards: np.ndarray  # int64, indices into the manifest
+    shards: Ints  # int64, indices into the manifest
     layout: Layout
 
 
@@ -79,10 +91,10 @@ class Slots:
     """What one micro-batch consists of: `rows` of them, of which `filled` get the samples of the three arrays."""
 
     rows: int
-    filled: np.ndarray  # int64 [n], rows of the batch
-    source: np.ndarray  # int64 [n]
-    shard: np.ndarray  # int64 [n], index into the source's manifest
-    sample: np.ndarray  # int64 [n], within the shard
+    filled: Ints  # int64 [n], rows of the batch
+    source: Ints  # int64 [n]
+    shard: Ints  # int64 [n], index into the source's manifest
+    sample: Ints  # int64 [n], within the shard
     epoch: int
     step: int
     samples_done: int
@@ -95,7 +107,7 @@ class Frame(NamedTuple):
     step: int
     begin: int
     end: int
-    places: np.ndarray  # int64 [rows], within the global batch; -1 is a padding row
+    places: Ints  # int64 [rows], within the global batch; -1 is a padding row
 
 
 @dataclass(frozen=True)
@@ -112,9 +124,7 @@ class TrainingPlan:
     """Samples of the cursor's epoch that are used already."""
     epochs: int
     global_batch: int
-    rank: int
-    world_size: int
-    accumulation_steps: int
+    share: Share
 
     def __len__(self) -> int:
         return self._micro_batches(self.start) + (self.epochs - 1) * self._micro_batches(0)
@@ -122,23 +132,24 @@ class TrainingPlan:
     @property
     def rows(self) -> int:
         """Rows of the largest micro-batch."""
-        return -(-min(self.global_batch, self.order.samples) // (self.world_size * self.accumulation_steps))
+        return -(-min(self.global_batch, self.order.samples) // (self.share.world_size * self.share.accumulation_steps))
 
     def slots(self, indices: Sequence[int]) -> list[Slots]:
         """What these micro-batches consist of; ascending, and asked for together because each call costs 0.1 ms."""
         frames = [self._frame(index) for index in indices]
         planned = []
-        for epoch, group in itertools.groupby(frames, key=lambda frame: frame.epoch):
-            group = list(group)
+        for epoch, grouped in itertools.groupby(frames, key=lambda frame: frame.epoch):
+            group = list(grouped)
             filled = [np.flatnonzero(frame.places >= 0) for frame in group]
             positions = np.concatenate([frame.begin + frame.places[f] for frame, f in zip(group, filled, strict=True)])
             source, shard, sample = replace(self.order, epoch=epoch).locate(positions)
             for i, chosen in enumerate(self.chosen):
                 shard[source == i] = chosen.shards[shard[source == i]]
             cuts = np.cumsum([f.size for f in filled])[:-1]
-            columns = (np.split(column, cuts) for column in (source, shard, sample))
-            for frame, f, *places in zip(group, filled, *columns, strict=True):
-                planned.append(Slots(frame.places.size, f, *places, epoch, frame.step, frame.end))
+            parts = zip(*(np.split(column, cuts) for column in (source, shard, sample)), strict=True)
+            for frame, f, (sources, shards, samples) in zip(group, filled, parts, strict=True):
+                rows = frame.places.size
+                planned.append(Slots(rows, f, sources, shards, samples, epoch, frame.step, frame.end))
         return planned
 
     def _frame(self, index: int) -> "Frame":
@@ -146,14 +157,15 @@ class TrainingPlan:
         if index >= first:
             later, index = divmod(index - first, self._micro_batches(0))
             epoch, start = epoch + 1 + later, 0
-        batch, micro = divmod(index, self.accumulation_steps)
+        batch, micro = divmod(index, self.share.accumulation_steps)
         begin = start + batch * self.global_batch
         end = min(begin + self.global_batch, self.order.samples)
-        places = micro_batch_rows(end - begin, self.rank, self.world_size, self.accumulation_steps, micro)
+        share = self.share
+        places = micro_batch_rows(end - begin, share.rank, share.world_size, share.accumulation_steps, micro)
         return Frame(epoch, -(-start // self.global_batch) + batch, begin, end, places)
 
     def _micro_batches(self, start: int) -> int:
-        return -(-(self.order.samples - start) // self.global_batch) * self.accumulation_steps
+        return -(-(self.order.samples - start) // self.global_batch) * self.share.accumulation_steps
 
 
 @dataclass(frozen=True)
@@ -191,21 +203,24 @@ def plan_training(
     cursor: Cursor,
     epochs: int,
     global_batch: int,
-    rank: int,
-    world_size: int,
-    accumulation_steps: int,
+    share: Share,
     run_length: int,
 ) -> TrainingPlan:
-    """What each of the rank's micro-batches from the cursor on consists of; reads no shard."""
+    """What each micro-batch of this share consists of, from the cursor to the end of `epochs`; reads no shard.
+
+    The cursor's epoch counts as one of them. ValueError where there is nothing to plan or the cursor does not fit.
+    """
+    if global_batch < 1 or epochs < 1:
+        raise ValueError(f"global_batch {global_batch} and epochs {epochs} must be at least 1")
     chosen = [choose_shards(manifest, splits, run_length, main=i == 0) for i, (manifest, _) in enumerate(sources)]
     digests, weights = zip(*((manifest.digest, weight) for manifest, weight in sources), strict=True)
     order = epoch_order([each.layout for each in chosen], digests, weights, cursor.seed, cursor.epoch)
     if not 0 <= cursor.samples_done <= order.samples:
         raise ValueError(f"the cursor stands at sample {cursor.samples_done} of an epoch of {order.samples}")
-    return TrainingPlan(order, chosen, cursor.samples_done, epochs, global_batch, rank, world_size, accumulation_steps)
+    return TrainingPlan(order, chosen, cursor.samples_done, epochs, global_batch, share)
 
 
-def choose_shards(manifest: "Manifest", splits: Sequence[str], run_length: int, main: bool) -> Chosen:
+def choose_shards(manifest: Manifest, splits: Sequence[str], run_length: int, main: bool) -> Chosen:
     """The shards of these splits. The main source must have every split, a further one at least one of them."""
     ranges = [manifest.shards.of_split(split) for split in sorted(set(splits))]
     if not any(ranges) or (main and not all(ranges)):

@@ -11,17 +11,18 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
+from io import BufferedIOBase
 from pathlib import Path
 from queue import SimpleQueue
-from typing import BinaryIO
+from typing import Any, cast
 
 import fsspec
 import pyarrow as pa
 
-from sat.shards.location import check_root
+from sat import files
+from sat.shards.location import REPAIR, check_root
 from sat.shards.manifest import Manifest
 from sat.shards.retry import remote_error, retrying
 from sat.shards.schema import ShardInfo, place_of_rows
@@ -52,9 +53,7 @@ class FolderStore:
         try:
             return os.open(os.path.join(self.folder, shard.name), os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
-            raise ValueError(
-                f"{self.folder}: {shard.name} is missing; run preprocessing.verify_shards with --repair"
-            ) from None
+            raise ValueError(f"{self.folder}: {shard.name} is missing; {REPAIR}") from None
 
     def rows(self, manifest: Manifest, shard: int) -> pa.Table:
         """`manifest.rows(shard)`."""
@@ -81,7 +80,7 @@ class RemoteStore:
         self._expected: SimpleQueue[ShardInfo] = SimpleQueue()
         self._fetching_process = 0
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[type["RemoteStore"], tuple[str, str, int]]:
         return RemoteStore, (self.root, str(self.folder), self.limit)
 
     def open(self, shard: ShardInfo) -> int:
@@ -200,10 +199,10 @@ class RemoteStore:
     def _make_room(self, need: int, descriptor: int) -> None:
         """Reserve `need` bytes for the open part file, evicting shards; waits while other downloads hold the room."""
         while True:
-            with _locked(self.folder / ".lock"):
-                files = sorted(self._entries(), key=lambda entry: (entry[1].st_mtime_ns, entry[0].name))
-                used = sum(status.st_size for _, status in files)
-                for path, status in files:
+            with files.locked(self.folder / ".lock"):
+                found = sorted(self._entries(), key=lambda entry: (entry[1].st_mtime_ns, entry[0].name))
+                used = sum(status.st_size for _, status in found)
+                for path, status in found:
                     if used + need <= self.limit:
                         break
                     if path.suffix == ".tar" or _is_abandoned(path):
@@ -239,8 +238,7 @@ def make_store(root: str, cache_dir: str = "", cache_gb: float = 50.0) -> ShardS
         return FolderStore(root.removeprefix("file://"))
     if "://" not in root:
         return FolderStore(root)
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "show-attend-and-tell"
-    return RemoteStore(root, cache_dir or str(default), int(cache_gb * 1e9))
+    return RemoteStore(root, cache_dir or str(files.cache_folder()), int(cache_gb * 1e9))
 
 
 def _download(url: str, size: int, sha256: str, descriptor: int) -> None:
@@ -259,14 +257,14 @@ def _download(url: str, size: int, sha256: str, descriptor: int) -> None:
         raise ConnectionError(f"the sha256 of what arrived is {digest.hexdigest()}, {sha256} was written")
 
 
-def _open_url(url: str) -> BinaryIO:
-    options = {}
+def _open_url(url: str) -> BufferedIOBase:
+    options: dict[str, Any] = {}
     if url.startswith(("http://", "https://")):
         import aiohttp
 
         # The default of 5 minutes for the whole file would end every long download.
         options["client_kwargs"] = {"timeout": aiohttp.ClientTimeout(total=None, sock_read=READ_TIMEOUT_S)}
-    return fsspec.open(url, "rb", **options).open()
+    return cast(BufferedIOBase, fsspec.open(url, "rb", **options).open())
 
 
 def _is_at(descriptor: int, path: Path) -> bool:
@@ -274,17 +272,6 @@ def _is_at(descriptor: int, path: Path) -> bool:
         return os.path.samestat(os.fstat(descriptor), os.stat(path))
     except FileNotFoundError:
         return False
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold the lock of a file. Freed by name: a process that was forked meanwhile has the file open too."""
-    with open(path, "a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        try:
-            yield
-        finally:
-            fcntl.flock(file, fcntl.LOCK_UN)
 
 
 def _is_abandoned(part: Path) -> bool:
