@@ -3,18 +3,23 @@
 #
 #   bash launch/demo.sh                        with an encoder pre-trained here on the generator of the scenes
 #   WEIGHTS=imagenet bash launch/demo.sh       with ImageNet weights (python -m preprocessing.fetch_weights), or WEIGHTS=FILE
+#   SCENES=24 STEPS=2 EPOCHS=1 bash launch/demo.sh    as small as it gets: training scenes, steps of pre-training, epochs
 #
+# Each such choice has folders of its own under data/ and runs/; OUT=FOLDER puts data, runs and weights there.
 # Each command is printed before it runs; they are the programs that COCO would run through. What is whole is reused, so an
 # interrupted demonstration goes on where it was. Its minutes count from the first start to the first table, pauses left out.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-name=demo${WEIGHTS:+-$(basename "${WEIGHTS%.*}")}
-weights=${WEIGHTS:-weights/scenes.safetensors}
+out=${OUT:+$OUT/}
+name=demo${SCENES:+-scenes$SCENES}
+data=${out}data/$name
+name+=${STEPS:+-steps$STEPS}${WEIGHTS:+-$(basename "${WEIGHTS%.*}")}
+weights=${WEIGHTS:-${out}weights/scenes${STEPS:+-steps$STEPS}.safetensors}
 if [[ $weights == imagenet ]]; then encoder=weights; else encoder=$weights; fi # the captioner finds it there by its digest
-data=data/demo
-features=data/$name/features
-run=runs/$name
+features=${out}data/$name/features
+tokenizer=${out}data/$name/tokenizer.json
+run=${out}runs/$name${EPOCHS:+-epochs$EPOCHS}
 
 mkdir -p "$run"
 spent=$(cat "$run/seconds" 2>/dev/null || echo 0)
@@ -43,25 +48,29 @@ case $gpus in
   *) processes=(--config_file launch/multi_gpu.yaml --num_processes "$gpus") ;;
 esac
 
-run python -m preprocessing.synthetic --out $data/scenes
+scenes=()
+if [[ -n ${SCENES:-} ]]; then scenes=(--train "$SCENES" --val $((SCENES / 26 + 3)) --test $((SCENES * 3 / 26 + 6))); fi
+run python -m preprocessing.synthetic --out "$data/scenes" "${scenes[@]}"
 annotations=()
 for split in train val test; do annotations+=(--annotations "$split=$data/scenes/annotations/captions_$split.json"); done
-run python -m preprocessing.shard_images "${annotations[@]}" --images $data/scenes/images --out $data/images
-if [[ -z ${WEIGHTS:-} ]]; then run python -m preprocessing.pretrain_encoder --out "$weights"; fi
-run python -m preprocessing.extract_features --images $data/images --weights "$weights" --out "$features"
-run python -m preprocessing.build_vocab --features "$features" --out "data/$name/tokenizer.json"
+run python -m preprocessing.shard_images "${annotations[@]}" --images "$data/scenes/images" --out "$data/images"
+if [[ -z ${WEIGHTS:-} ]]; then run python -m preprocessing.pretrain_encoder --out "$weights" ${STEPS:+--steps "$STEPS"}; fi
+run python -m preprocessing.extract_features --images "$data/images" --weights "$weights" --out "$features"
+run python -m preprocessing.build_vocab --features "$features" --out "$tokenizer"
 
 run accelerate launch "${processes[@]}" -m sat.train configs/demo.yaml \
-  "data.features=$features" "data.tokenizer=data/$name/tokenizer.json" "train.run_dir=$run"
+  "data.features=$features" "data.tokenizer=$tokenizer" "train.run_dir=$run" \
+  ${EPOCHS:+"train.epochs=$EPOCHS"} ${SCENES:+train.warmup_steps=0}
 run_unless_newer "$run/evaluation-test.json" accelerate launch "${processes[@]}" -m sat.evaluate "$run" --split test --baselines
 run_unless_newer "$run/pictures/captions.json" \
-  python -m sat.caption $data/scenes/images/test --limit 8 --model "$run" --weights "$encoder" --out "$run/pictures"
+  python -m sat.caption "$data/scenes/images/test" --limit 8 --model "$run" --weights "$encoder" --out "$run/pictures"
 
 keep_time
 minutes=$(awk '{ printf "%.2f", $1 / 60 }' "$run/seconds")
 run python -m sat.summary "$run" --split test --minutes "$minutes"
 echo
-echo "captions and attention pictures  $PWD/$run/pictures"
-echo "run folder                       $PWD/$run"
-echo "checkpoints                      $PWD/$run/checkpoints (the best model: $PWD/$run/best)"
-echo "compare runs                     $(command -v mlflow) ui --backend-store-uri sqlite:///$PWD/runs/mlflow.db"
+run=$(realpath "$run")
+echo "captions and attention pictures  $run/pictures"
+echo "run folder                       $run"
+echo "checkpoints                      $run/checkpoints (the best model: $run/best)"
+echo "compare runs                     $(command -v mlflow) ui --backend-store-uri sqlite:///$(dirname "$run")/mlflow.db"

@@ -18,13 +18,13 @@ if [[ -f $venv/setup-stamp && $(<"$venv/setup-stamp") == "$wanted" ]]; then exit
 
 find_python() {
   local name
-  for name in python3.12 python3.11 python3; do
+  for name in python3.12 python3.11 python3.13 python3; do
     if "$name" -c 'import sys, venv, ensurepip; assert (3, 11) <= sys.version_info' 2>/dev/null; then
       command -v "$name"
       return
     fi
   done
-  echo "error: found no Python 3.11 or newer that has the modules venv and ensurepip (tried python3.12, python3.11, python3);" \
+  echo "error: found no Python 3.11 or newer that has the modules venv and ensurepip (tried python3.12, python3.11, python3.13, python3);" \
     "install one, on Debian or Ubuntu with: apt-get install python3-venv" >&2
   return 1
 }
@@ -53,7 +53,7 @@ torch_stack='^(torch|torchvision|triton|nvidia-.*|cuda-.*)=='
 "${install[@]}" --quiet --no-deps --requirement <(grep -E "$torch_stack" "$constraints") &
 "${install[@]}" --quiet --no-deps --requirement <(grep -vE "$torch_stack|^deepspeed==" "$constraints") || true
 wait
-"${install[@]}" --quiet --editable "$root[deepspeed,test]"
+"${install[@]}" --quiet --editable "$root[deepspeed,test,dev]"
 echo "trying the environment"
 PYTHONDONTWRITEBYTECODE='' "$venv/bin/python" -c 'import torch, torchvision, accelerate, deepspeed, mlflow, pyarrow, matplotlib.pyplot, webdataset'
 

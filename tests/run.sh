@@ -1,9 +1,17 @@
 #!/usr/bin/env bash
-# Set up what is missing and run the tests; arguments go to pytest:
+# Set up what is missing and run the checks or the tests; other arguments go to pytest:
 #   bash tests/run.sh                       bash tests/run.sh -m "not slurm" tests/test_order.py
+#   bash tests/run.sh --checks              format, lint and types, without a test
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash launch/setup.sh
 export PATH="${SAT_VENV:-$PWD/.venv}/bin:$PATH"
 export PYTHONDONTWRITEBYTECODE= # the first import of a module compiles it for all later ones
+if [[ ${1:-} == --checks ]]; then
+  failed=0 # each check says all it has to say
+  ruff format --check --quiet . || { failed=1; echo "error: not formatted; run: ruff format ." >&2; }
+  ruff check --quiet . || failed=1
+  mypy --no-error-summary || failed=1
+  exit $failed
+fi
 exec python -m pytest "$@"

@@ -1,0 +1,56 @@
+"""launch/demo.sh from an empty folder to its table of scores, as small as it gets; a second call reuses everything."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.end_to_end
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory):
+    """The environment of this test as launch/setup.sh leaves one for this checkout, so that it has nothing to do."""
+    venv = tmp_path_factory.mktemp("venv")
+    for entry in Path(sys.prefix).iterdir():
+        if not entry.name.startswith("setup-"):
+            (venv / entry.name).symlink_to(entry)
+    shaping = [ROOT / "launch/constraints.txt", ROOT / "pyproject.toml", ROOT / "launch/setup.sh"]
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in shaping) + f"{ROOT}\n".encode())
+    (venv / "setup-stamp").write_text(f"{digest.hexdigest()}  -\n")
+    return os.environ | {"SAT_VENV": str(venv), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+def demo(environment: dict[str, str], out: Path) -> str:
+    variables = environment | {"SCENES": "24", "STEPS": "2", "EPOCHS": "1", "OUT": str(out)}
+    command = ["bash", "launch/demo.sh"]
+    done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def files(folder: Path) -> dict[str, int]:
+    return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
+def test_the_demonstration_runs_to_its_table_and_a_second_one_makes_nothing_anew(environment, tmp_path):
+    first = demo(environment, tmp_path)
+    assert "$ python -m preprocessing.synthetic" in first and "CIDEr" in first
+    run = tmp_path / "runs/demo-scenes24-steps2-epochs1"
+    scores = json.loads((run / "summary.json").read_text())["scores"]
+    assert {"model", "blind", "frequent"} <= scores.keys()
+    made = files(tmp_path)
+    assert any(name.startswith("weights/") for name in made) and any(name.endswith(".png") for name in made)
+
+    second = demo(environment, tmp_path)
+    assert "is up to date" in second and "reused" in second and "0 rendered now" in second
+    assert second[second.index("$ python -m sat.summary") :] == first[first.index("$ python -m sat.summary") :]
+    kept = {
+        name: time for name, time in made.items() if Path(name).suffix in (".safetensors", ".tar", ".parquet", ".png")
+    }
+    assert kept and kept.items() <= files(tmp_path).items()
