@@ -13,6 +13,7 @@ import torch
 import typer
 from PIL import Image
 
+from sat.cli import run_program
 from sat.evaluate import best_folder
 from sat.evaluation.attention_plot import plot_attention
 from sat.evaluation.decoding import Hypothesis, decode
@@ -97,7 +98,4 @@ def expand(pictures: list[Path]) -> list[Path]:
 
 
 if __name__ == "__main__":
-    try:
-        typer.run(main)
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from None
+    run_program(main)

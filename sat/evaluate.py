@@ -15,6 +15,7 @@ import typer
 from torch import nn
 
 from sat.checkpoint import write_json
+from sat.cli import run_program
 from sat.config import Config
 from sat.data.loader import Reading, evaluation_batches, read_references
 from sat.data.plan import Share
@@ -193,7 +194,4 @@ def write_report(run: Path, split: str, config, step: int, result: Evaluation, s
 
 
 if __name__ == "__main__":
-    try:
-        typer.run(main)
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from None
+    run_program(main)

@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from sat.checkpoint import write_json
+from sat import files
+from sat.cli import run_program
 
 COLUMNS = ("CIDEr", "BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L")
 ROWS = {"model": "model", "blind": "blind (shuffled features)", "most_frequent": "most frequent caption"}
@@ -20,11 +21,9 @@ def main(
     """Print the scores of RUN/evaluation-SPLIT.json as a table; writes RUN/summary.json."""
     path = run / f"evaluation-{split}.json"
     if not path.is_file():
-        raise SystemExit(
-            f"error: {path} is missing; run `python -m sat.evaluate {run} --split {split} --baselines` first"
-        )
+        raise ValueError(f"{path} is missing; run `sat evaluate {run} --split {split} --baselines` first")
     report = json.loads(path.read_text())
-    write_json(run / "summary.json", {"minutes": round(minutes, 2), "scores": report["scores"]})
+    files.write_json(run / "summary.json", {"minutes": round(minutes, 2), "scores": report["scores"]})
     print(f"{report['images']} held-out images of split {split!r}, beam {report['beam_size']}")
     print(f"{'':26}" + "".join(f"{column:>9}" for column in COLUMNS))
     for name, title in ROWS.items():
@@ -37,4 +36,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_program(main)

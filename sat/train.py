@@ -8,28 +8,28 @@ import dataclasses
 import itertools
 import json
 import math
-import sys
 from collections.abc import Iterator
-from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Annotated
 
 import torch
-from torch import Tensor
+import typer
 from tqdm import tqdm
 
 from sat import checkpoint
+from sat.cli import run_program
 from sat.config import Config, fixed_settings, load_config
 from sat.data.batch import CaptionBatch
 from sat.data.loader import training_batches
 from sat.data.order import derive_key
-from sat.data.plan import Cursor, Share
+from sat.data.plan import Cursor
 from sat.engine.processes import Runtime, start
 from sat.evaluate import Evaluation, evaluate
 from sat.export import save_model
 from sat.learner import Learner, build_learner, check_resumable, load_tensors, save_tensors
-from sat.machine import speed_up
 from sat.meter import Meter
+from sat.model.kernels.choose import speed_up
 from sat.model.loss import total_loss
 from sat.run_folder import Run, open_run, read_status
 from sat.training_data import TrainingData, open_data
@@ -84,19 +84,28 @@ def steps_from(
     config: Config, data: TrainingData, cursor: Cursor, runtime: Runtime, meter: Meter
 ) -> Iterator[list[CaptionBatch]]:
     """The micro-batches of each remaining optimizer step, over all remaining epochs; waiting time goes to the meter."""
-    batches = training_batches(
-        data.sources,
-        data.tokenizer,
-        replace(data.reading, pin_memory=runtime.device.type == "cuda"),
-        splits=config.data.train_splits,
-        cursor=cursor,
-        epochs=config.train.epochs - cursor.epoch,
-        global_batch=config.train.global_batch,
-        share=Share(runtime.rank, runtime.world_size, config.train.accumulation_steps),
-    )
-    with closing(batches):
+    while cursor.epoch < config.train.epochs:
+        batches = training_batches(
+            data.sources,
+            data.tokenizer,
+            splits=config.data.train_splits,
+            cursor=cursor,
+            global_batch=config.train.global_batch,
+            rank=runtime.rank,
+            world_size=runtime.world_size,
+            accumulation_steps=config.train.accumulation_steps,
+            captions_per_image=config.data.captions_per_image,
+            max_caption_length=config.data.max_caption_length,
+            run_length=config.data.run_length,
+            num_workers=config.data.num_workers,
+            on_bad_sample=config.data.on_bad_sample,
+            max_bad_samples=config.data.max_bad_samples,
+            pin_memory=runtime.device.type == "cuda",
+            **data.reading,
+        )
         while step_batches := meter.wait_for(lambda: list(itertools.islice(batches, config.train.accumulation_steps))):
             yield step_batches
+        cursor = cursor.next_epoch()
 
 
 def take_step(config, learner: Learner, batches: list[CaptionBatch], step: int, run: Run, meter: Meter) -> bool:
@@ -110,8 +119,6 @@ def take_step(config, learner: Learner, batches: list[CaptionBatch], step: int, 
     tokens, captions, stop = runtime.sum_over_ranks(local)
     torch.manual_seed(derive_key(config.train.seed, step, runtime.rank) >> 1)
     rate = learner.set_learning_rate(step)
-    follows = learner.objective.follows
-    followed: list[list[Tensor]] = [[] for _ in follows]
     for i, batch in enumerate(batches):
         batch = batch.to(runtime.device)
         with runtime.forward_context(learner.model, last=i == len(batches) - 1):
@@ -119,13 +126,11 @@ def take_step(config, learner: Learner, batches: list[CaptionBatch], step: int, 
                 sums = learner.model(batch.grid, batch.captions, batch.lengths, learner.sampling_probability(step))
             runtime.backward(total_loss(sums, tokens, captions), len(batches))
         meter.add(sums)
-        for name, parts in zip(follows, followed, strict=True):
-            parts.append(sums.counts[name].float())
     meter.gradient_norm = runtime.step(learner.model, learner.optimizer, config.train.clip_norm)
     learner.after_step()
-    if follows:
-        totals = runtime.sum_over_ranks([float(sum(parts)) for parts in followed])
-        learner.objective.after_step(dict(zip(follows, totals, strict=True)))
+    if config.model.attention == "hard" and tokens:
+        nll = runtime.sum_over_ranks([meter.nll_of_last(len(batches))])[0]
+        learner.module.update_baseline(nll / tokens)
     meter.count(tokens, captions, rate, bad=sum(batch.bad for batch in batches))
     return stop > 0
 
@@ -154,7 +159,7 @@ def resume(config: Config, data: TrainingData, learner: Learner, runtime: Runtim
 
 
 def identity(config: Config, data: TrainingData, runtime: Runtime) -> dict:
-    """The settings that make a training what it is. Others (workers, ranks, evaluation) may change in between."""
+    """The settings that make a training what it is. Others (workers, ranks, evaluation) may change between its lives."""
     kept = fixed_settings(config)
     kept["features"] = [[manifest.digest, weight] for manifest, weight in data.sources]
     kept["tokenizer"] = data.tokenizer.digest
@@ -185,14 +190,13 @@ def log_step(step: int, learner: Learner, meter: Meter, run: Run, bar: tqdm) -> 
     bar.set_postfix_str(f"nll {values['nll_per_token']:.3f}, {values['captions_per_s']:.0f} captions/s", refresh=False)
     if not (math.isfinite(values["nll_per_token"]) and math.isfinite(values["gradient_norm"])):
         raise RuntimeError(
-            f"step {step}: NLL {values['nll_per_token']}, gradient norm {values['gradient_norm']}; a checkpoint "
-            "written since the last log line may hold it too; lower train.learning_rate, lengthen train.warmup_steps, "
-            "or use train.precision=fp32"
+            f"step {step}: NLL {values['nll_per_token']}, gradient norm {values['gradient_norm']}; a checkpoint written "
+            "since the last log line may hold it too; lower train.learning_rate, lengthen train.warmup_steps, or use train.precision=fp32"
         )
 
 
 def score_and_keep_best(config: Config, data: TrainingData, learner: Learner, progress: Progress, run: Run) -> Progress:
-    """Score the evaluation split by free-running decoding; export the best model yet by CIDEr. All ranks enter."""
+    """Score the evaluation split by free-running decoding; export the model when its CIDEr is the best yet. All ranks enter."""
     model = learner.evaluated.eval()
     split = config.data.eval_split
     result = evaluate(model, data.main, split, data.tokenizer, config, run.runtime, data.reading)
@@ -231,11 +235,14 @@ def out_of_patience(config: Config, progress: Progress) -> bool:
     return 0 < config.train.patience <= progress.evaluations_without_gain
 
 
-def main(arguments: list[str]) -> None:
-    """`python -m sat.train CONFIG [key=value ...]`; under `accelerate launch` one such process per rank."""
-    if not arguments or arguments[0].startswith("-"):
-        raise SystemExit("usage: accelerate launch --config_file launch/cpu.yaml -m sat.train CONFIG [key=value ...]")
-    config = load_config(arguments[0], arguments[1:])
+def main(
+    configuration: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of settings, see configs/")],
+    settings: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="settings over those of the file")
+    ] = None,
+) -> None:
+    """Train the captioner that CONFIG describes, or go on with it; under `accelerate launch` one process per rank."""
+    config = load_config(configuration, settings or ())
     status = read_status(Path(config.train.run_dir))
     if status.get("state") == "finished":
         print(
@@ -251,7 +258,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from None
+    run_program(main)

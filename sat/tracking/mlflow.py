@@ -1,11 +1,10 @@
-"""Bring a run folder's journal and artifacts to MLflow: `python -m sat.tracking.mlflow RUN_DIR`, at any time, repeatedly.
+"""Bring a run folder's journal and artifacts to MLflow: `sat sync RUN`, at any time, repeatedly.
 
 MLflow is asked what it has and gets what is missing, so nothing is lost or sent twice, whatever broke when. The
 surprise: of a step that was taken again after a crash MLflow keeps the first point; the journal has the one that
 counts.
 """
 
-import argparse
 import contextlib
 import fcntl
 import json
@@ -16,8 +15,12 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Annotated
 from uuid import uuid4
 
+import typer
+
+from sat.cli import run_program
 from sat.tracking.journal import ARTIFACTS, JOURNAL, SETTINGS, UPLOADED, entries, read_json, write_json
 
 ENVIRONMENT = {
@@ -297,24 +300,27 @@ def _say(words: str) -> None:
     print(words, file=sys.stderr, flush=True)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Bring a run folder's metrics and artifacts to MLflow.")
-    parser.add_argument("run_dir", type=Path)
-    parser.add_argument("--parent", type=int, help="follow the run while this process lives (used by the trainer)")
-    arguments = parser.parse_args()
-    folder = arguments.run_dir.resolve()
-    if arguments.parent is None:
+def main(
+    run: Annotated[Path, typer.Argument(help="run folder")],
+    parent: Annotated[int, typer.Option(help="follow the run while this process lives", hidden=True)] = 0,
+) -> None:
+    """Bring a run folder's metrics and artifacts to MLflow; what is there already is not sent twice."""
+    folder = run.resolve()
+    if not parent:
         try:
             print(f"{sync(folder)} points and artifacts sent")
-        except Exception as error:
-            raise SystemExit(f"error: {_reason(error)}") from None
+        except ValueError:
+            raise
+        except Exception as error:  # of MLflow and what lies below it
+            raise ValueError(_reason(error)) from error
         return None
-    while os.getppid() == arguments.parent:  # the uploader of the run's previous life may be at its last words
+    while os.getppid() == parent:  # the uploader of the run's previous life may be at its last words
         with _run_lock(folder) as mine:
             if mine:
-                return follow(folder, arguments.parent)
+                return follow(folder, parent)
         time.sleep(0.25)
+    return None
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)
