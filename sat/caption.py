@@ -1,7 +1,7 @@
 """Pictures in, captions and attention pictures out, on any machine that has the model's three files and its encoder.
 
-The surprise: the attention picture shows what the encoder saw (after rotation, crop and resize), not the file, so a bright
-cell lies exactly over the pixels it stands for.
+The surprise: the attention picture shows what the encoder saw (after rotation, crop and resize), not the file, so a
+bright cell lies exactly over the pixels it stands for.
 """
 
 import json
@@ -26,7 +26,7 @@ from sat.shards.pictures import decode as decode_file
 
 
 def find_encoder(trained: TrainedModel, weights: Path) -> Encoder:
-    """The frozen ResNet-50 that made the model's features: the file `weights`, or the one in that folder with the digest
+    """The frozen ResNet-50 that made the model's features: the file `weights`, or that in it with the digest
     the model names. Raises ValueError when none matches."""
     wanted = trained.features["encoder"]
     candidates = sorted(weights.glob("*.safetensors")) if weights.is_dir() else [weights]
@@ -34,8 +34,8 @@ def find_encoder(trained: TrainedModel, weights: Path) -> Encoder:
         if path.is_file() and weights_digest(path) == wanted["weights_sha256"]:
             return load_encoder(path, stage=wanted["stage"])
     raise ValueError(
-        f"no encoder with SHA-256 {wanted['weights_sha256'][:12]}... at {weights}; give the file that extracted the training "
-        "features: --weights FILE"
+        f"no encoder with SHA-256 {wanted['weights_sha256'][:12]}... at {weights}; give the file that extracted the "
+        "training features: --weights FILE"
     )
 
 

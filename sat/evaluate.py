@@ -14,12 +14,13 @@ import torch
 import typer
 from torch import nn
 
-from sat.checkpoint import write_json
+from sat import files
 from sat.cli import run_program
 from sat.config import Config
 from sat.data.loader import Reading, evaluation_batches, read_references
 from sat.data.plan import Share
-from sat.engine.processes import Runtime, start
+from sat.engine.processes import Processes
+from sat.engine.start import start
 from sat.evaluation.decoding import decode
 from sat.evaluation.metrics import Scores, most_frequent_caption, score
 from sat.evaluation.options import METRICS
@@ -47,15 +48,15 @@ def evaluate(
     split: str,
     tokenizer: CaptionTokenizer,
     config: Config,
-    runtime: Runtime,
+    processes: Processes,
     reading: Reading,
 ) -> Evaluation:
     """Decode and score `split`. All ranks enter and all get the result; the same scores for any world size.
 
     Raises ValueError where the split is empty or the captions do not cover it exactly.
     """
-    local = decode_split(models, manifest, split, tokenizer, config, runtime, reading)
-    gathered = [pair for part in runtime.gather(local) for pair in part]
+    local = decode_split(models, manifest, split, tokenizer, config, processes, reading)
+    gathered = [pair for part in processes.gather(local) for pair in part]
     captions = {image_id: caption for image_id, caption, _ in sorted(gathered)}
     if len(captions) != len(gathered):
         raise ValueError(f"split {split!r} of {manifest.root}: an image was decoded twice; image ids must be unique")
@@ -63,7 +64,7 @@ def evaluate(
     def score_once() -> Scores:
         return score(read_references(manifest, split, reading.options), captions, tuple(config.eval.metrics))
 
-    scores = runtime.run_on_main(score_once)
+    scores = processes.run_on_main(score_once)
     return Evaluation(scores, captions, sum(not finished for _, _, finished in gathered))
 
 
@@ -74,23 +75,23 @@ def decode_split(
     split: str,
     tokenizer: CaptionTokenizer,
     config: Config,
-    runtime: Runtime,
+    processes: Processes,
     reading: Reading,
 ) -> list[tuple[str, str, bool]]:
     """This rank's (image_id, caption, finished) of the split; a progress line on rank 0."""
     from tqdm import tqdm
 
-    share = Share(runtime.rank, runtime.world_size)
+    share = Share(processes.rank, processes.world_size)
     batches = evaluation_batches(manifest, split, reading, batch_size=config.eval.batch_size, share=share)
     results = []
     images = sum(shard.samples for shard in manifest.shards if shard.split == split)
-    with tqdm(total=images, desc=f"decode {split}", unit="image", disable=not runtime.is_main, leave=False) as bar:
+    with tqdm(total=images, desc=f"decode {split}", unit="image", disable=not processes.is_main, leave=False) as bar:
         for batch in batches:
-            with runtime.autocast():
-                best = [hypotheses[0] for hypotheses in decode(models, batch.grid.to(runtime.device), config.eval)]
+            with processes.autocast():
+                best = [hypotheses[0] for hypotheses in decode(models, batch.grid.to(processes.device), config.eval)]
             for image_id, hypothesis in zip(batch.image_ids, best, strict=True):
                 results.append((image_id, tokenizer.decode(hypothesis.tokens), hypothesis.finished))
-            bar.update(min(len(batch.image_ids) * runtime.world_size, images - bar.n))
+            bar.update(min(len(batch.image_ids) * processes.world_size, images - bar.n))
     return results
 
 
@@ -137,12 +138,13 @@ def main(
             raise ValueError(
                 f"the ensemble's models have different vocabularies ({run} and {also}); they cannot vote on words"
             )
-    runtime = start(config.train.precision if torch.cuda.is_available() or config.train.precision != "fp16" else "bf16")
-    kernels = speed_up(config.train.kernels, runtime.device)
-    if runtime.is_main:
+    precision = config.train.precision if torch.cuda.is_available() or config.train.precision != "fp16" else "bf16"
+    processes = start(precision).processes
+    kernels = speed_up(config.train.kernels, processes.device)
+    if processes.is_main:
         print(kernels, flush=True)
-    models = [each.model.to(runtime.device) for each in trained]
-    result = evaluate(models, manifest, split, trained[0].tokenizer, config, runtime, reading_options(config))
+    models = [each.model.to(processes.device) for each in trained]
+    result = evaluate(models, manifest, split, trained[0].tokenizer, config, processes, reading_options(config))
 
     def report() -> None:
         scores = {"model": result.scores}
@@ -155,8 +157,8 @@ def main(
                 scores[name] = score(references, captions, tuple(config.eval.metrics))
         write_report(run, split, config, trained[0].step, result, scores)
 
-    runtime.run_on_main(report)
-    runtime.leave()
+    processes.run_on_main(report)
+    processes.leave()
 
 
 def refuse_unfit(trained: TrainedModel, manifest: Manifest) -> None:
@@ -182,8 +184,10 @@ def write_report(run: Path, split: str, config, step: int, result: Evaluation, s
         "scores": {name: each.values for name, each in scores.items()},
         "missing": {name: each.reasons for name, each in scores.items() if each.reasons},
     }
-    write_json(run / f"captions-{split}.json", [{"image_id": i, "caption": c} for i, c in result.captions.items()])
-    write_json(run / f"evaluation-{split}.json", report)
+    files.write_json(
+        run / f"captions-{split}.json", [{"image_id": i, "caption": c} for i, c in result.captions.items()]
+    )
+    files.write_json(run / f"evaluation-{split}.json", report)
     if (run / "config.yaml").is_file():
         with attach(run) as tracker:
             for name, values in report["scores"].items():

@@ -1,7 +1,7 @@
 """The only writers of the program: a file or folder appears whole or not at all, is on the disk, and obeys the umask.
 
-Everything is written under a temporary name in the same folder, synced, and then renamed, exchanged or linked; a kill at
-any point leaves the old or the new content. Temporary names hold `.tmp-`, so that `sweep` and the readers know them.
+Everything is written under a temporary name in the same folder, synced, and then renamed, exchanged or linked; a kill
+at any point leaves the old or the new content. Temporary names hold `.tmp-`, so that `sweep` and the readers know them.
 """
 
 import ctypes
@@ -113,7 +113,7 @@ def sync(path: Path) -> None:
 
 
 def sweep(folder: Path, pattern: str = "*") -> None:
-    """Remove what killed writers left directly in `folder` of names that match `pattern`. Call it as the only writer."""
+    """Remove what killed writers left directly in `folder` of names like `pattern`. Call it as the only writer."""
     for path in sorted(folder.glob(f"{pattern}{TEMPORARY}*")):
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
@@ -135,12 +135,18 @@ def replacing_folder(path: Path) -> Iterator[Path]:
     temporary.mkdir(parents=True)
     try:
         yield temporary
-        for file in [*(each for each in temporary.rglob("*") if each.is_file()), temporary]:
-            sync(file)
-        _swap(temporary, path)
-        sync(path.parent)
+        publish_folder(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def publish_folder(new: Path, path: Path) -> None:
+    """Sync everything in the folder `new` and give it the name `path`; what stood there is removed."""
+    for each in [*new.rglob("*"), new]:
+        sync(each)
+    _swap(new, path)
+    sync(path.parent)
+    shutil.rmtree(new, ignore_errors=True)
 
 
 def recover_folder(path: Path) -> None:

@@ -1,46 +1,80 @@
-"""Rates and sums between two log lines.
+"""Rates and sums between two log lines, and the watch over steps that were skipped.
 
-The surprise: sums stay on the device until a line is due, so that measuring never makes the host wait for a GPU.
+The surprise: what comes from the device stays there until a line is due, so that measuring never makes the host wait
+for a GPU.
 """
 
 import contextlib
+import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from sat.engine.processes import Runtime
-from sat.model.loss import LossSums
+from sat.engine.engine import StepResult
+from sat.engine.processes import Processes
 
 T = TypeVar("T")
+OVERFLOWS_ALLOWED = 40
+"""Steps in a row that fp16 may take to find its loss scale, beside those that may be skipped: 2^40 is none."""
+
+
+@dataclass(frozen=True)
+class JournalLine:
+    """What a line of `metrics.jsonl` says of the steps since the last one, over all ranks."""
+
+    nll_per_token: float
+    """Nats; of the steps that were not skipped. NaN where all were."""
+    penalty_per_caption: float
+    accuracy: float
+    """Share of the tokens whose most probable prediction is right."""
+    learning_rate: float
+    """Of the last step."""
+    gradient_norm: float
+    """Of the last step, before clipping."""
+    captions_per_s: float
+    data_wait_share: float
+    """Share of the time that a rank waited for data."""
+    seconds_per_step: float
+    bad_samples: int = 0
+    """Left out while reading."""
+    skipped_steps: int = 0
+    """Steps whose loss or gradient was not finite."""
+    overflowed_steps: int = 0
+    """Steps that only set fp16's loss scale right."""
+
+    def values(self) -> dict[str, float]:
+        """By name, as the journal holds them: what is rare only where it is not zero."""
+        rare = ("bad_samples", "skipped_steps", "overflowed_steps")
+        return {name: value for name, value in asdict(self).items() if value or name not in rare}
+
+
+@dataclass(frozen=True)
+class Step:
+    """What the meter is told of one optimizer step."""
+
+    counts: list[dict[str, Tensor]]
+    """`LossSums.counts` of this rank's micro-batches."""
+    tokens: float
+    """Of the global batch."""
+    captions: float
+    rate: float
+    bad_samples: int
+    result: StepResult
 
 
 @dataclass
 class Meter:
     """Filled by each step, emptied by `line`."""
 
-    sums: list[Tensor] = field(default_factory=list)
-    """One [3] tensor per micro-batch of this rank: NLL, penalty, correct."""
-    tokens: float = 0.0
-    """Of the global batches."""
-    captions: float = 0.0
-    steps: int = 0
+    steps: list[Step] = field(default_factory=list)
     waited: float = 0.0
     """Seconds this rank waited for data."""
-    bad_samples: int = 0
-    gradient_norm: Tensor | float = 0.0
-    rate: float = 0.0
     began: float = field(default_factory=time.perf_counter)
-
-    def add(self, sums: LossSums) -> None:
-        self.sums.append(torch.stack([sums.counts[name].float() for name in ("nll", "penalty", "correct")]))
-
-    def count(self, tokens: float, captions: float, rate: float, bad: int) -> None:
-        self.tokens, self.captions, self.steps = self.tokens + tokens, self.captions + captions, self.steps + 1
-        self.bad_samples, self.rate = self.bad_samples + bad, rate
 
     def wait_for(self, fetch: Callable[[], T]) -> T:
         """The result of `fetch()`, its time booked as waiting for data."""
@@ -56,22 +90,64 @@ class Meter:
         yield
         self.began += time.perf_counter() - began
 
-    def line(self, runtime: Runtime) -> dict[str, float]:
-        """Averages since the last line over all ranks; the meter starts again. All ranks enter."""
-        local = torch.stack(self.sums).double().sum(0).tolist() if self.sums else [0.0] * 3
-        nll, penalty, correct, waited, bad = runtime.sum_over_ranks([*local, self.waited, self.bad_samples])
-        seconds = time.perf_counter() - self.began
-        values = {
-            "nll_per_token": nll / max(self.tokens, 1),
-            "penalty_per_caption": penalty / max(self.captions, 1),
-            "accuracy": correct / max(self.tokens, 1),
-            "learning_rate": self.rate,
-            "gradient_norm": float(torch.as_tensor(self.gradient_norm).detach()),
-            "captions_per_s": self.captions / seconds,
-            "data_wait_share": waited / runtime.world_size / seconds,
-            "seconds_per_step": seconds / max(self.steps, 1),
-        }
-        if bad:
-            values["bad_samples"] = bad
-        self.__init__()
-        return values
+    def line(self, processes: Processes) -> JournalLine:
+        """Sums and averages since the last line, of which there was at least one step; the meter starts again.
+
+        All ranks enter.
+        """
+        steps, waited, seconds = self.steps, self.waited, time.perf_counter() - self.began
+        self.steps, self.waited, self.began = [], 0.0, self.began + seconds
+        skipped = [bool(each) for each in torch.stack([step.result.skipped for step in steps]).tolist()]
+        overflowed = int(torch.stack([step.result.overflowed for step in steps]).sum())
+        taken = [step for step, left_out in zip(steps, skipped, strict=True) if not left_out]
+        names, sums = _sums([each for step in taken for each in step.counts])
+        *sums, waited, bad = processes.sum_over_ranks([*sums, waited, sum(step.bad_samples for step in steps)])
+        total = dict(zip(names, sums, strict=True))
+        tokens, captions = (sum(step.tokens for step in taken), sum(step.captions for step in taken))
+        nothing = 0.0 if taken else math.nan
+        return JournalLine(
+            nll_per_token=total.get("nll", nothing) / max(tokens, 1),
+            penalty_per_caption=total.get("penalty", nothing) / max(captions, 1),
+            accuracy=total.get("correct", nothing) / max(tokens, 1),
+            learning_rate=steps[-1].rate,
+            gradient_norm=float(steps[-1].result.gradient_norm),
+            captions_per_s=sum(step.captions for step in steps) / seconds,
+            data_wait_share=waited / processes.world_size / seconds,
+            seconds_per_step=seconds / len(steps),
+            bad_samples=int(bad),
+            skipped_steps=sum(skipped) - overflowed,
+            overflowed_steps=overflowed,
+        )
+
+
+def _sums(parts: list[dict[str, Tensor]]) -> tuple[list[str], list[float]]:
+    """Names and float64 sums of the counts of these micro-batches; waits for the device."""
+    names = sorted(parts[0]) if parts else []
+    rows = [torch.stack([part[name].float() for name in names]) for part in parts]
+    return names, torch.stack(rows).double().sum(0).tolist() if rows else []
+
+
+@dataclass
+class Watch:
+    """Notices a training that does not get on any more: too many steps in a row that were skipped."""
+
+    allowed: int
+    unread: deque[StepResult] = field(default_factory=deque)
+    skipped: int = 0
+    """In a row, up to now."""
+    overflowed: int = 0
+
+    def see(self, result: StepResult) -> bool:
+        """Whether there have been too many. On a GPU it looks at the step before, as the last one is still at work."""
+        self.unread.append(result)
+        if len(self.unread) > (result.skipped.device.type == "cuda"):
+            self._count(self.unread.popleft())
+        return self.skipped > self.allowed or self.skipped + self.overflowed > self.allowed + OVERFLOWS_ALLOWED
+
+    def _count(self, result: StepResult) -> None:
+        if not result.skipped:
+            self.skipped = self.overflowed = 0
+        elif result.overflowed:
+            self.overflowed += 1
+        else:
+            self.skipped += 1

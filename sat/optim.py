@@ -1,7 +1,7 @@
 """Optimizer, learning rate and weight average.
 
-The surprise: the rate is a pure function of the step, set on the groups before each update. A scheduler object has state
-that a resumed run, or one with another number of ranks, gets wrong.
+The surprise: the rate is a pure function of the step, set on the groups before each update. A scheduler object has
+state that a resumed run, or one with another number of ranks, gets wrong.
 """
 
 import copy
@@ -57,6 +57,7 @@ class WeightAverage(nn.Module):
     def __init__(self, module: nn.Module, decay: float):
         super().__init__()
         self.module, self.decay = copy.deepcopy(module).float().requires_grad_(False), decay
+        self.updates: torch.Tensor
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
 
     @torch.no_grad()

@@ -1,115 +1,155 @@
 """One training's folder: settings, journal, status, and the wish to stop.
 
 The surprise: a signal never interrupts anything. It is remembered, rides on the next step's count reduction, and all
-ranks then save the same step and leave with exit code 0; `status.json` says whether training is finished or to be resumed.
+ranks then save the same step and leave with exit code 0; `status.json` says whether training is finished or to be
+resumed.
 """
 
 import contextlib
-import json
 import signal
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
-from sat.checkpoint import write_json
-from sat.config import Config, flatten, load_config, save_config
-from sat.engine.processes import Runtime
+from sat import files
+from sat.config import Config, TrackingConfig, flatten, load_config, save_config
+from sat.engine.engine import Engine
+from sat.engine.processes import Processes
 from sat.tracking.journal import Tracker
 
 STOP_FILE = "STOP"
+STATUS_FILE = "status.json"
+CONFIG_FILE = "config.yaml"
+STATES = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
+"""How a life of a run ends -> the same for MLflow. Until then the run is `running`."""
 
 
 @dataclass(frozen=True)
+class Status:
+    """The content of status.json."""
+
+    state: str
+    """running, stopped (to be resumed), finished or failed (an error ended it)."""
+    step: int = 0
+    best_step: int = 0
+    best_cider: float = -1.0
+    error: str = ""
+    """What ended a failed run."""
+
+
+@dataclass
 class Run:
+    """A run folder that is being written."""
+
     folder: Path
-    runtime: Runtime
+    processes: Processes
     tracker: Tracker | None
     """Rank 0 only."""
+    status: Status = field(default_factory=lambda: Status("running"))
+    """What `open_run` writes when the run is left."""
     signals: list[int] = field(default_factory=list)
     """Signals received, in order."""
 
     @property
     def checkpoints(self) -> Path:
+        """Folder of the checkpoints."""
         return self.folder / "checkpoints"
 
     @property
     def best(self) -> Path:
+        """Folder of the exported model."""
         return self.folder / "best"
 
     def stop_wanted(self) -> bool:
         """Whether this rank has been asked to stop, by a signal or (rank 0) by the file STOP in the run folder."""
-        return bool(self.signals) or (self.runtime.is_main and (self.folder / STOP_FILE).exists())
+        return bool(self.signals) or (self.processes.is_main and (self.folder / STOP_FILE).exists())
 
-    def log(self, step: int, values: dict[str, float]) -> None:
+    def log(self, step: int, values: Mapping[str, float | None]) -> None:
+        """One line of the journal. Rank 0 writes."""
         if self.tracker:
             self.tracker.log(step, values)
 
     def keep_artifact(self, path: Path, folder: str = "") -> None:
-        """Copy a file into the MLflow run."""
+        """Copy a file into the MLflow run. Rank 0 does."""
         if self.tracker:
             self.tracker.artifact(path, folder)
 
-    def write_status(self, state: str, **facts: object) -> None:
-        """`state` is running, stopped (to be resumed) or finished. Rank 0 writes."""
-        if self.runtime.is_main:
-            write_json(self.folder / "status.json", {"state": state, **facts})
-
-    def close(self, finished: bool) -> None:
+    def flush(self) -> None:
+        """Bring the journal to the disk."""
         if self.tracker:
-            self.tracker.close("FINISHED" if finished else "KILLED")
+            self.tracker.flush()
+
+    def write_status(self, status: Status) -> None:
+        """Rank 0 writes."""
+        self.status = status
+        if self.processes.is_main:
+            known = {name: value for name, value in asdict(status).items() if value != ""}
+            files.write_json(self.folder / STATUS_FILE, known)
 
 
-def read_status(folder: Path) -> dict:
-    """The content of status.json; {} where there is none."""
-    path = folder / "status.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
+def read_status(folder: Path) -> Status | None:
+    """What status.json says; None where there is none that can be read."""
+    known = files.read_json(folder / STATUS_FILE)
+    return (
+        Status(**{name: known[name] for name in (each.name for each in fields(Status)) if name in known})
+        if known
+        else None
+    )
 
 
 @contextlib.contextmanager
 def attach(folder: Path) -> Iterator[Tracker]:
     """The journal and MLflow run of a trained run folder, to add figures and files to. Rank 0 only."""
-    config = load_config(folder / "config.yaml")
-    tracker = Tracker(
-        folder,
-        mlflow_uri=config.tracking.mlflow_uri,
-        experiment=config.tracking.experiment,
-        run_name=config.tracking.run_name,
-        params=flatten(config),
-        resume_step=sys.maxsize,
-    )
+    config = load_config(folder / CONFIG_FILE)
+    tracker = _open_tracker(folder, config.tracking, flatten(config), resume_step=sys.maxsize)
     try:
         yield tracker
     finally:
         tracker.close()
 
 
-def open_run(config: Config, runtime: Runtime, resume_step: int) -> Run:
-    """Make or re-open the run folder, and start listening for SIGTERM and SIGUSR1. All ranks enter; only rank 0 writes.
+@contextlib.contextmanager
+def open_run(config: Config, engine: Engine, resume_step: int) -> Iterator[Run]:
+    """Make or re-open the run folder, listen for SIGTERM and SIGUSR1 inside, and say in its status how it was left.
 
-    Journal lines after `resume_step` belong to a life that was lost, and are superseded.
+    All ranks enter; only rank 0 writes. Journal lines after `resume_step` belong to a life that was lost, and are
+    superseded. Inside, the last act is to write a status; an exception makes it `failed`.
     """
-    folder = Path(config.train.run_dir)
+    folder, processes = Path(config.train.run_dir), engine.processes
 
     def prepare() -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        save_config(config, folder / "config.yaml")
+        save_config(config, folder / CONFIG_FILE)
         (folder / STOP_FILE).unlink(missing_ok=True)  # it was for an earlier life
 
-    runtime.run_on_main(prepare)
+    processes.run_on_main(prepare)
     tracker = None
-    if runtime.is_main:
-        tracker = Tracker(
-            folder,
-            mlflow_uri=config.tracking.mlflow_uri,
-            experiment=config.tracking.experiment,
-            run_name=config.tracking.run_name,
-            params=flatten(config) | {"world_size": runtime.world_size, "deepspeed": runtime.deepspeed},
-            resume_step=resume_step,
-        )
-    run = Run(folder, runtime, tracker)
-    run.keep_artifact(folder / "config.yaml")
+    if processes.is_main:
+        params = flatten(config) | {"world_size": processes.world_size, "engine": engine.layout}
+        tracker = _open_tracker(folder, config.tracking, params, resume_step)
+    run = Run(folder, processes, tracker)
+    run.keep_artifact(folder / CONFIG_FILE)
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, lambda received, _: run.signals.append(received))
-    run.write_status("running", step=resume_step)
-    return run
+    run.write_status(Status("running", resume_step))
+    try:
+        yield run
+    except BaseException as error:
+        with contextlib.suppress(OSError):  # the error itself is what is to be told
+            run.write_status(replace(run.status, state="failed", error=str(error) or type(error).__name__))
+        raise
+    finally:
+        if tracker:
+            tracker.close(STATES.get(run.status.state, "KILLED"))
+
+
+def _open_tracker(folder: Path, tracking: TrackingConfig, params: Mapping[str, object], resume_step: int) -> Tracker:
+    return Tracker(
+        folder,
+        mlflow_uri=tracking.mlflow_uri,
+        experiment=tracking.experiment,
+        run_name=tracking.run_name,
+        params=params,
+        resume_step=resume_step,
+    )

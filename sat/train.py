@@ -1,15 +1,13 @@
-"""Train a captioner: the file to read first. Fetch, step, log, save, evaluate.
+"""Train a captioner: the file to read first. Fetch, step, log, save, score.
 
 The surprise: there is no hidden state. Which samples a step sees, its learning rate and its random numbers are pure
 functions of (seed, epoch, step, rank), so a run continues from its counters and weights alone.
 """
 
-import dataclasses
 import itertools
-import json
-import math
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Generator
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -17,195 +15,219 @@ import torch
 import typer
 from tqdm import tqdm
 
-from sat import checkpoint
+from sat import checkpoint, files
 from sat.cli import run_program
 from sat.config import Config, fixed_settings, load_config
 from sat.data.batch import CaptionBatch
 from sat.data.loader import training_batches
 from sat.data.order import derive_key
-from sat.data.plan import Cursor
-from sat.engine.processes import Runtime, start
+from sat.data.plan import Cursor, Share
+from sat.engine.engine import Engine, StepResult
+from sat.engine.processes import Processes
+from sat.engine.start import start
 from sat.evaluate import Evaluation, evaluate
 from sat.export import save_model
-from sat.learner import Learner, build_learner, check_resumable, load_tensors, save_tensors
-from sat.meter import Meter
-from sat.model.kernels.choose import speed_up
-from sat.model.loss import total_loss
-from sat.run_folder import Run, open_run, read_status
+from sat.learner import Learner, build_learner
+from sat.machine import speed_up
+from sat.meter import Meter, Step, Watch
+from sat.optim import learning_rate
+from sat.run_folder import CONFIG_FILE, Run, Status, open_run, read_status
+from sat.train_state import Identity, Progress, TrainState, finished_before
 from sat.training_data import TrainingData, open_data
 
 
-@dataclass(frozen=True)
-class Progress:
-    """Where training stands; with the weights, all that a checkpoint holds."""
-
-    cursor: Cursor
-    step: int = 0
-    best_cider: float = -1.0
-    best_step: int = 0
-    evaluations_without_gain: int = 0
-
-
-def train(config: Config, runtime: Runtime) -> Progress:
+def train(config: Config, engine: Engine) -> Progress:
     """Run, or continue, the training that `config` describes. All ranks enter; returns where it ended."""
     data = open_data(config)
-    learner = build_learner(config, data, runtime)
-    progress = resume(config, data, learner, runtime)
-    run = open_run(config, runtime, progress.step)
-    finished = progress.step == data.total_steps or out_of_patience(config, progress)
-    with tqdm(
-        total=data.total_steps, initial=progress.step, desc="train", unit="step", disable=not runtime.is_main
-    ) as bar:
-        meter = Meter()
-        for step_batches in () if finished else steps_from(config, data, progress.cursor, runtime, meter):
-            stop = take_step(config, learner, step_batches, progress.step, run, meter)
-            progress = replace(progress, step=progress.step + 1, cursor=cursor_after(progress.cursor, step_batches[0]))
-            bar.update()
-            last = progress.step == data.total_steps
-            if progress.step % config.train.log_every == 0 or last:
-                log_step(progress.step, learner, meter, run, bar)
-            if progress.step % data.eval_every == 0 or last:
-                with meter.paused():
-                    progress = score_and_keep_best(config, data, learner, progress, run)
-            finished = last or out_of_patience(config, progress)
-            if finished or stop or progress.step % data.save_every == 0:
-                save(config, data, learner, progress, run)
-            if finished or stop:
-                break
-    state = "finished" if finished else "stopped"
-    for path in sorted(run.best.glob("*")):
-        run.keep_artifact(path, "model")
-    run.write_status(state, step=progress.step, best_step=progress.best_step, best_cider=progress.best_cider)
-    run.close(finished)
+    learner = build_learner(config, data, engine)
+    this = identity(config, data, engine)
+    progress = resume(config, data, learner, this, engine.processes)
+    with open_run(config, engine, progress.step) as run, progress_bar(data, progress, run) as bar:
+        meter, watch = Meter(), Watch(config.train.max_skipped_steps)
+        finished, stop = has_ended(config, data, progress), False
+        with closing(steps_from(config, data, progress.cursor, run.processes, meter)) as steps:
+            while not (finished or stop):
+                batches = next(steps)
+                result, stop = take_step(config, learner, batches, progress.step, run, meter)
+                progress = advanced(progress, batches)
+                bar.update()
+                last, diverged = progress.step == data.total_steps, watch.see(result)
+                if progress.step % config.train.log_every == 0 or last or diverged:
+                    log_step(progress.step, meter, run, bar)
+                if diverged:
+                    raise ValueError(divergence(config, progress.step, watch, run))
+                if progress.step % data.eval_every == 0 or last:
+                    with meter.paused():
+                        progress = score_and_keep_best(config, data, learner, progress, run)
+                finished = has_ended(config, data, progress)
+                if finished or stop or progress.step % data.save_every == 0:
+                    save(config, learner, TrainState(progress, this, data.total_steps), run)
+        for path in sorted(run.best.glob("*")):
+            run.keep_artifact(path, "model")
+        run.write_status(status_of("finished" if finished else "stopped", progress))
     return progress
 
 
 def steps_from(
-    config: Config, data: TrainingData, cursor: Cursor, runtime: Runtime, meter: Meter
-) -> Iterator[list[CaptionBatch]]:
+    config: Config, data: TrainingData, cursor: Cursor, processes: Processes, meter: Meter
+) -> Generator[list[CaptionBatch], None, None]:
     """The micro-batches of each remaining optimizer step, over all remaining epochs; waiting time goes to the meter."""
-    while cursor.epoch < config.train.epochs:
-        batches = training_batches(
-            data.sources,
-            data.tokenizer,
-            splits=config.data.train_splits,
-            cursor=cursor,
-            global_batch=config.train.global_batch,
-            rank=runtime.rank,
-            world_size=runtime.world_size,
-            accumulation_steps=config.train.accumulation_steps,
-            captions_per_image=config.data.captions_per_image,
-            max_caption_length=config.data.max_caption_length,
-            run_length=config.data.run_length,
-            num_workers=config.data.num_workers,
-            on_bad_sample=config.data.on_bad_sample,
-            max_bad_samples=config.data.max_bad_samples,
-            pin_memory=runtime.device.type == "cuda",
-            **data.reading,
-        )
-        while step_batches := meter.wait_for(lambda: list(itertools.islice(batches, config.train.accumulation_steps))):
-            yield step_batches
-        cursor = cursor.next_epoch()
+    train = config.train
+    batches = training_batches(
+        data.sources,
+        data.tokenizer,
+        replace(data.reading, pin_memory=processes.device.type == "cuda"),
+        splits=config.data.train_splits,
+        cursor=cursor,
+        epochs=train.epochs - cursor.epoch,
+        global_batch=train.global_batch,
+        share=Share(processes.rank, processes.world_size, train.accumulation_steps),
+    )
+    with closing(batches):
+        while of_step := meter.wait_for(lambda: list(itertools.islice(batches, train.accumulation_steps))):
+            yield of_step
 
 
-def take_step(config, learner: Learner, batches: list[CaptionBatch], step: int, run: Run, meter: Meter) -> bool:
-    """One optimizer step over `batches`. All ranks enter. Returns whether any rank was asked to stop."""
-    runtime = run.runtime
+def take_step(
+    config: Config, learner: Learner, batches: list[CaptionBatch], step: int, run: Run, meter: Meter
+) -> tuple[StepResult, bool]:
+    """One optimizer step over `batches`; what became of it, and whether any rank was asked to stop. All ranks enter."""
+    processes = run.processes
     local = [
         sum(int(batch.tokens) for batch in batches),
         sum(int(batch.caption_count) for batch in batches),
         run.stop_wanted(),
     ]
-    tokens, captions, stop = runtime.sum_over_ranks(local)
-    torch.manual_seed(derive_key(config.train.seed, step, runtime.rank) >> 1)
+    tokens, captions, stop = processes.sum_over_ranks(local)
+    torch.manual_seed(derive_key(config.train.seed, step, processes.rank) >> 1)
     rate = learner.set_learning_rate(step)
-    for i, batch in enumerate(batches):
-        batch = batch.to(runtime.device)
-        with runtime.forward_context(learner.model, last=i == len(batches) - 1):
-            with runtime.autocast():
-                sums = learner.model(batch.grid, batch.captions, batch.lengths, learner.sampling_probability(step))
-            runtime.backward(total_loss(sums, tokens, captions), len(batches))
-        meter.add(sums)
-    meter.gradient_norm = runtime.step(learner.model, learner.optimizer, config.train.clip_norm)
-    learner.after_step()
-    if config.model.attention == "hard" and tokens:
-        nll = runtime.sum_over_ranks([meter.nll_of_last(len(batches))])[0]
-        learner.module.update_baseline(nll / tokens)
-    meter.count(tokens, captions, rate, bad=sum(batch.bad for batch in batches))
-    return stop > 0
+    counts = [
+        learner.learn(batch, step, tokens, captions, last=batch is batches[-1], processes=processes)
+        for batch in batches
+    ]
+    result = learner.stepper.step()
+    learner.after_step(result, counts, processes)
+    meter.steps.append(Step(counts, tokens, captions, rate, sum(batch.bad for batch in batches), result))
+    return result, stop > 0
 
 
-def cursor_after(cursor: Cursor, batch: CaptionBatch) -> Cursor:
-    """The cursor moves only here, after the update, so that what was read ahead is neither lost nor repeated."""
-    return (cursor if batch.epoch == cursor.epoch else cursor.next_epoch()).advanced(batch.samples_done)
+def advanced(progress: Progress, batches: list[CaptionBatch]) -> Progress:
+    """After a step over `batches`. The cursor moves only here, so what was read ahead is neither lost nor repeated."""
+    cursor, batch = progress.cursor, batches[0]
+    cursor = (cursor if batch.epoch == cursor.epoch else cursor.next_epoch()).advanced(batch.samples_done)
+    return replace(progress, step=progress.step + 1, cursor=cursor)
 
 
-def resume(config: Config, data: TrainingData, learner: Learner, runtime: Runtime) -> Progress:
+def has_ended(config: Config, data: TrainingData, progress: Progress) -> bool:
+    """Whether all steps are done, or too many evaluations in a row have brought nothing."""
+    return progress.step >= data.total_steps or 0 < config.train.patience <= progress.evaluations_without_gain
+
+
+# ------------------------------------------------------------------ continue and save
+
+
+def identity(config: Config, data: TrainingData, engine: Engine) -> Identity:
+    """Which training this is."""
+    features: list[list[str | float]] = [[manifest.digest, weight] for manifest, weight in data.sources]
+    return Identity(fixed_settings(config), features, data.tokenizer.digest, engine.layout)
+
+
+def resume(config: Config, data: TrainingData, learner: Learner, current: Identity, processes: Processes) -> Progress:
     """Load the newest whole checkpoint of the run folder, if there is one. All ranks enter.
 
     Raises ValueError when it belongs to another training, or when all checkpoints are damaged.
     """
-    fresh = Progress(Cursor.start(data.sources, config.train.seed))
-    path = runtime.run_on_main(lambda: checkpoint.latest(Path(config.train.run_dir) / "checkpoints"))
+    path = processes.run_on_main(lambda: checkpoint.latest(Path(config.train.run_dir) / "checkpoints"))
     if path is None:
-        return fresh
-    saved = json.loads((path / "state.json").read_text())
-    check_resumable(saved["identity"], identity(config, data, runtime))
-    load_tensors(learner, runtime, path)
-    progress = Progress(**saved["progress"] | {"cursor": Cursor.from_dict(saved["progress"]["cursor"])})
-    if runtime.is_main:
-        print(f"continuing {path} at step {progress.step} of {data.total_steps}", flush=True)
-    return progress
+        return Progress(Cursor.start(data.sources, config.train.seed))
+    state = TrainState.read(path)
+    state.identity.refuse(current)
+    learner.load(path)
+    if processes.is_main:
+        print(f"continuing {path} at step {state.progress.step} of {data.total_steps}", flush=True)
+        if state.total_steps != data.total_steps:
+            print(other_length(config, state, data.total_steps), flush=True)
+        if has_ended(config, data, state.progress):
+            print(f"{config.train.run_dir} is finished: nothing is left to do", flush=True)
+    return state.progress
 
 
-def identity(config: Config, data: TrainingData, runtime: Runtime) -> dict:
-    """The settings that make a training what it is. Others (workers, ranks, evaluation) may change between its lives."""
-    kept = fixed_settings(config)
-    kept["features"] = [[manifest.digest, weight] for manifest, weight in data.sources]
-    kept["tokenizer"] = data.tokenizer.digest
-    kept["total_steps"] = data.total_steps
-    kept["engine"] = f"DeepSpeed on {runtime.world_size} ranks" if runtime.deepspeed else "DDP"
-    return kept
+def other_length(config: Config, state: TrainState, total_steps: int) -> str:
+    """What another number of epochs means for the schedule."""
+    then, now = (
+        learning_rate(
+            state.progress.step,
+            peak=config.train.learning_rate,
+            warmup_steps=config.train.warmup_steps,
+            total_steps=steps,
+        )
+        for steps in (state.total_steps, total_steps)
+    )
+    return (
+        f"train.epochs is now {config.train.epochs}: {total_steps} steps instead of {state.total_steps}, "
+        f"and the learning rate goes on at {now:.3g} instead of {then:.3g}"
+    )
 
 
-def save(config: Config, data: TrainingData, learner: Learner, progress: Progress, run: Run) -> None:
+def save(config: Config, learner: Learner, state: TrainState, run: Run) -> None:
     """Commit a checkpoint. All ranks enter."""
-    state = {"progress": dataclasses.asdict(progress), "identity": identity(config, data, run.runtime)}
-
-    if run.tracker:
-        run.tracker.flush()
+    run.flush()
 
     def write(folder: Path) -> None:
-        save_tensors(learner, run.runtime, folder)
-        if run.runtime.is_main:
-            checkpoint.write_json(folder / "state.json", state)
+        learner.save(folder, run.processes)
+        if run.processes.is_main:
+            state.write(folder)
 
-    checkpoint.save(run.checkpoints, progress.step, run.runtime, write, config.train.keep_checkpoints)
+    checkpoint.save(run.checkpoints, state.progress.step, run.processes, write, config.train.keep_checkpoints)
+    run.write_status(status_of("running", state.progress))
 
 
-def log_step(step: int, learner: Learner, meter: Meter, run: Run, bar: tqdm) -> None:
-    """One line of the journal. All ranks enter. Raises RuntimeError where training has diverged."""
-    values = meter.line(run.runtime)
-    run.log(step, values)
-    bar.set_postfix_str(f"nll {values['nll_per_token']:.3f}, {values['captions_per_s']:.0f} captions/s", refresh=False)
-    if not (math.isfinite(values["nll_per_token"]) and math.isfinite(values["gradient_norm"])):
-        raise RuntimeError(
-            f"step {step}: NLL {values['nll_per_token']}, gradient norm {values['gradient_norm']}; a checkpoint written "
-            "since the last log line may hold it too; lower train.learning_rate, lengthen train.warmup_steps, or use train.precision=fp32"
-        )
+def status_of(state: str, progress: Progress) -> Status:
+    """The run folder's word for where training stands."""
+    return Status(state, progress.step, progress.best_step, progress.best_cider)
+
+
+# ------------------------------------------------------------------ log and score
+
+
+def progress_bar(data: TrainingData, progress: Progress, run: Run) -> "tqdm[object]":
+    """Of the steps; rank 0 shows it."""
+    return tqdm(
+        total=data.total_steps, initial=progress.step, desc="train", unit="step", disable=not run.processes.is_main
+    )
+
+
+def log_step(step: int, meter: Meter, run: Run, bar: "tqdm[object]") -> None:
+    """One line of the journal. All ranks enter."""
+    line = meter.line(run.processes)
+    run.log(step, line.values())
+    bar.set_postfix_str(f"nll {line.nll_per_token:.3f}, {line.captions_per_s:.0f} captions/s", refresh=False)
+
+
+def divergence(config: Config, step: int, watch: Watch, run: Run) -> str:
+    """Why the run ends here, and the way on. All ranks enter."""
+    train, path = config.train, run.processes.run_on_main(lambda: checkpoint.latest(run.checkpoints))
+    return (
+        f"step {step}: the loss or the gradient of {watch.skipped + watch.overflowed} steps in a row was not finite, "
+        f"train.max_skipped_steps allows {train.max_skipped_steps}; they have changed nothing, and "
+        + (f"the last checkpoint, {path}, is good; " if path else "there is no checkpoint yet; ")
+        + f"begin anew with a lower rate, e.g. train.learning_rate={train.learning_rate / 2:g} "
+        f"train.run_dir={train.run_dir}-2, or with a longer train.warmup_steps; at the first steps, "
+        "look for features that are not finite"
+    )
 
 
 def score_and_keep_best(config: Config, data: TrainingData, learner: Learner, progress: Progress, run: Run) -> Progress:
-    """Score the evaluation split by free-running decoding; export the model when its CIDEr is the best yet. All ranks enter."""
+    """Score the evaluation split by free-running decoding; export the best model yet by CIDEr. All ranks enter."""
     model = learner.evaluated.eval()
     split = config.data.eval_split
-    result = evaluate(model, data.main, split, data.tokenizer, config, run.runtime, data.reading)
-    learner.module.train()
+    result = evaluate(model, data.main, split, data.tokenizer, config, run.processes, data.reading)
+    learner.objective.train()
     scores = {f"{split}/{name}": value for name, value in result.scores.values.items() if value is not None}
     run.log(progress.step, scores | {f"{split}/unfinished": result.unfinished})
     cider = result.scores.values["CIDEr"]
     if cider is None:
-        raise RuntimeError(f"CIDEr could not be computed: {result.scores.reasons.get('CIDEr')}")
+        raise ValueError(f"CIDEr could not be computed: {result.scores.reasons.get('CIDEr')}")
     better = cider > progress.best_cider
 
     def keep() -> None:
@@ -218,21 +240,29 @@ def score_and_keep_best(config: Config, data: TrainingData, learner: Learner, pr
         if better:
             save_model(run.best, model.state_dict(), data.tokenizer, config, data.features, progress.step)
 
-    run.runtime.run_on_main(keep)
+    run.processes.run_on_main(keep)
     if better:
         return replace(progress, best_cider=cider, best_step=progress.step, evaluations_without_gain=0)
     return replace(progress, evaluations_without_gain=progress.evaluations_without_gain + 1)
 
 
 def write_captions(path: Path, result: Evaluation) -> None:
-    path.parent.mkdir(exist_ok=True)
-    checkpoint.write_json(
-        path, [{"image_id": image_id, "caption": caption} for image_id, caption in result.captions.items()]
-    )
+    """In COCO's format."""
+    files.write_json(path, [{"image_id": image_id, "caption": text} for image_id, text in result.captions.items()])
 
 
-def out_of_patience(config: Config, progress: Progress) -> bool:
-    return 0 < config.train.patience <= progress.evaluations_without_gain
+# ------------------------------------------------------------------ the program
+
+
+def already_finished(config: Config) -> str:
+    """What to say of a run that has nothing left to do; "" where it has. Raises ValueError for another training's."""
+    folder = Path(config.train.run_dir)
+    status = read_status(folder)
+    if status is None or status.state != "finished" or not (folder / CONFIG_FILE).is_file():
+        return ""
+    if not finished_before(config, load_config(folder / CONFIG_FILE)):
+        return ""
+    return f"{folder} is finished: best CIDEr {status.best_cider:.4f} at step {status.best_step}"
 
 
 def main(
@@ -243,18 +273,15 @@ def main(
 ) -> None:
     """Train the captioner that CONFIG describes, or go on with it; under `accelerate launch` one process per rank."""
     config = load_config(configuration, settings or ())
-    status = read_status(Path(config.train.run_dir))
-    if status.get("state") == "finished":
-        print(
-            f"{config.train.run_dir} is finished: best CIDEr {status['best_cider']:.4f} at step {status['best_step']}"
-        )
+    if said := already_finished(config):
+        print(said)
         return
-    runtime = start(config.train.precision)
-    kernels = speed_up(config.train.kernels, runtime.device)
-    if runtime.is_main:
+    engine = start(config.train.precision)
+    kernels = speed_up(config.train.kernels, engine.processes.device)
+    if engine.processes.is_main:
         print(kernels, flush=True)
-    train(config, runtime)
-    runtime.leave()
+    train(config, engine)
+    engine.processes.leave()
 
 
 if __name__ == "__main__":

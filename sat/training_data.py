@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,8 @@ from sat.text import CaptionTokenizer
 
 @dataclass(frozen=True)
 class TrainingData:
+    """The data sets of a run, and how long it is."""
+
     sources: list[tuple[Manifest, float]]
     """The main data set first, then those mixed in, each with its weight."""
     tokenizer: CaptionTokenizer
@@ -26,7 +29,7 @@ class TrainingData:
     """Steps between evaluations."""
     save_every: int
     """Steps between checkpoints."""
-    features: dict
+    features: dict[str, Any]
     """Fingerprint of what the captioner sees."""
     reading: Reading
     """How samples are read."""
@@ -85,7 +88,7 @@ def decode_picture(data: bytes, size: int) -> Tensor:
     return torch.from_numpy(fit(decode(data), size)).permute(2, 0, 1)
 
 
-def _features(config: Config, main: Manifest) -> dict:
+def _features(config: Config, main: Manifest) -> dict[str, Any]:
     if not config.encoder.train:
         return main.fingerprint
     return end_to_end_features(config.encoder.image_size, weights_digest(config.encoder.weights)).to_fingerprint()

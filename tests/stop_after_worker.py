@@ -8,6 +8,7 @@ import signal
 import sys
 
 from sat import train
+from sat.cli import run_program
 
 
 def main() -> None:
@@ -21,7 +22,7 @@ def main() -> None:
         return take_step(*arguments)
 
     train.take_step = counted
-    train.main(sys.argv[2:])
+    run_program(train.main, sys.argv[2:])
 
 
 if __name__ == "__main__":

@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 
 from sat import checkpoint
-from sat.engine import processes as runtime
+from sat.engine.processes import Processes
 
 ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
 def alone():
-    return runtime.start()
+    return Processes()
 
 
 def write_three(text: str):
@@ -65,6 +65,41 @@ def test_any_single_flipped_bit_or_cut_is_noticed_and_the_older_one_used(tmp_pat
         assert checkpoint.latest(tmp_path).name == "step-00000001"
 
 
+def test_any_single_flipped_bit_of_the_commit_is_harmless_or_passed_over(tmp_path, alone):
+    for step in (1, 2):
+        checkpoint.save(tmp_path, step, alone, write_three("abc"), keep=2)
+    commit = tmp_path / "step-00000002" / checkpoint.COMMIT
+    content, used = commit.read_bytes(), 0
+    for bit in range(len(content) * 8):
+        flipped = bytearray(content)
+        flipped[bit // 8] ^= 1 << bit % 8
+        commit.write_bytes(flipped)
+        reason = checkpoint.damage(commit.parent)
+        if reason is None:
+            used += 1
+            assert json.loads(flipped) == json.loads(content)  # white space
+    assert used < len(content)
+
+
+@pytest.mark.parametrize(
+    "content", ['{"step": 2, "files": {}}', '{"files": {}}', "[]", "null", '{"step": 2, "files": 3}']
+)
+def test_a_commit_that_names_nothing_is_no_checkpoint(tmp_path, alone, content):
+    for step in (1, 2):
+        checkpoint.save(tmp_path, step, alone, write_three("abc"), keep=2)
+    (tmp_path / "step-00000002" / checkpoint.COMMIT).write_text(content)
+    with pytest.warns(UserWarning, match=r"step-00000002 is passed over: .*COMMIT\.json"):
+        assert checkpoint.latest(tmp_path).name == "step-00000001"
+
+
+def test_a_folder_under_another_steps_name_is_passed_over(tmp_path, alone):
+    checkpoint.save(tmp_path, 1, alone, write_three("abc"), keep=2)
+    checkpoint.save(tmp_path, 2, alone, write_three("abc"), keep=2)
+    (tmp_path / "step-00000001").rename(tmp_path / "step-00000009")
+    with pytest.warns(UserWarning, match=r"step-00000009 is passed over: .*of step 1"):
+        assert checkpoint.latest(tmp_path).name == "step-00000002"
+
+
 def test_all_damaged_stops_instead_of_starting_afresh(tmp_path, alone):
     checkpoint.save(tmp_path, 1, alone, write_three("abc"), keep=2)
     (tmp_path / "step-00000001" / "state.json").unlink()
@@ -91,10 +126,10 @@ KILLED = """
 import os, sys, shutil
 from pathlib import Path
 from sat import checkpoint
-from sat.engine import processes as runtime
+from sat.engine.processes import Processes
 from tests.test_checkpoint import write_three
 folder, deadline = Path(sys.argv[1]), int(sys.argv[2])
-alone, calls = runtime.start(), 0
+alone, calls = Processes(), 0
 def lethal(function):
     def wrapped(*args, **kwargs):
         global calls

@@ -32,7 +32,7 @@ LAYERS = (
     ("sat.machine", "sat.evaluation.decoding", "sat.tracking", "sat.optim", "sat.word_vectors"),
     ("sat.engine",),
     ("sat.checkpoint", "sat.export", "sat.meter"),
-    ("sat.run_folder", "sat.training_data"),
+    ("sat.run_folder", "sat.training_data", "sat.train_state"),
     ("sat.learner",),
     ("sat.evaluation", "sat.captioning"),
     ("sat.train", "sat.evaluate", "sat.caption", "sat.summary"),

@@ -1,7 +1,6 @@
 """What a training moves, keeps and hands on: from pictures and from features, average, sampling, word vectors."""
 
 import json
-import signal
 from pathlib import Path
 
 import pytest
@@ -12,9 +11,7 @@ from torch import nn
 from preprocessing import shard_images
 from sat import caption, train
 from sat.config import Config, load_config
-from sat.data.loader import read_references
 from sat.data.plan import Cursor
-from sat.engine import processes as runtime
 from sat.evaluate import evaluate, refuse_unfit
 from sat.export import load_model
 from sat.learner import build_learner
@@ -24,41 +21,15 @@ from sat.model.encoders.resnet import Encoder, load_encoder, normalise
 from sat.model.objectives.teacher_forcing import TeacherForcing
 from sat.run_folder import Run
 from sat.shards.manifest import load_manifest
-from sat.text import build_tokenizer
 from sat.training_data import open_data, reading_options
 from tests.helpers_shards import make_coco, make_feature_dataset
-
-SMALL = [
-    "data.num_workers=0",
-    "data.captions_per_image=2",
-    "model.lstm_dim=8",
-    "model.embedding_dim=6",
-    "model.attention_dim=5",
-    "train.epochs=1",
-    "train.global_batch=6",
-    "train.warmup_steps=1",
-    "train.precision=fp32",
-    "train.log_every=1",
-    "eval.metrics=[CIDEr]",
-    "eval.beam_size=2",
-    "eval.max_length=6",
-    "tracking.mlflow_uri=none",
-]
+from tests.helpers_training import SMALL, engine_alone, with_tokenizer
 
 
 @pytest.fixture(scope="module")
 def alone():
-    """The only process; the signal handlers that runs set are taken back."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
-    yield runtime.start("fp32")
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-
-
-def with_tokenizer(root: Path) -> list[str]:
-    captions = [text for texts in read_references(load_manifest(root / "data"), "train").values() for text in texts]
-    build_tokenizer(captions, 1).save(root / "tokenizer.json")
-    return [f"data.features={root}/data", f"data.tokenizer={root}/tokenizer.json"]
+    with engine_alone() as engine:
+        yield engine
 
 
 @pytest.fixture(scope="module")
@@ -132,8 +103,8 @@ def run_on_pictures(pictures, alone, tmp_path_factory) -> tuple[Path, Config, di
     """The folder of a finished training end to end, its settings and the weights it began with."""
     folder = tmp_path_factory.mktemp("runs") / "end_to_end"
     learner, _ = fresh(pictures, alone)
-    assert isinstance(learner.module, EndToEnd)
-    before = {name: value.clone() for name, value in learner.module.state_dict().items()}
+    assert isinstance(learner.model, EndToEnd)
+    before = {name: value.clone() for name, value in learner.model.state_dict().items()}
     return folder, trained(pictures, folder, alone), before
 
 
@@ -158,7 +129,7 @@ def test_training_end_to_end_moves_the_open_stage_and_the_captioner_and_nothing_
 def test_the_features_are_standardised_by_the_statistics_of_the_training_pictures(run_on_pictures, alone):
     _, config, before = run_on_pictures
     data, encoder = open_data(config), load_encoder(config.encoder.weights)
-    steps = train.steps_from(config, data, Cursor.start(data.sources, 1), alone, Meter())
+    steps = train.steps_from(config, data, Cursor.start(data.sources, 1), alone.processes, Meter())
     grids = torch.cat([encoder(normalise(batch.grid)).detach() for batches in steps for batch in batches]).flatten(0, 1)
     assert len(grids) == 12 * 4  # one epoch: every picture once
     for name, expected in (("mean", grids.mean(0)), ("std", grids.std(0, unbiased=False))):
@@ -190,7 +161,9 @@ def test_the_model_trained_end_to_end_is_evaluated_and_captions_files_alike(run_
     for name in ("config.json", "tokenizer.json"):
         (tmp_path / name).write_text((folder / "best" / name).read_text())
     model = load_model(tmp_path)
-    scored = evaluate(model.model, manifest, "val", model.tokenizer, model.config, alone, reading_options(model.config))
+    scored = evaluate(
+        model.model, manifest, "val", model.tokenizer, model.config, alone.processes, reading_options(model.config)
+    )
     assert sorted(scored.captions) == ["13", "14", "15"] and len(set(scored.captions.values())) > 1
     files = sorted((Path(config.data.features).parent / "images/val").iterdir())
     caption.main(files, model=tmp_path, weights=tmp_path / "none", out=tmp_path / "out", beam_size=2, limit=0)
@@ -211,9 +184,9 @@ def test_the_average_is_what_is_saved_scored_and_exported(features, alone, tmp_p
     weights, scored = [], []
     plain_after_step, plain_evaluate = train.Learner.after_step, train.evaluate
 
-    def after_step(learner):
-        plain_after_step(learner)
-        weights.append({name: value.detach().clone() for name, value in learner.module.named_parameters()})
+    def after_step(learner, *arguments):
+        plain_after_step(learner, *arguments)
+        weights.append({name: value.detach().clone() for name, value in learner.model.named_parameters()})
 
     def evaluated(model, *arguments):
         scored.append({name: value.clone() for name, value in model.state_dict().items()})
@@ -261,7 +234,7 @@ def test_word_vectors_are_where_training_begins_and_move_only_if_tuned(features,
     vectors.write_text("red 1 2 3 4 5 6\nblue -1 0.5 0.25 2 3 4\n")
     given = [*features, f"model.word_vectors={vectors}", f"model.tune_word_vectors={str(tune).lower()}"]
     learner, data = fresh(given, alone)
-    before = learner.module.embedding.weight.detach().clone()
+    before = learner.model.embedding.weight.detach().clone()
     words = data.tokenizer.words
     assert before[words.index("red")].tolist() == [1, 2, 3, 4, 5, 6]
     assert before[words.index("blue")].tolist() == [-1, 0.5, 0.25, 2, 3, 4]

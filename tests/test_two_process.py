@@ -4,12 +4,14 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from sat import checkpoint
 from sat.data.loader import read_references
 from sat.text import build_tokenizer
 from tests.helpers_shards import make_feature_dataset
@@ -19,8 +21,8 @@ STEPS = 4
 LAUNCHERS = {"ddp": "launch/cpu.yaml", "zero2": "launch/deepspeed_zero2_cpu.yaml"}
 
 
-def launch(arguments: list[str], ranks: int, engine: str = "ddp") -> str:
-    """Run a program on `ranks` real processes and return what it printed; a failure shows it."""
+def launch(arguments: list[str], ranks: int, engine: str = "ddp", expect: int = 0) -> str:
+    """Run a program on `ranks` real processes and return what it printed; another exit status shows it."""
     command = [sys.executable]
     if ranks > 1 or engine != "ddp":
         command += [
@@ -35,8 +37,8 @@ def launch(arguments: list[str], ranks: int, engine: str = "ddp") -> str:
     done = subprocess.run(
         [*command, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
     )
-    assert done.returncode == 0, f"{' '.join(arguments)} on {ranks} ranks:\n{done.stdout}\n{done.stderr}"
-    return done.stdout
+    assert done.returncode == expect, f"{' '.join(arguments)} on {ranks} ranks:\n{done.stdout}\n{done.stderr}"
+    return done.stdout + done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -58,33 +60,140 @@ def config(tmp_path_factory):
     return path
 
 
-def steps(config: Path, ranks: int, engine: str = "ddp", *overrides: str) -> dict[str, torch.Tensor]:
-    out = config.parent / "-".join([engine, str(ranks), *overrides, "out.safetensors"]).replace("/", "_")
-    launch(["tests/two_process_worker.py", str(config), str(STEPS), str(out), *overrides], ranks, engine)
-    return load_file(out)
+EMPTY = "train.global_batch=7"
+"""22 images: the fourth and last batch holds one, so all ranks but one, and all micro-batches but one, are empty."""
+SPOILT = ("infinite=1", "nan=2", "train.ema=0.5")
+VARIANTS: dict[tuple[str, int], list[tuple[str, ...]]] = {
+    ("ddp", 1): [
+        (),
+        ("train.accumulation_steps=2",),
+        ("model.preset=tutorial",),
+        (EMPTY,),
+        (EMPTY, "train.accumulation_steps=2"),
+        SPOILT,
+    ],
+    ("ddp", 2): [
+        (),
+        ("train.accumulation_steps=3",),
+        ("model.preset=tutorial", "train.accumulation_steps=3"),
+        ("model.attention=hard", "train.accumulation_steps=2"),
+        ("model.attention=hard", "infinite=1", "nan=2"),
+        (EMPTY,),
+        (EMPTY, "train.accumulation_steps=2"),
+        SPOILT,
+    ],
+    ("ddp", 3): [(), (EMPTY,), (EMPTY, "train.accumulation_steps=2")],
+    ("zero2", 1): [(EMPTY,), (EMPTY, "train.accumulation_steps=2"), SPOILT],
+    ("zero2", 2): [("train.accumulation_steps=2",), (EMPTY,), (EMPTY, "train.accumulation_steps=2"), SPOILT],
+    ("zero2", 3): [(EMPTY,), (EMPTY, "train.accumulation_steps=2")],
+}
+"""What each launch takes `STEPS` steps of, one after the other: starting processes is what costs."""
 
 
 @pytest.fixture(scope="module")
-def alone(config):
-    return steps(config, 1)
+def steps(config):
+    """(engine, ranks, *settings) -> what these steps did."""
+    known: dict[tuple[str, int], dict[tuple[str, ...], dict[str, torch.Tensor]]] = {}
+
+    def taken(engine: str, ranks: int, *settings: str) -> dict[str, torch.Tensor]:
+        if (engine, ranks) not in known:
+            known[engine, ranks] = launch_variants(config, engine, ranks)
+        return known[engine, ranks][settings]
+
+    return taken
+
+
+def launch_variants(config: Path, engine: str, ranks: int) -> dict[tuple[str, ...], dict[str, torch.Tensor]]:
+    out, variants = config.parent / f"{engine}-{ranks}.safetensors", VARIANTS[engine, ranks]
+    words = [word for variant in variants for word in (*(variant or ("train.seed=1",)), "--")]
+    launch(["tests/two_process_worker.py", str(config), str(STEPS), str(out), *words], ranks, engine)
+    found = load_file(out)
+    return {
+        variant: {name.removeprefix(f"{i}."): value for name, value in found.items() if name.startswith(f"{i}.")}
+        for i, variant in enumerate(variants)
+    }
 
 
 @pytest.mark.parametrize(
     ("preset", "ranks", "accumulation"),
     [("paper", 1, 2), ("paper", 2, 1), ("paper", 2, 3), ("paper", 3, 1), ("tutorial", 2, 3)],
 )
-def test_any_split_of_the_global_batch_has_the_same_loss_and_gradient(config, alone, preset, ranks, accumulation):
-    alone = alone if preset == "paper" else steps(config, 1, "ddp", f"model.preset={preset}")
-    split = steps(config, ranks, "ddp", f"model.preset={preset}", f"train.accumulation_steps={accumulation}")
+def test_any_split_of_the_global_batch_has_the_same_loss_and_gradient(steps, preset, ranks, accumulation):
+    settings = () if preset == "paper" else (f"model.preset={preset}",)
+    alone = steps("ddp", 1, *settings)
+    split = steps("ddp", ranks, *settings, *([f"train.accumulation_steps={accumulation}"] if accumulation > 1 else []))
     torch.testing.assert_close(split["lines"], alone["lines"], rtol=1e-6, atol=1e-7)
     scale = alone["gradients"].abs().amax(1, keepdim=True)
     torch.testing.assert_close(split["gradients"] / scale, alone["gradients"] / scale, rtol=0, atol=2e-6)
 
 
-def test_deepspeed_takes_the_same_steps(config, alone):
-    split = steps(config, 2, "zero2", "train.accumulation_steps=2")
+def test_deepspeed_takes_the_same_steps(steps):
+    alone, split = steps("ddp", 1), steps("zero2", 2, "train.accumulation_steps=2")
     torch.testing.assert_close(split["lines"], alone["lines"], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(split["weights"], alone["weights"], rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("engine", ["ddp", "zero2"])
+def test_ranks_and_micro_batches_without_samples_change_nothing(steps, engine, ranks, accumulation):
+    alone = steps("ddp", 1, EMPTY)
+    split = steps(engine, ranks, EMPTY, *([f"train.accumulation_steps={accumulation}"] if accumulation > 1 else []))
+    torch.testing.assert_close(split["lines"], alone["lines"], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(split["weights"], alone["weights"], rtol=0, atol=1e-5)
+    assert (alone["weights"][-1] - alone["weights"][-2]).abs().max() > 1e-3  # the step that leaves ranks empty moves
+
+
+@pytest.mark.parametrize(("engine", "ranks"), [("ddp", 1), ("ddp", 2), ("zero2", 1), ("zero2", 2)])
+def test_a_step_that_is_not_finite_on_any_rank_reaches_neither_weights_nor_optimizer_nor_average(steps, engine, ranks):
+    found = steps(engine, ranks, *SPOILT)
+    assert found["lines"][:, 3].tolist() == [0, 1, 1, 0]
+    assert not found["lines"][1:3, 2].isfinite().any() and found["lines"][[0, 3], :3].isfinite().all()
+    for name in ("weights", "averages"):
+        first, *after = found[name]
+        assert torch.equal(after[0], first) and torch.equal(after[1], first) and not torch.equal(after[2], first)
+    alone = steps("ddp", 1, *SPOILT)
+    torch.testing.assert_close(found["weights"], alone["weights"], rtol=0, atol=1e-5)
+    # Adam's second step after a first one: with moments that had seen anything else it would be another
+    torch.testing.assert_close(found["averages"], alone["averages"], rtol=0, atol=1e-5)
+
+
+def test_a_step_that_is_not_finite_does_not_move_hard_attentions_baseline(steps):
+    baselines = steps("ddp", 2, "model.attention=hard", "infinite=1", "nan=2")["baselines"]
+    assert torch.equal(baselines[0], baselines[1]) and torch.equal(baselines[1], baselines[2])
+    assert not torch.equal(baselines[2], baselines[3])
+
+
+@pytest.mark.parametrize("engine", ["ddp", "zero2"])
+def test_a_training_that_diverges_on_one_rank_ends_with_one_sentence_and_good_checkpoints(config, engine):
+    run = config.parent / f"diverged-{engine}"
+    overrides = [f"train.run_dir={run}", "train.max_skipped_steps=1", "train.save_every=2", "train.eval_every=2"]
+    worker = ["tests/diverging_worker.py", "3", str(config), "tracking.mlflow_uri=none", *overrides]
+    said = launch(worker, 2, engine, expect=1)
+    sentence = "error: step 5: the loss or the gradient of 2 steps in a row was not finite"
+    assert said.count(sentence) == 1 and f"{run}/checkpoints/step-00000004, is good" in said
+    status = json.loads((run / "status.json").read_text())
+    assert status["state"] == "failed" and status["error"].startswith("step 5: ")
+    newest = run / "checkpoints/step-00000004"
+    assert checkpoint.latest(run / "checkpoints") == newest
+    for tensors in saved_tensors(newest):
+        assert all(value.isfinite().all() for value in tensors if value.is_floating_point())
+
+
+def saved_tensors(folder: Path) -> Iterator[list[torch.Tensor]]:
+    """Of each file of a checkpoint."""
+    for path in sorted(folder.rglob("*")):
+        if path.suffix in (".pt", ".safetensors"):
+            content = load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=False)
+            yield list(flattened(content))
+
+
+def flattened(value: object) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from flattened(part)
 
 
 def moving_average(values: torch.Tensor) -> torch.Tensor:
@@ -95,8 +204,8 @@ def moving_average(values: torch.Tensor) -> torch.Tensor:
     return torch.tensor(averages[1:]).double()
 
 
-def test_hard_attentions_baseline_follows_the_global_loss_on_every_rank(config):
-    found = steps(config, 2, "ddp", "model.attention=hard", "train.accumulation_steps=2")
+def test_hard_attentions_baseline_follows_the_global_loss_on_every_rank(steps):
+    found = steps("ddp", 2, "model.attention=hard", "train.accumulation_steps=2")
     expected = moving_average(found["lines"][:, 0])
     torch.testing.assert_close(found["baselines"], expected[:, None].expand(-1, 2), rtol=1e-5, atol=0)
     parts = found["micro_batches"]  # [steps, 2 ranks x 2]

@@ -1,9 +1,16 @@
-"""One rank of tests/test_two_process.py: takes some optimizer steps and writes down what they did.
+"""One rank of tests/test_two_process.py: takes some optimizer steps, for each of some variants, and writes down what
+they did.
 
-usage: two_process_worker.py CONFIG STEPS OUT [key=value ...]
+usage: two_process_worker.py CONFIG STEPS OUT [key=value ...] [-- key=value ...] ...
+
+Each `--` begins a variant: settings over those of CONFIG. `infinite=STEP` adds infinity to the loss of that step's last
+micro-batch on rank 0, which leaves its gradient finite; `nan=STEP` makes the last rank's gradient NaN in that step.
 """
 
+import itertools
+import math
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -11,24 +18,26 @@ from safetensors.torch import save_file
 
 from sat.config import load_config
 from sat.data.plan import Cursor
-from sat.engine.processes import start
-from sat.learner import build_learner
+from sat.engine.ddp import Ddp
+from sat.engine.engine import Engine
+from sat.engine.start import start
+from sat.learner import Learner, build_learner
 from sat.meter import Meter
 from sat.run_folder import Run
 from sat.train import steps_from, take_step
 from sat.training_data import open_data
 
 
-def gradients_are_kept(learner, kept: list[torch.Tensor]):
+def gradients_are_kept(learner: Learner, kept: list[torch.Tensor]) -> None:
     """Write down the exchanged gradient before each update."""
 
     def hook(optimizer, *_):
-        kept.append(torch.cat([parameter.grad.flatten().clone() for parameter in learner.module.parameters()]))
+        kept.append(torch.cat([parameter.grad.flatten().clone() for parameter in learner.model.parameters()]))
 
-    learner.optimizer.optimizer.register_step_pre_hook(hook)
+    learner.stepper.optimizer.register_step_pre_hook(hook)
 
 
-def losses_are_kept(learner, kept: list[float]):
+def losses_are_kept(learner: Learner, kept: list[float]) -> None:
     """Write down this rank's NLL per token of each micro-batch."""
 
     def hook(_module, _arguments, sums):
@@ -37,30 +46,64 @@ def losses_are_kept(learner, kept: list[float]):
     learner.objective.register_forward_hook(hook)
 
 
-def main() -> None:
-    config = load_config(sys.argv[1], sys.argv[4:])
-    runtime = start(config.train.precision)
-    data = open_data(config)
-    learner = build_learner(config, data, runtime)
-    run, meter, kept, lines, weights = Run(Path(config.train.run_dir), runtime, None), Meter(), [], [], []
-    losses, micro_batches, baselines = [], [], []
+def losses_are_spoilt(learner: Learner, rank: int, world_size: int, spoilt: dict[str, int]) -> None:
+    """Make the loss of the chosen steps not finite."""
+    calls = itertools.count()
+
+    def hook(_module, _arguments, sums):
+        step = next(calls) // learner.config.train.accumulation_steps
+        if rank == 0 and step == spoilt.get("infinite"):
+            return sums._replace(per_token=sums.per_token + math.inf)
+        if rank == world_size - 1 and step == spoilt.get("nan"):
+            return sums._replace(per_token=(sums.per_token * math.nan).nan_to_num(nan=1.0) + sums.per_token)
+        return None
+
+    learner.objective.register_forward_hook(hook)
+
+
+def take_steps(engine: Engine, path: str, steps: int, settings: list[str]) -> dict[str, torch.Tensor]:
+    """What the steps of one variant did."""
+    names = ("infinite=", "nan=")
+    spoilt = {name: int(value) for name, value in (s.split("=") for s in settings if s.startswith(names))}
+    config = load_config(path, [setting for setting in settings if not setting.startswith(names)])
+    processes, data = engine.processes, open_data(config)
+    learner = build_learner(config, data, engine)
+    run, meter, gradients, losses = Run(Path(config.train.run_dir), processes, None), Meter(), [], []
+    losses_are_spoilt(learner, processes.rank, processes.world_size, spoilt)
     losses_are_kept(learner, losses)
-    if not runtime.deepspeed:
-        gradients_are_kept(learner, kept)
+    if isinstance(engine, Ddp):
+        gradients_are_kept(learner, gradients)
+    found = {name: [] for name in ("lines", "weights", "micro_batches", "baselines", "averages")}
     cursor = Cursor.start(data.sources, config.train.seed)
-    for step, batches in zip(range(int(sys.argv[2])), steps_from(config, data, cursor, runtime, meter), strict=False):
-        take_step(config, learner, batches, step, run, meter)
-        line = meter.line(runtime)
-        micro_batches.append(torch.tensor(runtime.gather(losses[-len(batches) :])).double().flatten())
-        if config.model.attention == "hard":
-            baselines.append(torch.tensor(runtime.gather(float(learner.module.reward_baseline))).double())
-        lines.append(torch.tensor([line["nll_per_token"], line["penalty_per_caption"], line["gradient_norm"]]).double())
-        weights.append(torch.cat([parameter.detach().flatten().float() for parameter in learner.module.parameters()]))
-    if runtime.is_main:
-        found = {"lines": lines, "weights": weights, "gradients": kept}
-        found |= {"baselines": baselines, "micro_batches": micro_batches}
-        save_file({name: torch.stack(values) for name, values in found.items() if values}, sys.argv[3])
-    runtime.leave()
+    with closing(steps_from(config, data, cursor, processes, meter)) as batches:
+        for step in range(steps):
+            of_step = next(batches)
+            take_step(config, learner, of_step, step, run, meter)
+            line = meter.line(processes)
+            found["micro_batches"].append(torch.tensor(processes.gather(losses[-len(of_step) :])).double().flatten())
+            if config.model.attention == "hard":
+                baselines = processes.gather(float(learner.model.reward_baseline))
+                found["baselines"].append(torch.tensor(baselines).double())
+            numbers = [line.nll_per_token, line.penalty_per_caption, line.gradient_norm, line.skipped_steps]
+            found["lines"].append(torch.tensor(numbers).double())
+            found["weights"].append(flat(learner.model))
+            if learner.average is not None:
+                found["averages"].append(flat(learner.average.module))
+    return {name: torch.stack(values) for name, values in (found | {"gradients": gradients}).items() if values}
+
+
+def flat(module: torch.nn.Module) -> torch.Tensor:
+    return torch.cat([parameter.detach().flatten().float() for parameter in module.parameters()])
+
+
+def main() -> None:
+    path, steps, out, *rest = sys.argv[1:]
+    engine = start(load_config(path).train.precision)
+    variants = [list(group) for is_cut, group in itertools.groupby(rest, lambda word: word == "--") if not is_cut]
+    found = [take_steps(engine, path, int(steps), settings) for settings in variants or [[]]]
+    if engine.processes.is_main:
+        save_file({f"{i}.{name}": value for i, each in enumerate(found) for name, value in each.items()}, out)
+    engine.processes.leave()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,121 @@
+"""Every rank holds everything and gradients are exchanged (DistributedDataParallel); with one rank, plain torch."""
+
+import contextlib
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from sat import files
+from sat.engine.engine import StepResult, spread
+from sat.engine.processes import Processes
+from sat.model.loss import LossSums
+
+MODEL, OPTIMIZER = "model.safetensors", "optimizer.pt"
+
+
+@dataclass(frozen=True)
+class Ddp:
+    """The engine."""
+
+    processes: Processes
+    layout: str = "DDP"
+    casts_weights: bool = False
+
+    def wrap(
+        self,
+        objective: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        micro_batch: int,
+        accumulation_steps: int,
+        clip_norm: float,
+    ) -> "DdpStepper":
+        """See `Engine`; any micro-batch will do."""
+        del micro_batch, accumulation_steps
+        processes, module = self.processes, objective
+        if processes.world_size > 1:
+            device = [processes.device] if processes.device.type == "cuda" else None
+            module = DistributedDataParallel(objective, device_ids=device, gradient_as_bucket_view=True)
+        fp16 = processes.autocast_type == torch.float16
+        scaler = torch.amp.GradScaler(processes.device.type) if fp16 else None
+        return DdpStepper(objective, module, optimizer, clip_norm, processes, scaler)
+
+
+@dataclass(frozen=True)
+class DdpStepper:
+    """See `Stepper`."""
+
+    objective: nn.Module
+    module: nn.Module
+    """The objective, wrapped for the exchange of gradients."""
+    optimizer: torch.optim.Optimizer
+    """Fused: the fused kernels leave weights and state as they are where `found_inf` says so, on the device."""
+    clip_norm: float
+    processes: Processes
+    scaler: torch.amp.GradScaler | None = None
+    """Of fp16's loss."""
+
+    def micro_batch(self, last: bool) -> AbstractContextManager[object]:
+        """The exchange is part of the last backward pass."""
+        if not last and isinstance(self.module, DistributedDataParallel):
+            context: AbstractContextManager[object] = self.module.no_sync()
+            return context
+        return contextlib.nullcontext()
+
+    def __call__(self, *batch: Any) -> LossSums:
+        """Through the wrapper, which prepares the exchange."""
+        sums = self.module(*batch)
+        assert isinstance(sums, LossSums)
+        return sums
+
+    def backward(self, loss: Tensor) -> None:
+        """The exchange averages over ranks, which is undone here: the shares are to be added up."""
+        loss = spread(loss, self.processes.world_size)
+        (self.scaler.scale(loss) if self.scaler else loss).backward()
+
+    def step(self) -> StepResult:
+        """Decided on the device, so that the host goes on to the next step at once."""
+        if self.scaler:
+            self.scaler.unscale_(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(self.objective.parameters(), self.clip_norm).detach()
+        skipped = norm.isfinite().logical_not()
+        self.optimizer.found_inf = skipped.float()  # type: ignore[attr-defined]  # as GradScaler hands it over
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.scaler is None:
+            return StepResult(norm, skipped, torch.zeros_like(skipped))
+        overflowed = skipped & (self.scaler.scale(torch.ones_like(norm)) > 1)
+        self.scaler.update()
+        return StepResult(norm, skipped, overflowed)
+
+    def save(self, folder: Path) -> None:
+        """All ranks hold the same; the first writes it."""
+        if not self.processes.is_main:
+            return
+        with files.replacing(folder / MODEL) as temporary:
+            save_file(tensors_of(self._model), temporary)
+        with files.replacing(folder / OPTIMIZER) as temporary:
+            torch.save(self.optimizer.state_dict(), temporary)
+
+    def load(self, folder: Path) -> None:
+        """Each rank reads for itself."""
+        self._model.load_state_dict(load_file(folder / MODEL))
+        self.optimizer.load_state_dict(torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True))
+
+    @property
+    def _model(self) -> nn.Module:
+        """Whose names of parameters a checkpoint has: no objective has any of its own."""
+        model = self.objective.model
+        assert isinstance(model, nn.Module)
+        return model
+
+
+def tensors_of(module: nn.Module) -> dict[str, Tensor]:
+    """Copies of a module's parameters and buffers on the CPU."""
+    return {name: value.detach().contiguous().cpu().clone() for name, value in module.state_dict().items()}

@@ -1,0 +1,102 @@
+"""What a checkpoint knows beside its tensors: where training stands, and which training it is.
+
+The surprise: the length of a training is not part of what it is. With more `train.epochs` a finished run goes on, under
+the longer schedule from there.
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sat import files
+from sat.config import Config, fixed_settings
+from sat.data.plan import Cursor
+
+FILE = "state.json"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where training stands."""
+
+    cursor: Cursor
+    step: int = 0
+    """Optimizer steps taken, those that were skipped included."""
+    best_cider: float = -1.0
+    best_step: int = 0
+    evaluations_without_gain: int = 0
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What makes a training this one. Workers, ranks, lengths and evaluation may change between its lives."""
+
+    settings: dict[str, object]
+    """Those that may not change (`sat.config.fixed_settings`)."""
+    features: list[list[str | float]]
+    """Digest and weight of each data set."""
+    tokenizer: str
+    """Digest."""
+    engine: str
+    """Layout of the tensors."""
+
+    def refuse(self, current: "Identity") -> None:
+        """Raise ValueError, naming both values of each difference, unless `current` is the same training."""
+        refuse_other_settings(self._flat(), current._flat())
+
+    def _flat(self) -> dict[str, object]:
+        others = dataclasses.asdict(self)
+        settings: dict[str, object] = others.pop("settings")
+        return settings | others
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """Of one checkpoint."""
+
+    progress: Progress
+    identity: Identity
+    total_steps: int
+    """Length of the schedule it was written under."""
+
+    def write(self, folder: Path) -> None:
+        """Write it below the checkpoint `folder`."""
+        identity = self.identity._flat()
+        progress = dataclasses.asdict(self.progress)
+        files.write_json(folder / FILE, {"progress": progress, "identity": identity, "total_steps": self.total_steps})
+
+    @classmethod
+    def read(cls, folder: Path) -> "TrainState":
+        """Inverse of `write`, for checkpoints of version 0.1.0 too, which count their steps as part of the identity."""
+        saved: dict[str, Any] = json.loads((folder / FILE).read_text())
+        settings = dict(saved["identity"])
+        total_steps = int(saved.get("total_steps") or settings.pop("total_steps"))
+        others = {name: settings.pop(name) for name in ("features", "tokenizer", "engine")}
+        progress = Progress(**saved["progress"] | {"cursor": Cursor.from_dict(saved["progress"]["cursor"])})
+        return cls(progress, Identity(settings, **others), total_steps)
+
+
+def refuse_other_settings(before: dict[str, object], now: dict[str, object]) -> None:
+    """Raise ValueError, with both values of each, for settings that would make a started training another one."""
+    differing = [
+        f"{name}: the run has {before.get(name)!r}, now {value!r}"
+        for name, value in now.items()
+        if before.get(name) != value
+    ]
+    if differing:
+        raise ValueError(
+            f"the run folder's checkpoint belongs to another training ({'; '.join(differing)}); "
+            "set these back, or give another train.run_dir"
+        )
+
+
+def finished_before(config: Config, saved: Config) -> bool:
+    """Whether a run that has finished with the settings `saved` has nothing left to do under `config`.
+
+    Raises ValueError where `config` is another training.
+    """
+    refuse_other_settings(fixed_settings(saved), fixed_settings(config))
+    longer = config.train.epochs > saved.train.epochs
+    return not longer and config.train.patience == saved.train.patience
