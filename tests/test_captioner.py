@@ -7,7 +7,6 @@ from sat.model.attention import attend_for_inference, attend_hard
 from sat.model.captioner import Captioner
 from sat.model.loss import total_loss
 from sat.model.objectives.rollout import roll_out
-from sat.model.objectives.teacher_forcing import TeacherForcing
 from sat.model.packing import pack
 from sat.model.spec import PRESETS, CaptionerSpec, Sizes
 from tests.helpers_captioner import (
@@ -117,16 +116,6 @@ def test_hard_attention_draws_its_locations_from_alpha():
     assert torch.equal(attended.context[0], memory.grid[0, attended.chosen[0]])
 
 
-def test_the_reward_baseline_moves_a_tenth_of_the_way():
-    model = make_model(**PAPER | {"attention": "hard"})
-    objective = TeacherForcing(model)
-    assert objective.follows == ("nll", "tokens")
-    objective.after_step({"nll": 40.0, "tokens": 10})
-    objective.after_step({"nll": 14.0, "tokens": 7})
-    objective.after_step({"nll": 0.0, "tokens": 0})  # a global batch without captions says nothing
-    assert model.reward_baseline.item() == pytest.approx(0.9 * 0.4 + 0.1 * 2.0)
-
-
 @pytest.mark.parametrize("smoothing", [0.1, 0.9])
 def test_label_smoothing_mixes_the_targets_with_the_uniform_distribution(smoothing):
     settings = PAPER | {"label_smoothing": smoothing}
@@ -222,43 +211,6 @@ def test_captions_sharing_a_grid_count_as_captions_with_a_copy_each(preset, atte
         total_loss(sums, 10, 4).backward()
         gradients.append([sums.per_token, sums.per_caption, *(p.grad for p in model.parameters())])
     assert all(torch.allclose(a, b, rtol=1e-9, atol=1e-12) for a, b in zip(*gradients, strict=True))
-
-
-def named(sums):
-    return sums.counts | {"per_token": sums.per_token, "per_caption": sums.per_caption}
-
-
-@all_attentions
-@both_presets
-def test_sums_and_gradients_of_parts_of_a_batch_add_up_to_those_of_the_whole(preset, attention, monkeypatch):
-    draw_by_quantile(monkeypatch)
-    grid, captions, lengths = make_batch()
-    whole, parts = (make_model(**preset | {"attention": attention}) for _ in range(2))
-    expected = loss_sums(whole, grid, captions, lengths)
-    tokens, rows = expected.counts["tokens"], expected.counts["captions"]
-    total_loss(expected, tokens, rows).backward()
-    sums = []
-    for part in (slice(0, 1), slice(1, 2), slice(2, None)):  # the middle one has no caption
-        sums.append(loss_sums(parts, grid[part], captions[part], lengths[part]))
-        total_loss(sums[-1], tokens, rows).backward()
-    for name, value in named(expected).items():
-        assert sum(named(each)[name].item() for each in sums) == pytest.approx(value.item(), rel=1e-9), name
-    for a, b in zip(whole.parameters(), parts.parameters(), strict=True):
-        assert torch.allclose(a.grad, b.grad, rtol=1e-9, atol=1e-12)
-
-
-@all_attentions
-@both_presets
-@pytest.mark.parametrize("lengths", [[[0, 0]], [[1, 0]]], ids=["no caption", "only <end>"])
-def test_every_parameter_gets_a_gradient_whatever_the_batch(preset, attention, lengths):
-    model = make_model(**preset | {"attention": attention})
-    lengths = torch.tensor(lengths)
-    captions = torch.tensor([[[1, 2], [0, 0]]]) * (lengths > 0)[..., None]
-    sums = loss_sums(model, torch.randn(1, L, D), captions, lengths)
-    total_loss(sums, 1, 1).backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
-    if not lengths.sum():
-        assert sums.per_token.item() == 0 and all(p.grad.count_nonzero() == 0 for p in model.parameters())
 
 
 def test_features_are_standardised_by_the_stored_statistics_and_clamped():

@@ -76,7 +76,6 @@ LAZY = {
 
 PRESENT: set[str] = {
     # model, decoding
-    "no TYPE_CHECKING: sat.evaluation.decoding",
     #
     # training
     "arrows go one way: sat.train -> sat.evaluate",

@@ -12,20 +12,36 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from sat.evaluation.options import DecodeOptions
+from sat.model.captioner import Memory, State
 from sat.text import END, PAD, START, UNK
 
-if TYPE_CHECKING:
-    from sat.model.captioner import Captioner
+Rows = TypeVar("Rows", bound=NamedTuple)
 
+BEAM_SEARCH = DecodeOptions()
 CACHE_BYTES = {"cpu": 32 << 20}
 """Where attention's hidden layer [images, slots, L, A] is written out, it may take this much; other devices: 1 GiB."""
+
+
+class Decodable(Protocol):
+    """What decoding needs of a model: a `Captioner`, or one with its encoder in front."""
+
+    training: bool
+
+    def encode(self, grid: Tensor) -> Memory:
+        """What is computed once per image; of every tensor the first dimension is the image."""
+
+    def init_state(self, memory: Memory) -> State:
+        """The state before the first word, of one beam per image: [B, 1, ...]."""
+
+    def step(self, memory: Memory, state: State, tokens: Tensor) -> tuple[Tensor, State, Tensor]:
+        """Feed `tokens` int64 [B, k]: logits [B, k, V], the new state [B, k, ...] and attention [B, k, L]."""
 
 
 @dataclass(frozen=True)
@@ -59,28 +75,28 @@ class _Beams(NamedTuple):
 
 @torch.inference_mode()
 def decode(
-    models: "Captioner | Sequence[Captioner]",
+    models: Decodable | Sequence[Decodable],
     grid: Tensor,
-    options: DecodeOptions = DecodeOptions(),
+    options: DecodeOptions = BEAM_SEARCH,
     image_ids: Sequence[str] | None = None,
 ) -> list[list[Hypothesis]]:
     """The `n_best` captions of every image of `grid` [B, L, D], best first: finished ones, then unfinished ones.
 
-    `grid` is what `models` encode: features as stored, or uint8 pictures [B, 3, S, S] for `sat.model.encoders.end_to_end.EndToEnd`.
-    Several models vote by the mean of their probabilities (float32); alphas are averaged too. An image gets fewer
-    captions only where fewer exist. `<pad>` and `<start>` are never chosen, blocked words keep their share of the
-    probability: scores are true log-probabilities. Equal scores go to the lower slot, then the lower word id, so
-    captions do not depend on which images share a batch, except where the rounding of a matrix product decides (or
-    hard attention draws its locations). `image_ids`, one per image, is needed to sample.
+    `grid` is what `models` encode: features as stored, or uint8 pictures [B, 3, S, S] for `EndToEnd`. Several models
+    vote by the mean of their probabilities (float32); alphas are averaged too. An image gets fewer captions only where
+    fewer exist. `<pad>` and `<start>` are never chosen, blocked words keep their share of the probability: scores are
+    true log-probabilities. Equal scores go to the lower slot, then the lower word id, so captions do not depend on
+    which images share a batch, except where the rounding of a matrix product decides (or hard attention draws its
+    locations). `image_ids`, one per image, is needed to sample.
 
     Raises ValueError for a model in training mode, an ensemble of different vocabularies or logits that are not finite.
     """
-    models = list(models) if isinstance(models, (list, tuple)) else [models]
-    _check(models, grid, options, image_ids)
+    models = list(models) if isinstance(models, Sequence) else [models]
+    _check(models, grid)
+    uniforms = _uniforms(options, image_ids, len(grid)).to(grid.device) if options.method == "sample" else None
     memories = [model.encode(grid) for model in models]  # once per image, not per word
-    uniforms = _uniforms(options, image_ids).to(grid.device) if options.method == "sample" else None
     size = _images_per_chunk(memories, options.width)
-    captions = []
+    captions: list[list[Hypothesis]] = []
     for start in range(0, len(grid), size):
         chunk = slice(start, start + size)
         numbers = None if uniforms is None else uniforms[chunk]
@@ -88,7 +104,7 @@ def decode(
     return captions
 
 
-def _check(models: list, grid: Tensor, options: DecodeOptions, image_ids: Sequence[str] | None) -> None:
+def _check(models: list[Decodable], grid: Tensor) -> None:
     if not models:
         raise ValueError("decode needs at least one model")
     if any(model.training for model in models):
@@ -97,30 +113,31 @@ def _check(models: list, grid: Tensor, options: DecodeOptions, image_ids: Sequen
         raise ValueError(
             f"grid must be [B, L, D], or pictures [B, 3, S, S] for EndToEnd; got shape {tuple(grid.shape)}"
         )
-    if options.method == "sample" and (image_ids is None or len(image_ids) != len(grid)):
-        count = "none" if image_ids is None else len(image_ids)
-        raise ValueError(f"sampling is seeded by image: image_ids must name the {len(grid)} images, got {count}")
 
 
-def _images_per_chunk(memories: list, width: int) -> int:
+def _images_per_chunk(memories: list[Memory], width: int) -> int:
     """Images searched together: all, unless attention writes out its hidden layer; then as many as its cache holds."""
     if all(memory.prepared.numel() for memory in memories):
         return len(memories[0].grid)  # the fused kernel serves: more rows make better matrix products
     hidden = max(math.prod(memory.projection.shape[1:]) for memory in memories)  # L * A; 0 without attention
-    return max(1, CACHE_BYTES.get(memories[0].grid.device.type, 1 << 30) // max(1, 4 * width * hidden))
+    cache: int = CACHE_BYTES.get(memories[0].grid.device.type, 1 << 30)
+    return max(1, cache // max(1, 4 * width * hidden))
 
 
-def _search(models: list, memories: list, options: DecodeOptions, uniforms: Tensor | None) -> list[list[Hypothesis]]:
+def _search(
+    models: list[Decodable], memories: list[Memory], options: DecodeOptions, uniforms: Tensor | None
+) -> list[list[Hypothesis]]:
     (size, cells), device = memories[0].grid.shape[:2], memories[0].grid.device
     beams = _nothing_said(size, options.max_length, device)
-    states = [model.init_state(memory) for model, memory in zip(models, memories)]
+    states = [model.init_state(memory) for model, memory in zip(models, memories, strict=True)]
     tokens = torch.full((size, 1), START, device=device)
     alphas = None  # written once per step and never reordered: `parents` leads back through them
     if options.keep_attention:
         alphas = torch.zeros(options.max_length, size, options.width, cells, device=device)
-    captions: list = [None] * size
+    captions: list[list[Hypothesis]] = [[] for _ in range(size)]
     for step in range(options.max_length):
-        outputs = [model.step(*inputs, tokens) for model, *inputs in zip(models, memories, states)]
+        together = zip(models, memories, states, strict=True)
+        outputs = [model.step(memory, state, tokens) for model, memory, state in together]
         if alphas is not None:
             mean = torch.stack([alpha.float() for _, _, alpha in outputs]).mean(0)
             alphas[step, beams.images, : mean.shape[1]] = mean
@@ -141,7 +158,8 @@ def _search(models: list, memories: list, options: DecodeOptions, uniforms: Tens
             if settled.all():
                 break
             beams, tokens = _index(beams, ~settled), tokens[~settled]
-            memories, states = ([_index(item, ~settled) for item in items] for items in (memories, states))
+            memories = [_index(memory, ~settled) for memory in memories]
+            states = [_index(state, ~settled) for state in states]
     return captions
 
 
@@ -155,8 +173,8 @@ def _nothing_said(size: int, steps: int, device: torch.device) -> _Beams:
     )
 
 
-def _index(tensors: NamedTuple, where) -> NamedTuple:
-    return type(tensors)(*(tensor[where] for tensor in tensors))
+def _index(tensors: Rows, where: slice | Tensor | tuple[Tensor, Tensor]) -> Rows:
+    return tensors._make(tensor[where] for tensor in tensors)
 
 
 def _log_probs(outputs: list[Tensor]) -> Tensor:
@@ -228,11 +246,14 @@ def _draw(logp: Tensor, beams: _Beams, uniforms: Tensor, options: DecodeOptions)
     return parents, words.squeeze(-1), scores
 
 
-def _uniforms(options: DecodeOptions, image_ids: Sequence[str]) -> Tensor:
+def _uniforms(options: DecodeOptions, image_ids: Sequence[str] | None, images: int) -> Tensor:
     """Numbers in [0, 1) for every image, sample and step, float64 [B, n_best, T]: a hash of (seed, sample, image id).
 
     No generator: its stream would tie a caption to the order of the images, and to the version of the library.
     """
+    if image_ids is None or len(image_ids) != images:
+        count = "none" if image_ids is None else len(image_ids)
+        raise ValueError(f"sampling is seeded by image: image_ids must name the {images} images, got {count}")
     names = [f"{options.seed}/{sample}/{image_id}" for image_id in image_ids for sample in range(options.n_best)]
     draws = b"".join(hashlib.shake_256(name.encode()).digest(8 * options.max_length) for name in names)
     numbers = (np.frombuffer(draws, "<u8") >> 12) * 2.0**-52  # 52 bits: 1 cannot come out by rounding
@@ -258,15 +279,16 @@ def _settled(beams: _Beams, options: DecodeOptions) -> Tensor:
     comparing at its present length would stop too early. Samples all run to their end.
     """
     best = beams.scores(options.length_penalty).masked_fill(~beams.ended, -math.inf).topk(options.n_best).values[:, -1]
-    hope = beams.logp.masked_fill(beams.ended, -math.inf).amax(-1) / options.max_length**options.length_penalty
-    return best >= hope
+    longest: float = options.max_length**options.length_penalty
+    return best >= beams.logp.masked_fill(beams.ended, -math.inf).amax(-1) / longest
 
 
 def _collect(beams: _Beams, alphas: Tensor | None, options: DecodeOptions) -> list[tuple[int, list[Hypothesis]]]:
     """The captions of settled images: (position in the chunk, hypotheses best first)."""
     found = []
-    fields = (beams.images, beams.scores(options.length_penalty), beams.ended, beams.words)
-    for row, (image, scores, ended, words) in enumerate(zip(*(field.tolist() for field in fields))):
+    columns = (beams.images, beams.scores(options.length_penalty), beams.ended, beams.words)
+    images = zip(*(column.tolist() for column in columns), strict=True)
+    for row, (image, scores, ended, words) in enumerate(images):
         hypotheses = []
         for slot in range(len(scores)):
             if scores[slot] == -math.inf:

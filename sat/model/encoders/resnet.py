@@ -4,7 +4,7 @@ Parameters carry torchvision's names, so any ResNet-50 checkpoint fits. The surp
 frozen through `train()`. A BatchNorm left in train mode silently replaces its statistics by those of the current batch,
 the most common way to spoil a frozen encoder; `Encoder.train` therefore keeps every closed BatchNorm in eval mode.
 
-Shapes: B pictures, H x W pixels, L = (H / s) * (W / s) grid cells with s = 2 ** (stage + 1), D = 256 * 2 ** (stage - 1)
+Shapes: B pictures, H x W pixels, L = (H / s) * (W / s) grid cells of D features; s and D: `sat.shards.features`.
 """
 
 import copy
@@ -23,11 +23,15 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.checkpoint import checkpoint
 
+from sat.shards.features import GEOMETRY, EncoderSpec
+
 IMAGE_MEAN = (0.485, 0.456, 0.406)
 """Mean of ImageNet's pixels in [0, 1], per RGB channel."""
 IMAGE_STD = (0.229, 0.224, 0.225)
 """Standard deviation of the same."""
-STAGES = (1, 2, 3, 4)
+ARCHITECTURE = "resnet50"
+"""Its name in `sat.shards.features.GEOMETRY`."""
+STAGES = tuple(GEOMETRY[ARCHITECTURE])
 """ResNet's stages: torchvision's layer1 to layer4."""
 
 
@@ -59,7 +63,7 @@ class Encoder(nn.Module):
         for number in STAGES[:stage]:
             setattr(self, f"layer{number}", getattr(network, f"layer{number}"))
         self.stage = stage
-        self.feature_dim = 256 * 2 ** (stage - 1)
+        self.feature_dim = EncoderSpec(ARCHITECTURE, stage).dim
         self.checkpointing = False
         self._frozen_norms: list[nn.BatchNorm2d] = []
 

@@ -1,0 +1,165 @@
+"""Each kernel of each implementation against the formulas it stands for, one row at a time, gradients by autograd."""
+
+import pytest
+import torch
+
+from sat.model.kernels import native
+from sat.model.kernels.interface import Seen
+from sat.model.packing import pack
+from tests.helpers_kernels import both_scores, every_kernels, needs_compiler
+
+LENGTHS = torch.tensor([[3, 1, 4], [0, 0, 0], [2, 2, 0], [1, 0, 3]])
+L, D, A, H, V = 7, 19, 18, 17, 23
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
+every_dtype = pytest.mark.parametrize("dtype", list(TOLERANCE), ids=["float64", "float32"])
+
+
+def random(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def assert_close(found, expected, dtype):
+    assert found.dtype == dtype
+    expected = expected.detach()
+    assert (found.double() - expected).norm() <= TOLERANCE[dtype] * max(1.0, float(expected.norm()))
+
+
+class Attention:
+    """What a kernel is given and should find, of step 1: in float64, every row with its own copy of its image."""
+
+    def __init__(self, tanh: bool):
+        self.packing, self.tanh = pack(torch.zeros(*LENGTHS.shape, 5, dtype=torch.int64), LENGTHS), tanh
+        self.t, self.n = 1, self.packing.rows[1]
+        B, M = len(self.packing.images), len(self.packing.inputs)
+        self.grid, self.projection = random(B, L, D, seed=1), random(B, L, A, seed=2).requires_grad_()
+        self.score = random(A, seed=3).requires_grad_()
+        self.query = random(M, A, seed=4).requires_grad_()
+        self.alpha, self.context = self.attend(self.packing.row_image[self.packing.word_row])
+        self.step = self.packing.steps[self.t]
+
+    def attend(self, image):
+        hidden = self.projection[image] + self.query[:, None]
+        hidden = hidden.tanh() if self.tanh else hidden.relu()
+        alpha = (hidden @ self.score).softmax(1)
+        return alpha, torch.einsum("ml,mld->md", alpha, self.grid[image])
+
+    def seen(self, kernels, dtype) -> Seen:
+        projection = kernels.prepare(self.projection.detach().to(dtype), self.tanh)
+        return Seen(self.packing, self.grid.to(dtype), projection, self.score.detach().to(dtype), self.tanh)
+
+    def rows(self, tensor, dtype):
+        """The rows of this step, strided as they lie in the packed buffers."""
+        tensor = tensor.detach().to(dtype)
+        return torch.cat([tensor, tensor], 1)[self.step, : tensor.shape[1]]
+
+
+@every_dtype
+@both_scores
+@every_kernels
+def test_attend_fills_in_the_attention_of_the_running_rows(kernels, tanh, dtype):
+    expected = Attention(tanh)
+    alpha, context = (torch.full((expected.n, width), torch.nan, dtype=dtype) for width in (L, D))
+    query = expected.rows(expected.query, dtype)
+    kernels.attend(expected.seen(kernels, dtype), expected.t, query, alpha, context)
+    assert_close(alpha, expected.alpha[expected.step], dtype)
+    assert_close(context, expected.context[expected.step], dtype)
+
+
+@every_dtype
+@both_scores
+@every_kernels
+def test_attend_backward_gives_the_gradients_of_scores_and_query(kernels, tanh, dtype):
+    expected = Attention(tanh)
+    grad_context, grad_alpha = random(expected.n, D, seed=5), random(expected.n, L, seed=6)
+    loss = (expected.context[expected.step] * grad_context).sum() + (expected.alpha[expected.step] * grad_alpha).sum()
+    (query,) = torch.autograd.grad(loss, expected.query)
+    found = torch.full((expected.n, A), torch.nan, dtype=dtype)
+    scores = torch.full((expected.n, L), torch.nan, dtype=dtype)
+    given = (expected.rows(expected.query, dtype), expected.alpha[expected.step].detach().to(dtype).contiguous())
+    seen = expected.seen(kernels, dtype)
+    kernels.attend_backward(seen, expected.t, *given, grad_context.to(dtype), grad_alpha.to(dtype), scores, found)
+    assert_close(found, query[expected.step], dtype)
+    alpha = expected.alpha[expected.step].detach()
+    total = grad_alpha + torch.einsum(
+        "nd,nld->nl", grad_context, expected.grid[expected.packing.row_image[: expected.n]]
+    )
+    assert_close(scores, alpha * (total - (alpha * total).sum(1, keepdim=True)), dtype)
+
+
+@every_dtype
+@both_scores
+@every_kernels
+def test_attend_backward_shared_gives_the_gradients_of_projection_and_score(kernels, tanh, dtype):
+    expected = Attention(tanh)
+    scores = random(len(expected.query), L, seed=7)
+    hidden = expected.projection[expected.packing.row_image[expected.packing.word_row]] + expected.query[:, None]
+    hidden = hidden.tanh() if tanh else hidden.relu()
+    loss = ((hidden @ expected.score) * scores).sum()
+    projection, score = torch.autograd.grad(loss, (expected.projection, expected.score))
+    query = expected.query.detach().to(dtype)
+    found = kernels.attend_backward_shared(expected.seen(kernels, dtype), query, scores.to(dtype))
+    assert_close(found[0], projection, dtype)
+    assert_close(found[1], score, dtype)
+
+
+def plain_cell(gates, c_before):
+    i, f, g, o = gates.chunk(4, 1)
+    c = f.sigmoid() * c_before + i.sigmoid() * g.tanh()
+    return o.sigmoid() * c.tanh(), c, torch.cat([i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()], 1)
+
+
+@every_dtype
+@every_kernels
+def test_cell_and_cell_backward_are_the_lstms(kernels, dtype):
+    shares = [random(5, 4 * H, seed=seed).requires_grad_() for seed in range(3)]
+    c_before = random(5, H, seed=3).requires_grad_()
+    h, c, activations = plain_cell(sum(shares), c_before)
+    state, word, context = (share.detach().to(dtype) for share in shares)
+    found_h, found_c = torch.empty(5, H, dtype=dtype), torch.empty(5, H, dtype=dtype)
+    kernels.cell(state, word, context, c_before.detach().to(dtype), found_c, found_h)
+    assert_close(found_h, h, dtype)
+    assert_close(found_c, c, dtype)
+    assert_close(state, activations, dtype)
+
+    grad_h, grad_c = random(5, H, seed=4), random(5, H, seed=5)
+    gates, before = torch.autograd.grad((h * grad_h).sum() + (c * grad_c).sum(), (shares[0], c_before))
+    found, found_before = torch.empty(5, 4 * H, dtype=dtype), grad_c.to(dtype)
+    kernels.cell_backward(state, c_before.detach().to(dtype), found_c, grad_h.to(dtype), found_before, found)
+    assert_close(found, gates, dtype)
+    assert_close(found_before, before, dtype)
+
+
+@every_dtype
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@every_kernels
+def test_cross_entropy_leaves_its_gradient_in_the_logits(kernels, smoothing, dtype):
+    logits, bias = random(6, V).requires_grad_(), random(V, seed=1)
+    targets = torch.randint(V, (6,), generator=torch.Generator().manual_seed(0))
+    log_p = (logits + bias).log_softmax(1)
+    nll = -log_p[range(6), targets]
+    loss = torch.nn.functional.cross_entropy(logits + bias, targets, reduction="sum", label_smoothing=smoothing)
+    (gradient,) = torch.autograd.grad(loss, logits)
+    given = logits.detach().to(dtype)
+    found, sum_log_p, correct = kernels.cross_entropy(given, bias.to(dtype), targets, smoothing)
+    assert_close(found, nll, dtype)
+    assert_close(sum_log_p, log_p.sum(1), dtype)
+    assert torch.equal(correct, log_p.argmax(1) == targets)
+    assert_close(given, gradient, dtype)
+
+
+@needs_compiler
+@every_dtype
+@both_scores
+def test_attend_beams_sees_what_each_beam_alone_would_see(tanh, dtype):
+    grid, projection, query, score = (
+        random(3, L, D),
+        random(3, L, A, seed=1),
+        random(3, 4, A, seed=2),
+        random(A, seed=3),
+    )
+    hidden = projection[:, None] + query[:, :, None]
+    alpha = ((hidden.tanh() if tanh else hidden.relu()) @ score).softmax(-1)
+    prepared = native.prepare(projection.to(dtype), tanh)
+    context, found = native.attend_beams(grid.to(dtype), prepared, query.to(dtype), score.to(dtype), tanh)
+    assert_close(found, alpha, dtype)
+    assert_close(context, alpha @ grid, dtype)
