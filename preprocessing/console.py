@@ -1,6 +1,5 @@
 """What the command lines of the shard programs share: steps, one line per error, one line of progress."""
 
-import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -17,11 +16,6 @@ class Step(StrEnum):
     PLAN = "plan"
     SHARDS = "shards"
     FINALIZE = "finalize"
-
-
-def available_cores() -> int:
-    """CPU cores this process may use; on a cluster those of its allocation, not of the machine."""
-    return len(os.sched_getaffinity(0))
 
 
 def run(program: Callable[..., object]) -> None:

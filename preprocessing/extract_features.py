@@ -18,7 +18,7 @@ from typing import Annotated
 
 import typer
 
-from preprocessing.console import Step, available_cores, progress_line, run
+from preprocessing.console import Step, progress_line, run
 from preprocessing.features.extractor import Extractor
 from preprocessing.features.plan import plan_features, recipe_of, scale_of, source_of
 from preprocessing.features.recipe import FeatureOptions
@@ -28,6 +28,7 @@ from preprocessing.sharding.finalize import finalize
 from preprocessing.sharding.jobs import Summary, parse_stripe, process_pool, run_shards
 from preprocessing.sharding.plan import Plan, PlannedShard, load_plan
 from preprocessing.sharding.write import is_finished
+from sat.machine import available_cores
 from sat.shards.manifest import Manifest
 from sat.shards.schema import Sidecar
 

@@ -20,7 +20,7 @@ import typer
 import xxhash
 
 from preprocessing.annotations import RULES, Records, read_annotations
-from preprocessing.console import Step, available_cores, progress_line, run
+from preprocessing.console import Step, progress_line, run
 from preprocessing.sharding.finalize import finalize, reasons_of
 from preprocessing.sharding.jobs import Summary, parse_stripe, process_pool, run_shards
 from preprocessing.sharding.plan import (
@@ -34,6 +34,7 @@ from preprocessing.sharding.plan import (
 )
 from preprocessing.sharding.write import Sample, write_shard
 from sat import files
+from sat.machine import available_cores
 from sat.shards.pictures import MAX_BYTES, BadPicture, decode, extension_of
 from sat.shards.schema import LeftOut, Sidecar
 

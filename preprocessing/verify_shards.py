@@ -16,7 +16,7 @@ from typing import Annotated
 
 import typer
 
-from preprocessing.console import available_cores, progress_line, run
+from preprocessing.console import progress_line, run
 from preprocessing.extract_features import extract_stripe, finalize_features
 from preprocessing.features.plan import recipe_of, source_of
 from preprocessing.features.weights import check_planned
@@ -26,6 +26,7 @@ from preprocessing.sharding.plan import LEFT_OUT, FeatureSettings, ImageSettings
 from preprocessing.sharding.verify import Report, check_tables, recorded_bytes, verify
 from preprocessing.sharding.write import read_sidecar, sidecar_path
 from sat import files
+from sat.machine import available_cores
 from sat.shards.manifest import Manifest
 from sat.shards.schema import MANIFEST, LeftOut, Sidecar, sample_rows
 from sat.shards.sealed import seal

@@ -13,13 +13,14 @@ import torch
 import typer
 from PIL import Image
 
+from sat import files
 from sat.cli import run_program
 from sat.evaluate import best_folder
 from sat.evaluation.attention_plot import plot_attention
 from sat.evaluation.decoding import Hypothesis, decode
 from sat.evaluation.options import DecodeOptions
 from sat.export import TrainedModel, load_model
-from sat.model.encoders.resnet import Encoder, load_encoder, normalise, weights_digest
+from sat.model.encoders.resnet import Encoder, load_encoder, normalise
 from sat.run_folder import attach
 from sat.shards.pictures import BadPicture, fit
 from sat.shards.pictures import decode as decode_file
@@ -31,7 +32,7 @@ def find_encoder(trained: TrainedModel, weights: Path) -> Encoder:
     wanted = trained.features["encoder"]
     candidates = sorted(weights.glob("*.safetensors")) if weights.is_dir() else [weights]
     for path in candidates:
-        if path.is_file() and weights_digest(path) == wanted["weights_sha256"]:
+        if path.is_file() and files.sha256(path) == wanted["weights_sha256"]:
             return load_encoder(path, stage=wanted["stage"])
     raise ValueError(
         f"no encoder with SHA-256 {wanted['weights_sha256'][:12]}... at {weights}; give the file that extracted the "

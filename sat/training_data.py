@@ -2,14 +2,15 @@
 
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from sat import files
 from sat.config import Config
 from sat.data.loader import Pictures, Reading, steps_per_epoch
-from sat.model.encoders.resnet import weights_digest
 from sat.shards.features import end_to_end_features
 from sat.shards.manifest import Manifest, load_manifest
 from sat.shards.pictures import decode, fit
@@ -91,4 +92,4 @@ def decode_picture(data: bytes, size: int) -> Tensor:
 def _features(config: Config, main: Manifest) -> dict[str, Any]:
     if not config.encoder.train:
         return main.fingerprint
-    return end_to_end_features(config.encoder.image_size, weights_digest(config.encoder.weights)).to_fingerprint()
+    return end_to_end_features(config.encoder.image_size, files.sha256(Path(config.encoder.weights))).to_fingerprint()

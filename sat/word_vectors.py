@@ -1,7 +1,7 @@
 """Word vectors (GloVe, word2vec and fastText in text form) into the embedding of a vocabulary.
 
-The surprise: words without a vector are not zero but drawn with the mean and deviation of those that were found, so that
-a rare word begins as an ordinary one; how many were found is returned, and never assumed.
+The surprise: words without a vector are not zero but drawn with the mean and deviation of those that were found, so
+that a rare word begins as an ordinary one; how many were found is returned, and never assumed.
 """
 
 from collections.abc import Iterator
@@ -34,8 +34,8 @@ class Coverage:
 def load_word_vectors(path: str | Path, tokenizer: CaptionTokenizer, embedding: nn.Embedding, tune: bool) -> Coverage:
     """Copy the vectors of the tokenizer's words into `embedding` [V, E]; `tune` says whether training changes them.
 
-    The special tokens keep their initial vectors, for good where `tune` is false. Raises ValueError naming file and line for a vector that is not E numbers,
-    and when no word at all was found.
+    The special tokens keep their initial vectors, for good where `tune` is false. Raises ValueError naming file and
+    line for a vector that is not E numbers, and when no word at all was found.
     """
     ids = {word: index for index, word in enumerate(tokenizer.words)}
     rows = torch.zeros_like(embedding.weight)
@@ -73,8 +73,8 @@ def _vectors(path: Path, dim: int, wanted: dict[str, int]) -> Iterator[tuple[str
             word = " ".join(parts)  # the GloVe files of the web have words with spaces
             if not parts or any(map(_is_number, parts[1:])):
                 raise ValueError(
-                    f"{path}, line {number} ({fields[0][:20]!r}): {len(fields) - 1} numbers, but model.embedding_dim is {dim}; give a "
-                    "file of that width or set model.embedding_dim"
+                    f"{path}, line {number} ({fields[0][:20]!r}): {len(fields) - 1} numbers, but model.embedding_dim "
+                    f"is {dim}; give a file of that width or set model.embedding_dim"
                 )
             if word in wanted:
                 try:

@@ -39,7 +39,7 @@ def refuse_compute(compute: str) -> None:
 
 
 def _has_onednn() -> bool:
-    return bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]  # torch states no types here
+    return bool(torch.backends.mkldnn.is_available())
 
 
 def load_network(

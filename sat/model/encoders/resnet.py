@@ -8,7 +8,6 @@ Shapes: B pictures, H x W pixels, L = (H / s) * (W / s) grid cells of D features
 """
 
 import copy
-import hashlib
 import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -188,12 +187,6 @@ def _check_fit(path: str | Path, weights: dict[str, Tensor], expected: dict[str,
     found = [f"{len(names)} {kind} ({', '.join(names[:5])})" for kind, names in faults.items() if names]
     if found:
         raise ValueError(f"{path} is not a ResNet-50 with torchvision's names: keys {'; '.join(found)}")
-
-
-def weights_digest(path: str | Path) -> str:
-    """SHA-256 of the weights file, in hexadecimal: names the encoder in fingerprints."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def fold_batchnorm(encoder: Encoder) -> Encoder:
