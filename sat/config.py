@@ -121,10 +121,17 @@ class TrackingConfig:
     run_name: str = setting("", may_change=True)
     """MLflow run name; empty: the run folder's name."""
 
+    def __post_init__(self) -> None:
+        uri = self.mlflow_uri
+        if uri not in ("", "none") and ("://" not in uri or uri.startswith("file:")):
+            raise ValueError(
+                f"tracking.mlflow_uri={uri!r}: give http(s)://SERVER, sqlite:////absolute/path.db or `none`"
+            )
+
 
 @dataclass(frozen=True)
 class Config:
-    """All sections. Made by `load_config` or `config_from_dict`, checked once, never changed: use `dataclasses.replace`."""
+    """All sections. Made by `load_config` or `config_from_dict`, checked once; change it by `dataclasses.replace`."""
 
     data: DataConfig = field(default_factory=DataConfig)
     model: CaptionerSpec = field(default_factory=CaptionerSpec)
@@ -141,8 +148,8 @@ RESUME_ONLY = ("data", "model", "encoder", "train")
 def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
     """Merge defaults, preset, the YAML file `path` and `overrides` ("a.b=c") into one checked Config.
 
-    Raises ValueError naming the setting: an unknown key (with the nearest valid one), a wrong type, a value out of range,
-    or settings that cannot work together.
+    Raises ValueError naming the setting: an unknown key (with the nearest valid one), a wrong type, a value out of
+    range, or settings that cannot work together.
     """
     layers = [OmegaConf.create()]
     if path is not None:

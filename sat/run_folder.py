@@ -145,11 +145,4 @@ def open_run(config: Config, engine: Engine, resume_step: int) -> Iterator[Run]:
 
 
 def _open_tracker(folder: Path, tracking: TrackingConfig, params: Mapping[str, object], resume_step: int) -> Tracker:
-    return Tracker(
-        folder,
-        mlflow_uri=tracking.mlflow_uri,
-        experiment=tracking.experiment,
-        run_name=tracking.run_name,
-        params=params,
-        resume_step=resume_step,
-    )
+    return Tracker(folder, tracking, params, resume_step)

@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+from sat.config import TrackingConfig
 from sat.tracking import journal as tracking
 from sat.tracking.journal import Tracker, read_journal
 from tests.helpers_tracking import NoUploader, replace_uploader, run_python
@@ -16,7 +17,7 @@ def refuse(constant):
 
 
 def test_the_journal_is_strict_json_and_keeps_numbers_nan_and_missing_values(tmp_path):
-    tracker = Tracker(tmp_path / "run", mlflow_uri="none")
+    tracker = Tracker(tmp_path / "run", TrackingConfig(mlflow_uri="none"))
     tracker.log(1, {"loss": 0.1 + 0.2, "nan": math.nan, "inf": -math.inf, "METEOR": None, "count": 3})
     entry = json.loads((tmp_path / "run/metrics.jsonl").read_text(), parse_constant=refuse)
     assert list(entry) == ["step", "time", "loss", "nan", "inf", "METEOR", "count"]
@@ -28,7 +29,7 @@ def test_the_journal_is_strict_json_and_keeps_numbers_nan_and_missing_values(tmp
 
 @pytest.mark.faults
 def test_a_journal_cut_at_any_byte_is_continued_without_gaps_or_doubles(tmp_path):
-    tracker = Tracker(tmp_path / "whole", mlflow_uri="none")
+    tracker = Tracker(tmp_path / "whole", TrackingConfig(mlflow_uri="none"))
     for step in range(1, 7):
         tracker.log(step, {"loss": step})
     tracker.close()
@@ -39,7 +40,7 @@ def test_a_journal_cut_at_any_byte_is_continued_without_gaps_or_doubles(tmp_path
         folder.mkdir(exist_ok=True)
         (folder / "metrics.jsonl").write_bytes(whole[:cut])
         saved = min(4, sum(end <= cut for end in ends))  # the newest checkpoint is of step 4 at most
-        tracker = Tracker(folder, mlflow_uri="none", resume_step=saved)
+        tracker = Tracker(folder, TrackingConfig(mlflow_uri="none"), resume_step=saved)
         for step in range(saved + 1, 7):
             tracker.log(step, {"loss": step})
         tracker.close()
@@ -50,14 +51,15 @@ def test_a_damaged_line_costs_no_other_line(tmp_path):
     whole = [b'{"step": 1, "time": 0, "loss": 1}', b'{"step": 2, "time": 0, "loss": 2}']
     lines = [whole[0], b"\0\0\0", b'["no entry"]', whole[1], b'{"st']
     (tmp_path / "metrics.jsonl").write_bytes(b"\n".join(lines))
-    Tracker(tmp_path, mlflow_uri="none", resume_step=2).close()
+    Tracker(tmp_path, TrackingConfig(mlflow_uri="none"), resume_step=2).close()
     assert [entry["step"] for entry in read_journal(tmp_path)] == [1, 2]
 
 
 FULL_DISK = """
 import resource, sys
+from sat.config import TrackingConfig
 from sat.tracking.journal import Tracker
-tracker = Tracker(sys.argv[1], mlflow_uri="none")
+tracker = Tracker(sys.argv[1], TrackingConfig(mlflow_uri="none"))
 for step in range(1, 31):
     limit = 450 if 5 < step < 20 else -1  # a file cannot grow beyond: as a full disk, in the middle of a line
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, -1))
@@ -79,7 +81,7 @@ def test_what_a_full_disk_refuses_for_long_is_bounded_in_memory(tmp_path, monkey
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    tracker = Tracker(tmp_path, mlflow_uri="none")
+    tracker = Tracker(tmp_path, TrackingConfig(mlflow_uri="none"))
     monkeypatch.setattr(tracking, "MAX_PENDING_BYTES", 500)
     with monkeypatch.context() as patch:
         patch.setattr(tracking.os, "write", full)
@@ -93,7 +95,7 @@ def test_what_a_full_disk_refuses_for_long_is_bounded_in_memory(tmp_path, monkey
 
 @pytest.mark.parametrize("name", ["Recall@5", "val//CIDEr", "../x", "", "step"])
 def test_names_that_mlflow_would_refuse_are_refused_at_once(tmp_path, name):
-    tracker = Tracker(tmp_path, mlflow_uri="none")
+    tracker = Tracker(tmp_path, TrackingConfig(mlflow_uri="none"))
     with pytest.raises(ValueError, match="cannot name a metric"):
         tracker.log(1, {"val/BLEU-4": 0.3, name: 1.0})
     assert read_journal(tmp_path) == []
@@ -103,7 +105,7 @@ def test_names_that_mlflow_would_refuse_are_refused_at_once(tmp_path, name):
 @pytest.mark.parametrize("uri", ["mlruns", "/tmp/mlflow.db", "file:///tmp/mlruns"])
 def test_uris_that_mlflow_cannot_use_are_refused_before_anything_is_written(tmp_path, uri):
     with pytest.raises(ValueError, match="mlflow_uri=.*sqlite:////absolute"):
-        Tracker(tmp_path / "run", mlflow_uri=uri)
+        Tracker(tmp_path / "run", TrackingConfig(mlflow_uri=uri))
     assert not (tmp_path / "run").exists()
 
 
@@ -111,5 +113,5 @@ def test_the_store_is_an_absolute_sqlite_file_beside_the_run_folder(tmp_path, mo
     replace_uploader(monkeypatch, NoUploader)
     monkeypatch.chdir(tmp_path)
     for uri, expected in (("", tmp_path / "runs/mlflow.db"), ("sqlite:///other.db", tmp_path / "other.db")):
-        Tracker("runs/a", mlflow_uri=uri)
+        Tracker("runs/a", TrackingConfig(mlflow_uri=uri))
         assert json.loads((tmp_path / "runs/a/tracking.json").read_text())["uri"] == f"sqlite:///{expected}"

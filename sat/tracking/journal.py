@@ -15,7 +15,11 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import IO, Any
 from uuid import uuid4
+
+from sat import files
+from sat.config import TrackingConfig
 
 JOURNAL = "metrics.jsonl"
 ARTIFACTS = "artifacts.jsonl"
@@ -23,6 +27,9 @@ SETTINGS = "tracking.json"
 """What the uploader has to know; written here, read there."""
 UPLOADED = "mlflow_run.json"
 """Where the uploader stands: {uri, run_id, artifacts}; written there, read here."""
+
+Entry = dict[str, Any]
+"""A line of the journal: step (int), time (s since 1970), and values by name (float or None)."""
 
 CLOSE_TIMEOUT_S = 60.0
 """For a server that answers; one that does not ends the wait within seconds."""
@@ -38,23 +45,18 @@ class Tracker:
 
     def __init__(
         self,
-        run_dir: str | os.PathLike,
-        *,
-        mlflow_uri: str = "",
-        experiment: str = "show-attend-and-tell",
-        run_name: str = "",
+        run_dir: str | os.PathLike[str],
+        tracking: TrackingConfig,
         params: Mapping[str, object] | None = None,
         resume_step: int = 0,
-    ):
+    ) -> None:
         """Open or continue `run_dir`. Lines of steps after `resume_step` are dropped: the steps will be taken again.
 
-        A start at step 0 is a new MLflow run; after any other step the folder's run goes on.
-        `mlflow_uri`: http(s)://SERVER, sqlite:////absolute/path.db or another database; empty: `mlflow.db` beside the
-        run folder; `none`: journal only. Raises ValueError for a URI MLflow cannot use and OSError for a folder that
-        cannot be written. An MLflow that cannot be reached raises nothing, here or later.
+        A start at step 0 is a new MLflow run, with `params`; after any other step the folder's run goes on. Raises
+        OSError for a folder that cannot be written. An MLflow that cannot be reached raises nothing, here or later.
         """
         self._folder = Path(run_dir).resolve()
-        uri = "" if mlflow_uri == "none" else _absolute_uri(mlflow_uri, self._folder)
+        uri = "" if tracking.mlflow_uri == "none" else _absolute_uri(tracking.mlflow_uri, self._folder)
         self._folder.mkdir(parents=True, exist_ok=True)
         drop_after(self._folder / JOURNAL, resume_step)
         if not resume_step:
@@ -62,15 +64,15 @@ class Tracker:
         self._file = os.open(self._folder / JOURNAL, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         self._size = os.fstat(self._file).st_size
         self._pending = b""
-        self._uploader = None
+        self._uploader: subprocess.Popen[bytes] | None = None
         if uri:
-            before = read_json(self._folder / SETTINGS) if resume_step else {}
+            before = files.read_json(self._folder / SETTINGS) if resume_step else {}
             self._settings = {
                 "key": before.get("key", uuid4().hex),
                 "started": before.get("started", time.time()),
                 "uri": uri,
-                "experiment": experiment,
-                "run_name": run_name or self._folder.name,
+                "experiment": tracking.experiment,
+                "run_name": tracking.run_name or self._folder.name,
                 "params": {_checked(name): str(value) for name, value in (params or {}).items()},
                 "status": None,
             }
@@ -79,7 +81,8 @@ class Tracker:
     @property
     def run_id(self) -> str | None:
         """MLflow's id of this run; None until the server has been reached for the first time."""
-        return read_json(self._folder / UPLOADED).get("run_id")
+        known: str | None = files.read_json(self._folder / UPLOADED).get("run_id")
+        return known
 
     def log(self, step: int, values: Mapping[str, float | None]) -> None:
         """Append one line {step, time, values}; None is null. Never waits for MLflow.
@@ -97,7 +100,7 @@ class Tracker:
             while len(self._pending) > MAX_PENDING_BYTES:
                 self._pending = self._pending.partition(b"\n")[2]
 
-    def artifact(self, path: str | os.PathLike, folder: str = "") -> None:
+    def artifact(self, path: str | os.PathLike[str], folder: str = "") -> None:
         """Have a file or folder copied into `folder` of the MLflow run. It is read later: replace it atomically."""
         line = json.dumps({"path": os.path.relpath(Path(path).resolve(), self._folder), "folder": folder})
         try:
@@ -121,12 +124,12 @@ class Tracker:
         if self._uploader is None:
             return
         try:
-            write_json(self._folder / SETTINGS, self._settings | {"status": status, "ended": time.time()})
+            files.write_json(self._folder / SETTINGS, self._settings | {"status": status, "ended": time.time()})
             self._uploader.wait(CLOSE_TIMEOUT_S)
         except (OSError, subprocess.TimeoutExpired) as error:
             self._uploader.kill()
             self._uploader.wait()
-            _log.warning("MLflow is behind (%s); catch up: python -m sat.tracking.mlflow %s", error, self._folder)
+            _log.warning("MLflow is behind (%s); catch up: sat sync %s", error, self._folder)
 
     def _append(self) -> None:
         """Write what is pending, whole lines or nothing."""
@@ -145,7 +148,7 @@ class Tracker:
         root = str(Path(__file__).resolve().parents[2])
         path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
         try:
-            write_json(self._folder / SETTINGS, self._settings)
+            files.write_json(self._folder / SETTINGS, self._settings)
             # its own session: signals to the training's process group are not for it; it ends when its parent does
             self._uploader = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, env=os.environ | {"PYTHONPATH": path}, start_new_session=True
@@ -154,14 +157,14 @@ class Tracker:
             _log.warning("no MLflow for this run: %s", error)
 
 
-def read_journal(run_dir: str | os.PathLike) -> list[dict]:
+def read_journal(run_dir: str | os.PathLike[str]) -> list[Entry]:
     """The entries of a run's journal: step (int), time (s since 1970), values (float or None), in order of writing."""
     path = Path(run_dir) / JOURNAL
     with open(path, "rb") as file:
         return [entry for entry, _ in entries(file)]
 
 
-def entries(file) -> Iterator[tuple[dict, int]]:
+def entries(file: IO[bytes]) -> Iterator[tuple[Entry, int]]:
     """(entry, offset of its end) from a journal open for binary reading, from where it stands to its last whole line.
 
     Lines that are no entries are skipped: a damaged line must not cost the others.
@@ -192,25 +195,7 @@ def drop_after(path: Path, step: int) -> None:
         file.truncate(keep)
 
 
-def write_json(path: Path, value: dict) -> None:
-    """Write a small JSON file, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp-{uuid4().hex}")
-    try:
-        temporary.write_text(json.dumps(value, indent=1) + "\n")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def read_json(path: Path) -> dict:
-    """The object in a file; {} where there is none, or none that can be read."""
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-
-
-def _parse(line: bytes) -> dict | None:
+def _parse(line: bytes) -> Entry | None:
     try:
         entry = json.loads(line)
         return {name: value if name == "step" or value is None else float(value) for name, value in entry.items()}
@@ -233,7 +218,5 @@ def _number(value: float | None) -> float | str | None:
 
 def _absolute_uri(uri: str, folder: Path) -> str:
     uri = uri or f"sqlite:///{folder.parent / 'mlflow.db'}"
-    if "://" not in uri or uri.startswith("file:"):
-        raise ValueError(f"tracking.mlflow_uri={uri!r}: give http(s)://SERVER, sqlite:////absolute/path.db or `none`")
     scheme, _, path = uri.partition(":///")
     return f"sqlite:///{Path(path).resolve()}" if scheme == "sqlite" else uri

@@ -1,12 +1,11 @@
 """Bring a run folder's journal and artifacts to MLflow: `sat sync RUN`, at any time, repeatedly.
 
-MLflow is asked what it has and gets what is missing, so nothing is lost or sent twice, whatever broke when. The
-surprise: of a step that was taken again after a crash MLflow keeps the first point; the journal has the one that
+MLflow is asked what it has and gets what is missing, so nothing is lost or sent twice, whatever broke when. Of a
+step that was taken again after a crash MLflow keeps the first point; the journal has the one that
 counts.
 """
 
 import contextlib
-import fcntl
 import json
 import logging
 import os
@@ -15,13 +14,13 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
-from uuid import uuid4
+from typing import Annotated, Any
 
 import typer
 
+from sat import files
 from sat.cli import run_program
-from sat.tracking.journal import ARTIFACTS, JOURNAL, SETTINGS, UPLOADED, entries, read_json, write_json
+from sat.tracking.journal import ARTIFACTS, JOURNAL, SETTINGS, UPLOADED, entries
 
 ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
@@ -44,14 +43,14 @@ LAST_WORDS_S = 10
 """Time to finish after the training has died without a word."""
 
 
-def sync(run_dir: str | os.PathLike) -> int:
+def sync(run_dir: str | os.PathLike[str]) -> int:
     """Send MLflow all it lacks of the run, now; returns the number of points and artifacts sent.
 
     Raises ValueError for a folder without tracking settings and for one whose own uploader is at work, and whatever
     MLflow raises when it cannot be reached.
     """
     folder = Path(run_dir).resolve()
-    settings = read_json(folder / SETTINGS)
+    settings = files.read_json(folder / SETTINGS)
     if not settings:
         raise ValueError(f"{folder} has no {SETTINGS}: it is no run folder, or the run had tracking.mlflow_uri=none")
     with _run_lock(folder) as mine:
@@ -68,7 +67,7 @@ def follow(folder: Path, parent: int) -> None:
     """Keep MLflow up to date until the training (process `parent`) closes its tracker or dies. Raises nothing."""
     uploader, failures = None, 0
     while True:
-        settings, alive = read_json(folder / SETTINGS), os.getppid() == parent
+        settings, alive = files.read_json(folder / SETTINGS), os.getppid() == parent
         last = not alive or settings.get("status") is not None
         if not alive:
             signal.alarm(LAST_WORDS_S)
@@ -88,7 +87,7 @@ def follow(folder: Path, parent: int) -> None:
             uploader, failures = None, failures + 1
         if last:
             if failures:
-                _say(f"MLflow lacks a part of this run; catch up: python -m sat.tracking.mlflow {folder}")
+                _say(f"MLflow lacks a part of this run; catch up: sat sync {folder}")
             return
         _pause(folder, parent, min(SEND_EVERY_S * 2 ** min(failures, 10), LONGEST_RETRY_S))
 
@@ -96,7 +95,7 @@ def follow(folder: Path, parent: int) -> None:
 class Uploader:
     """A connection to one run. Every method raises what MLflow raises; after that, go on with a new Uploader."""
 
-    def __init__(self, folder: Path, settings: dict):
+    def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
         """Find or make the experiment and the run, send its params, and learn which points it has."""
         self._folder, self._settings = folder, settings
         with _store_lock(settings["uri"]):
@@ -108,7 +107,7 @@ class Uploader:
             name: {point.step for point in self._client.get_metric_history(self._run_id, name)}
             for name in run.data.metrics
         }
-        uploaded = read_json(folder / UPLOADED)
+        uploaded = files.read_json(folder / UPLOADED)
         known = (uploaded.get("uri"), uploaded.get("run_id")) == (settings["uri"], self._run_id)
         self._artifacts = uploaded["artifacts"] if known else 0
         self._remember()
@@ -125,7 +124,7 @@ class Uploader:
         else:
             self._client.set_terminated(self._run_id, status, end_time=round((ended or time.time()) * 1000))
 
-    def _find_or_create_run(self):
+    def _find_or_create_run(self) -> Any:
         from mlflow.exceptions import MlflowException
 
         settings = self._settings
@@ -144,7 +143,7 @@ class Uploader:
             run_name=settings["run_name"],
         )
 
-    def _send_params(self, run) -> None:
+    def _send_params(self, run: Any) -> None:
         """Log new params. MLflow refuses a second value for a known one: that becomes the tag `resumed.NAME`."""
         from mlflow.entities import Param
 
@@ -166,11 +165,12 @@ class Uploader:
             sent += len(points)
         return sent
 
-    def _batches(self) -> Iterator[tuple[list, int]]:
+    def _batches(self) -> Iterator[tuple[list[Any], int]]:
         """(points that MLflow lacks, where they end in the journal), about `POINTS_PER_REQUEST` at a time."""
         from mlflow.entities import Metric
 
-        points, end = [], self._offset
+        points: list[Any] = []
+        end = self._offset
         with contextlib.suppress(FileNotFoundError), open(self._folder / JOURNAL, "rb") as file:
             file.seek(self._offset)
             for entry, entry_end in entries(file):
@@ -204,10 +204,10 @@ class Uploader:
 
     def _remember(self) -> None:
         uploaded = {"uri": self._settings["uri"], "run_id": self._run_id, "artifacts": self._artifacts}
-        write_json(self._folder / UPLOADED, uploaded)
+        files.write_json(self._folder / UPLOADED, uploaded)
 
 
-def _connect(uri: str):
+def _connect(uri: str) -> Any:
     """MLflow's client; makes a fresh sqlite file first."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -227,20 +227,16 @@ def _create_sqlite(file: Path) -> None:
     from sqlalchemy import event
     from sqlalchemy.engine import Engine
 
-    def hurry(connection, _record) -> None:
+    def hurry(connection: Any, _record: object) -> None:
         connection.execute("PRAGMA synchronous=OFF")
 
-    temporary = file.with_name(f".{file.name}.tmp-{uuid4().hex}")
-    uri = f"sqlite:///{temporary}"
     event.listen(Engine, "connect", hurry)
     try:
-        MlflowClient(uri, uri).search_experiments(max_results=1)
-        with open(temporary, "rb+") as written:
-            os.fsync(written.fileno())
-        os.replace(temporary, file)
+        with files.replacing(file) as temporary:
+            uri = f"sqlite:///{temporary}"
+            MlflowClient(uri, uri).search_experiments(max_results=1)
     finally:
         event.remove(Engine, "connect", hurry)
-        temporary.unlink(missing_ok=True)
 
 
 def _sqlite_file(uri: str) -> Path | None:
@@ -253,39 +249,21 @@ def _artifact_location(uri: str) -> str | None:
     return (file.parent / "mlartifacts").as_uri() if file else None
 
 
-@contextlib.contextmanager
-def _store_lock(uri: str) -> Iterator[None]:
+def _store_lock(uri: str) -> contextlib.AbstractContextManager[object]:
     """Of several processes that meet a fresh sqlite file, one makes its tables; the others would crash."""
     file = _sqlite_file(uri)
-    if file is None:
-        yield
-        return
-    with open(f"{file}.lock", "w") as lock:
-        _flock(lock, fcntl.LOCK_EX)
-        yield
+    return contextlib.nullcontext() if file is None else files.locked(Path(f"{file}.lock"))
 
 
-@contextlib.contextmanager
-def _run_lock(folder: Path) -> Iterator[bool]:
-    """Whether this process is now the only one that uploads the run."""
-    with open(folder / ".mlflow.lock", "w") as lock:
-        yield _flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-
-def _flock(file, how: int) -> bool:
-    try:
-        fcntl.flock(file, how)
-    except BlockingIOError:
-        return False
-    except OSError:  # a file system without locks: go on as if alone
-        pass
-    return True
+def _run_lock(folder: Path) -> contextlib.AbstractContextManager[bool]:
+    """Yields whether this process is now the only one that uploads the run."""
+    return files.locked(folder / ".mlflow.lock", wait=False)
 
 
 def _pause(folder: Path, parent: int, seconds: float) -> None:
     """Wait, but not longer than the training lives."""
     until = time.monotonic() + seconds
-    while time.monotonic() < until and os.getppid() == parent and not read_json(folder / SETTINGS).get("status"):
+    while time.monotonic() < until and os.getppid() == parent and not files.read_json(folder / SETTINGS).get("status"):
         time.sleep(min(0.25, seconds))
 
 
