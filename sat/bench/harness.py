@@ -1,26 +1,27 @@
 """What all measurements share: alternated medians, the machine's matrix-product peak, peak memory, a table as JSON too.
 
-Surprising: contenders take turns within one run, so that a slow minute of a shared machine hits all of them alike; and
+Contenders take turns within one run, so that a slow minute of a shared machine hits all of them alike; and
 what we are compared with runs in a process of its own, so that none of our settings (oneDNN, malloc) reaches it.
 """
 
-import json
 import multiprocessing
 import resource
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
+
+from sat import files
 
 
 def alternated_medians(
     contenders: dict[str, Callable[[], object]], *, rounds: int = 5, warmup: int = 1, device: str = "cpu"
 ) -> dict[str, float]:
     """Median seconds of each of `contenders`, called in turn `rounds` times after `warmup` calls that do not count."""
-    seconds = {name: [] for name in contenders}
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for turn in range(warmup + rounds):
         for name, function in contenders.items():
             _synchronise(device)
@@ -57,7 +58,9 @@ class InOwnProcess:
         self._process.join()
 
 
-def _serve(pipe: Connection, make: Callable, arguments: tuple, device: str) -> None:
+def _serve(
+    pipe: Connection, make: Callable[..., Callable[[], object]], arguments: tuple[object, ...], device: str
+) -> None:
     function, result = make(*arguments), None
     try:
         while True:
@@ -99,14 +102,14 @@ def peak_memory_mb(function: Callable[[], object], device: str = "cpu") -> float
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def report(rows: Sequence[dict], json_file: Path | None = None) -> None:
+def report(rows: Sequence[Mapping[str, object]], json_file: Path | None = None) -> None:
     """Print `rows` (dicts with the same keys) as an aligned table and write them as a JSON list to `json_file`."""
     print(table(rows), flush=True)
     if json_file:
-        Path(json_file).write_text(json.dumps(list(rows), indent=1) + "\n")
+        files.write_json(json_file, list(rows))
 
 
-def table(rows: Sequence[dict]) -> str:
+def table(rows: Sequence[Mapping[str, object]]) -> str:
     """Aligned columns under their keys; numbers to the right with three significant digits or whole."""
     if not rows:
         return "(no rows)"

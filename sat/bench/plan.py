@@ -1,6 +1,6 @@
 """Measure the plan of a training on 1e9 samples in 1e6 shards over 1,024 ranks x 8 workers, without the samples.
 
-Surprising: nothing is scaled down and nothing is special about the size. A data set's manifest and its table of all
+Nothing is scaled down. A data set's manifest and its table of all
 shards are written once; then each figure comes from a fresh process that opens them and plans as the loader does, for
 rank 0 and for the last rank, at the start and far into an epoch. Not measured here: reading the planned samples (`sat
 bench loader`); a set read by URL, whose process holds the table of shards besides (74 MB for 1e6).
@@ -12,12 +12,10 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
+import pyarrow as pa
 import typer
-
-if TYPE_CHECKING:
-    import pyarrow as pa
 
 CHILD = """
 import time
@@ -47,7 +45,7 @@ def run(
     workers: Annotated[int, typer.Option(help="reader processes of each rank")] = 8,
     batch_per_rank: Annotated[int, typer.Option(help="samples of a rank in a global batch")] = 64,
     json_file: Annotated[Path | None, typer.Option("--json", help="write the rows to this file")] = None,
-) -> list[dict]:
+) -> list[dict[str, float]]:
     """Time to the first batch's plan and to a resumed one, peak memory of a process (interpreter, imports included)."""
     from sat.bench.harness import report
 
@@ -94,10 +92,9 @@ def write_manifest(root: Path, samples: int, shards: int) -> None:
     (root / MANIFEST).write_bytes(manifest_bytes("features", {}, table, files, left_out={}))
 
 
-def shard_table(samples: int, shards: int) -> "pa.Table":
+def shard_table(samples: int, shards: int) -> pa.Table:
     """Shards of features whose digests nothing can compress, as real ones."""
     import numpy as np
-    import pyarrow as pa
 
     from sat.shards.schema import SHARDS_SCHEMA
 
@@ -111,7 +108,8 @@ def shard_table(samples: int, shards: int) -> "pa.Table":
     return pa.table([names, ["train"] * shards, counts, sizes, *digests], SHARDS_SCHEMA)
 
 
-def plan_in_new_process(root: str | Path, *numbers: int) -> dict:
+def plan_in_new_process(root: str | Path, *numbers: int) -> dict[str, float]:
     """Seconds (imports included), peak memory in MB and rows of the first micro-batch, of one worker of one rank."""
     command = [sys.executable, "-c", CHILD, str(root), *map(str, numbers)]
-    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    found: dict[str, float] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    return found
