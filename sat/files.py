@@ -144,7 +144,9 @@ def publish_folder(new: Path, path: Path) -> None:
     """Sync everything in the folder `new` and give it the name `path`; what stood there is removed."""
     for each in [*new.rglob("*"), new]:
         sync(each)
+    crash_point("folder-written")
     _swap(new, path)
+    crash_point("folder-swapped")
     sync(path.parent)
     shutil.rmtree(new, ignore_errors=True)
 
@@ -164,6 +166,7 @@ def _swap(new: Path, path: Path) -> None:
     elif not _exchange(new, path):
         old = path.with_name(f"{path.name}{OLD}{uuid4().hex}")
         os.rename(path, old)
+        crash_point("folder-set-aside")
         os.rename(new, path)
         shutil.rmtree(old, ignore_errors=True)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from sat import files
 from sat.config import Config
@@ -45,9 +45,11 @@ class Learner:
     """Of the schedules."""
 
     @property
-    def evaluated(self) -> nn.Module:
+    def evaluated(self) -> Captioner | EndToEnd:
         """The weights that are scored and exported."""
-        return self.average.module if self.average is not None else self.model
+        model = self.model if self.average is None else self.average.module
+        assert isinstance(model, Captioner | EndToEnd)
+        return model
 
     def set_learning_rate(self, step: int) -> float:
         """Set the rate of every group for `step`; returns the captioner's. A pure function of the step."""

@@ -1,6 +1,6 @@
 """Captions to word ids and back, on Hugging Face `tokenizers` at word level.
 
-The surprising decision: punctuation becomes a space, it is not merely deleted: "man's" is "man s", so the word "man"
+Punctuation becomes a space, it is not merely deleted: "man's" is "man s", so the word "man"
 still counts. The same normaliser runs for every caption and is saved inside the tokenizer's one JSON file.
 """
 
@@ -10,10 +10,11 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
-from uuid import uuid4
 
 from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
 from tokenizers.models import WordLevel
+
+from sat import files
 
 PAD, START, END, UNK = 0, 1, 2, 3
 SPECIALS = ("<pad>", "<start>", "<end>", "<unk>")
@@ -31,7 +32,7 @@ class CaptionTokenizer:
         self._tokenizer = tokenizer
 
     @classmethod
-    def load(cls, path: str | os.PathLike) -> "CaptionTokenizer":
+    def load(cls, path: str | os.PathLike[str]) -> "CaptionTokenizer":
         """Read the file of `save`. Raises ValueError naming the file when it is missing or no caption tokenizer."""
         if not Path(path).is_file():
             raise ValueError(f"{path}: no such tokenizer; make it with preprocessing.build_vocab")
@@ -40,13 +41,9 @@ class CaptionTokenizer:
         except Exception as error:  # the library raises bare Exception for malformed files
             raise ValueError(f"{path}: {error}") from error
 
-    def save(self, path: str | os.PathLike) -> None:
+    def save(self, path: str | os.PathLike[str]) -> None:
         """Write one JSON file, whole or not at all."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.tmp-{uuid4().hex}")
-        temporary.write_text(self._tokenizer.to_str(pretty=True) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
+        files.write_text(Path(path), self._tokenizer.to_str(pretty=True) + "\n")
 
     @property
     def vocab_size(self) -> int:
@@ -56,7 +53,7 @@ class CaptionTokenizer:
     @cached_property
     def words(self) -> list[str]:
         """The word of every id, specials included."""
-        return [self._tokenizer.id_to_token(index) for index in range(self.vocab_size)]
+        return [str(self._tokenizer.id_to_token(index)) for index in range(self.vocab_size)]
 
     @cached_property
     def digest(self) -> str:

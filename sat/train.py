@@ -15,7 +15,7 @@ import torch
 import typer
 from tqdm import tqdm
 
-from sat import checkpoint, files
+from sat import checkpoint
 from sat.cli import run_program
 from sat.config import Config, fixed_settings, load_config
 from sat.data.batch import CaptionBatch
@@ -25,7 +25,8 @@ from sat.data.plan import Cursor, Share
 from sat.engine.engine import Engine, StepResult
 from sat.engine.processes import Processes
 from sat.engine.start import start
-from sat.evaluate import Evaluation, evaluate
+from sat.evaluation.report import write_captions
+from sat.evaluation.split import evaluate
 from sat.export import save_model
 from sat.learner import Learner, build_learner
 from sat.machine import speed_up
@@ -221,7 +222,7 @@ def score_and_keep_best(config: Config, data: TrainingData, learner: Learner, pr
     """Score the evaluation split by free-running decoding; export the best model yet by CIDEr. All ranks enter."""
     model = learner.evaluated.eval()
     split = config.data.eval_split
-    result = evaluate(model, data.main, split, data.tokenizer, config, run.processes, data.reading)
+    result = evaluate([model], data.main, split, data.tokenizer, config.eval, data.reading, run.processes)
     learner.objective.train()
     scores = {f"{split}/{name}": value for name, value in result.scores.values.items() if value is not None}
     run.log(progress.step, scores | {f"{split}/unfinished": result.unfinished})
@@ -235,7 +236,7 @@ def score_and_keep_best(config: Config, data: TrainingData, learner: Learner, pr
             f"step {progress.step}: " + ", ".join(f"{name} {value:.4f}" for name, value in sorted(scores.items()))
         )
         captions = run.folder / "captions" / f"step-{progress.step:08d}.json"
-        write_captions(captions, result)
+        write_captions(captions, result.predictions)
         run.keep_artifact(captions, "captions")
         if better:
             save_model(run.best, model.state_dict(), data.tokenizer, config, data.features, progress.step)
@@ -244,11 +245,6 @@ def score_and_keep_best(config: Config, data: TrainingData, learner: Learner, pr
     if better:
         return replace(progress, best_cider=cider, best_step=progress.step, evaluations_without_gain=0)
     return replace(progress, evaluations_without_gain=progress.evaluations_without_gain + 1)
-
-
-def write_captions(path: Path, result: Evaluation) -> None:
-    """In COCO's format."""
-    files.write_json(path, [{"image_id": image_id, "caption": text} for image_id, text in result.captions.items()])
 
 
 # ------------------------------------------------------------------ the program

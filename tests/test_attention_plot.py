@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from sat.evaluation.attention_plot import DARK, light, plot_attention
@@ -41,8 +40,8 @@ def test_even_attention_leaves_the_picture_as_it_is():
 @pytest.mark.parametrize("words", [1, 4, 12])
 def test_the_png_has_the_picture_first_and_every_words_light_in_its_place(tmp_path, words):
     side, spots = 7, [(i % 7, (3 * i) % 7) for i in range(words)]
-    alphas = torch.tensor(np.stack([hot(side, *spot) for spot in spots]))
-    plot_attention(np.full((3, 224, 224), 90, np.uint8), [" "] * words, alphas, tmp_path / "new" / "plot.png")
+    alphas = np.stack([hot(side, *spot) for spot in spots])
+    plot_attention(np.full((224, 224, 3), 90, np.uint8), [" "] * words, alphas, tmp_path / "new" / "plot.png")
     page = np.asarray(Image.open(tmp_path / "new/plot.png").convert("L"), dtype=float)
     panels = find_panels(page)
     assert len(panels) == words + 1
@@ -66,7 +65,7 @@ def find_panels(page: np.ndarray) -> list[np.ndarray]:
 
 
 def test_what_cannot_be_drawn_is_refused(tmp_path):
-    picture = Image.new("RGB", (56, 56))
+    picture = np.zeros((56, 56, 3), np.uint8)
     with pytest.raises(ValueError, match="2 words but attention of 1 steps"):
         plot_attention(picture, ["a", "dog"], np.ones((1, 49)), tmp_path / "plot.png")
     with pytest.raises(ValueError, match="50 cells"):

@@ -1,13 +1,18 @@
 """A trained model is three files that say what they were trained on; all that does not fit is refused by name."""
 
 import json
+import os
+import signal
+import stat
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from sat.config import load_config
-from sat.evaluate import baselines
-from sat.export import load_model, save_model
+from sat.export import best_folder, load_model, save_model
 from sat.model.captioner import Captioner
 from sat.model.spec import Sizes
 from sat.text import build_tokenizer
@@ -67,15 +72,72 @@ def test_weights_of_another_shape_are_refused_naming_the_file(saved):
         load_model(saved[0])
 
 
-def test_the_blind_baseline_gives_every_image_the_caption_of_another_one():
-    for count in (2, 3, 7, 10):
-        captions = {str(i): f"caption {i}" for i in range(count)}
-        found = baselines(captions, {i: [] for i in captions}, ["a", "B b.", "b b", "c"])
-        assert sorted(found["blind"].values()) == sorted(captions.values())
-        assert all(found["blind"][i] != captions[i] for i in captions)
-        assert set(found["most_frequent"].values()) == {"b b"}
+def test_a_damaged_file_is_named(saved):
+    (saved[0] / "model.safetensors").write_bytes(b"not weights")
+    with pytest.raises(ValueError, match=r"model\.safetensors does not fit"):
+        load_model(saved[0])
+    (saved[0] / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"config\.json does not describe a trained model"):
+        load_model(saved[0])
 
 
-def test_baselines_of_one_image_are_refused():
-    with pytest.raises(ValueError, match="at least 2 images"):
-        baselines({"1": "a"}, {"1": ["a"]}, ["a"])
+def test_a_folder_is_named_by_a_string_or_a_path_and_a_run_has_its_best_in_it(saved):
+    assert load_model(str(saved[0])).step == load_model(best_folder(str(saved[0].parent))).step == 7
+    assert best_folder(saved[0]) == saved[0]
+
+
+def test_others_may_read_the_model_as_the_umask_says(saved):
+    before = os.umask(0o027)
+    try:
+        loaded = load_model(saved[0])
+        save_model(saved[0], loaded.model.state_dict(), loaded.tokenizer, loaded.config, saved[2].fingerprint, step=8)
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE(file.stat().st_mode) for file in saved[0].iterdir()} == {0o640}
+
+
+def test_features_of_another_kind_are_refused_by_the_model(saved, tmp_path):
+    loaded = load_model(saved[0])
+    loaded.refuse_unfit(saved[2])
+    other = make_feature_dataset(tmp_path / "other", dtype="fp32")
+    with pytest.raises(ValueError, match="its dtype is 'fp32', but 'fp16' is needed"):
+        loaded.refuse_unfit(other)
+
+
+EXPORT_AGAIN = """
+import sys
+from pathlib import Path
+from sat import files
+from sat.export import best_folder, load_model, save_model
+from sat.shards.manifest import load_manifest
+folder, exchange = Path(sys.argv[1]), sys.argv[2] == "exchange"
+if not exchange:
+    files._exchange = lambda *_: False  # as on NFS
+old = load_model(folder)
+fingerprint = load_manifest(folder.parent / "features").fingerprint
+save_model(folder, old.model.state_dict(), old.tokenizer, old.config, fingerprint, step=old.step + 1)
+"""
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(
+    ("point", "how", "step"),
+    [
+        ("folder-written", "exchange", 7),
+        ("folder-swapped", "exchange", 8),
+        ("folder-written", "rename", 7),
+        ("folder-set-aside", "rename", 7),
+        ("folder-swapped", "rename", 8),
+    ],
+)
+def test_a_kill_at_any_point_of_the_swap_leaves_a_whole_model_and_the_next_export_sweeps(saved, point, how, step):
+    command = [sys.executable, "-c", EXPORT_AGAIN, str(saved[0]), how]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "SAT_CRASH_POINT": point}
+    assert subprocess.run(command, env=environment, timeout=120).returncode == -signal.SIGKILL
+    if point != "folder-set-aside":  # there the reader puts the old one back
+        assert saved[0].is_dir()
+    loaded = load_model(saved[0])
+    assert loaded.step == step
+    save_model(saved[0], loaded.model.state_dict(), loaded.tokenizer, loaded.config, saved[2].fingerprint, step=9)
+    assert load_model(saved[0]).step == 9
+    assert not list(saved[0].parent.glob("best.tmp-*"))

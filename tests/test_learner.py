@@ -12,7 +12,7 @@ from preprocessing import shard_images
 from sat import caption, train
 from sat.config import Config, load_config
 from sat.data.plan import Cursor
-from sat.evaluate import evaluate, refuse_unfit
+from sat.evaluation.split import evaluate
 from sat.export import load_model
 from sat.learner import build_learner
 from sat.meter import Meter
@@ -152,7 +152,7 @@ def test_the_model_trained_end_to_end_is_evaluated_and_captions_files_alike(run_
     folder, config, _ = run_on_pictures
     model = load_model(folder / "best")
     manifest = load_manifest(config.data.features)
-    refuse_unfit(model, manifest)
+    model.refuse_unfit(manifest)
     with torch.no_grad():  # words that depend on the picture: two steps do not teach them
         generator = torch.Generator().manual_seed(0)
         for parameter in model.model.captioner.parameters():
@@ -161,9 +161,8 @@ def test_the_model_trained_end_to_end_is_evaluated_and_captions_files_alike(run_
     for name in ("config.json", "tokenizer.json"):
         (tmp_path / name).write_text((folder / "best" / name).read_text())
     model = load_model(tmp_path)
-    scored = evaluate(
-        model.model, manifest, "val", model.tokenizer, model.config, alone.processes, reading_options(model.config)
-    )
+    reading = reading_options(model.config)
+    scored = evaluate([model.model], manifest, "val", model.tokenizer, model.config.eval, reading, alone.processes)
     assert sorted(scored.captions) == ["13", "14", "15"] and len(set(scored.captions.values())) > 1
     files = sorted((Path(config.data.features).parent / "images/val").iterdir())
     caption.main(files, model=tmp_path, weights=tmp_path / "none", out=tmp_path / "out", beam_size=2, limit=0)
@@ -188,9 +187,10 @@ def test_the_average_is_what_is_saved_scored_and_exported(features, alone, tmp_p
         plain_after_step(learner, *arguments)
         weights.append({name: value.detach().clone() for name, value in learner.model.named_parameters()})
 
-    def evaluated(model, *arguments):
+    def evaluated(models, *arguments):
+        (model,) = models
         scored.append({name: value.clone() for name, value in model.state_dict().items()})
-        return plain_evaluate(model, *arguments)
+        return plain_evaluate(models, *arguments)
 
     monkeypatch.setattr(train.Learner, "after_step", after_step)
     monkeypatch.setattr(train, "evaluate", evaluated)

@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 
 from sat.evaluation import metrics
-from sat.evaluation.metrics import most_frequent_caption, sanitise, score
+from sat.evaluation.metrics import sanitise, score
 
 ROOT = Path(__file__).resolve().parents[1]
 REAL = Path(os.environ.get("SAT_REAL_DATA", ROOT.parent / "shared/data")) / "coco_val2017/captions_val2017.json"
@@ -199,13 +199,6 @@ def test_ids_that_only_one_side_has_are_refused_by_name():
 def test_an_unknown_metric_is_refused_with_the_choices():
     with pytest.raises(ValueError, match=r"unknown metrics \['SPICE'\]; choose from .*METEOR"):
         score({"a": ["x"]}, {"a": "x"}, ("SPICE",))
-
-
-def test_the_most_frequent_caption_is_counted_without_case_and_punctuation():
-    assert most_frequent_caption(["A dog.", "a cat", "a dog", "A cat!", "a  dog", ""]) == "a dog"
-    assert most_frequent_caption(["b", "a"]) == "a"
-    with pytest.raises(ValueError, match="no captions"):
-        most_frequent_caption(["", "..."])
 
 
 def fake_java(folder: Path, script: str) -> None:

@@ -1,8 +1,9 @@
 """Score captions with pycocoevalcap: BLEU-1..4, METEOR, ROUGE-L, CIDEr. Call it on one rank only.
 
 The package is not used where it lies: it writes into its own folder, hangs or shifts captions on odd characters and
-hides a missing Java. So every metric is a child process (`python -m sat.evaluation.metrics NAME FOLDER`) inside a private folder
-of links to the package, and one that fails or runs out of time is reported as None with its reason beside the others.
+hides a missing Java. So every metric is a child process (`python -m sat.evaluation.metrics NAME FOLDER`) inside a
+private folder of links to the package, and one that fails or runs out of time is reported as None with its reason
+beside the others.
 """
 
 import contextlib
@@ -17,10 +18,10 @@ import sys
 import tempfile
 import threading
 import time
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 NAMES = {
     "CIDEr": ["CIDEr"],
@@ -38,9 +39,16 @@ PTB_LIKE = re.compile(r"n't\b|'(?:s|re|ve|ll|d|m)\b|\w+?(?=n't\b)|\w+(?:[-./:]\w
 
 TOKENIZER = "tokenizer"
 
+Pair = tuple[list[str], str]
+"""The references and the hypothesis of an image, each as words separated by spaces."""
+Tokens = dict[int, list[str]]
+"""Captions of each image, as the package takes them."""
+
 
 @dataclass(frozen=True)
 class Scores:
+    """What a set of captions is worth."""
+
     values: dict[str, float | None]
     """CIDEr, BLEU-1..4, METEOR, ROUGE-L in their usual unit (CIDEr 0-10, the others 0-1); None: see `reasons`."""
     reasons: dict[str, str]
@@ -65,8 +73,8 @@ def score(
     deadline = time.monotonic() + timeout_s
     wanted = [metric for metric in NAMES if metric in metrics]
     reasons: dict[str, str] = {}
-    results: dict[str, list] = {}
-    pairs = []
+    results: dict[str, list[float]] = {}
+    pairs: list[Pair] = []
     try:
         with tempfile.TemporaryDirectory(prefix="sat-metrics-", ignore_cleanup_errors=True) as name:
             folder = Path(name)
@@ -79,23 +87,11 @@ def score(
         reasons |= dict.fromkeys(wanted, f"could not be started: {error}")
     if TOKENIZER in reasons and "METEOR" in wanted:
         reasons["METEOR"] = f"needs Java: {reasons[TOKENIZER]}"
-    values = {}
+    values: dict[str, float | None] = {}
     for metric in wanted:
-        values |= dict(zip(NAMES[metric], results.get(metric, [None] * len(NAMES[metric]))))
+        found: Sequence[float | None] = results.get(metric) or [None] * len(NAMES[metric])
+        values |= dict(zip(NAMES[metric], found, strict=True))
     return Scores(values, reasons, len(pairs))
-
-
-def most_frequent_caption(captions: Iterable[str]) -> str:
-    """The normalised caption that occurs most often (first in the alphabet among equals): a baseline that never looks.
-
-    Raises ValueError where there is no caption.
-    """
-    from sat.text import normalise
-
-    counts = Counter(text for text in map(normalise, captions) if text)
-    if not counts:
-        raise ValueError("no captions to choose the most frequent one from")
-    return min(counts, key=lambda text: (-counts[text], text))
 
 
 def java_folder() -> str | None:
@@ -115,7 +111,7 @@ def sanitise(caption: str) -> str:
     return " ".join(caption.replace("|", " ").split()[:MAX_WORDS])
 
 
-def _check(references: Mapping, hypotheses: Mapping, metrics: Sequence[str]) -> None:
+def _check(references: Mapping[str, Sequence[str]], hypotheses: Mapping[str, str], metrics: Sequence[str]) -> None:
     unknown = sorted(set(metrics) - set(NAMES))
     if unknown:
         raise ValueError(f"unknown metrics {unknown}; choose from {list(NAMES)}")
@@ -138,17 +134,23 @@ def _link_package(folder: Path) -> None:
     from importlib.util import find_spec
 
     spec = find_spec("pycocoevalcap")
-    if spec is None:
+    if spec is None or not spec.submodule_search_locations:
         raise ImportError("pycocoevalcap is not installed; run `pip install pycocoevalcap`")
     shutil.copytree(
-        next(iter(spec.submodule_search_locations)),
+        spec.submodule_search_locations[0],
         folder / "pycocoevalcap",
         copy_function=os.symlink,
         ignore=shutil.ignore_patterns("__pycache__", "spice", "example"),
     )
 
 
-def _tokenize(references, hypotheses, folder: Path, timeout_s: float, reasons: dict) -> list[tuple[list[str], str]]:
+def _tokenize(
+    references: Mapping[str, Sequence[str]],
+    hypotheses: Mapping[str, str],
+    folder: Path,
+    timeout_s: float,
+    reasons: dict[str, str],
+) -> list[Pair]:
     """(references, hypothesis) of every image as words separated by spaces; references without a word are dropped."""
     clean = {i: [sanitise(text) for text in texts] for i, texts in references.items()}
     unk = _foreign_word(clean)
@@ -157,11 +159,13 @@ def _tokenize(references, hypotheses, folder: Path, timeout_s: float, reasons: d
         captions += texts
         captions.append(sanitise(re.sub("<unk>", f" {unk} ", hypotheses[i], flags=re.IGNORECASE)))
     (folder / "captions.json").write_text(json.dumps(captions))
-    results = _run_children([TOKENIZER], folder, time.monotonic() + timeout_s, reasons)
+    results: dict[str, list[str]] = _run_children([TOKENIZER], folder, time.monotonic() + timeout_s, reasons)
     if TOKENIZER in reasons:
         reasons[TOKENIZER] += "; captions were split by rules that agree with the PTB tokenizer on 99.8 % of captions"
     lines = iter(results.get(TOKENIZER) or [" ".join(PTB_LIKE.findall(text.lower())) for text in captions])
-    pairs = {i: ([line for _, line in zip(texts, lines) if line], next(lines)) for i, texts in clean.items()}
+    pairs = {
+        i: ([line for _, line in zip(texts, lines, strict=False) if line], next(lines)) for i, texts in clean.items()
+    }
     if left_out := [i for i, (texts, _) in pairs.items() if not texts]:
         reasons["images"] = f"{len(left_out)} left out, none of their references has a word: {_some(left_out)}"
     if len(left_out) == len(pairs):
@@ -178,10 +182,10 @@ def _foreign_word(clean: Mapping[str, Sequence[str]]) -> str:
     return word
 
 
-def _run_children(names: Sequence[str], folder: Path, deadline: float, reasons: dict) -> dict[str, list]:
+def _run_children(names: Sequence[str], folder: Path, deadline: float, reasons: dict[str, str]) -> dict[str, Any]:
     """Run `_child` for every name at once; what it wrote by name. One that fails leaves its reason instead."""
-    children: dict[str, subprocess.Popen] = {}
-    results = {}
+    children: dict[str, subprocess.Popen[bytes]] = {}
+    results: dict[str, Any] = {}
     try:
         for name in names:
             with open(folder / f"{name}.err", "wb") as errors:
@@ -223,12 +227,11 @@ def _environment(folder: Path) -> dict[str, str]:
     return environment
 
 
-def _kill_group(child: subprocess.Popen) -> None:
+def _kill_group(child: subprocess.Popen[bytes]) -> None:
     """End the child and its Java; the group may be gone already."""
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
+    assert child.stdin is not None
     child.stdin.close()
     child.wait()
 
@@ -242,15 +245,16 @@ def _last_words(path: Path) -> str:
 def _child(name: str, folder: Path) -> None:
     """Body of a child: read the captions or the tokens from `folder`, write NAME.json there."""
     threading.Thread(target=_die_with_parent, daemon=True).start()
+    result: list[str] | list[float]
     if name == TOKENIZER:
         result = _ptb(json.loads((folder / "captions.json").read_text()))
     else:
         pairs = json.loads((folder / "tokens.json").read_text())
         references = {i: texts for i, (texts, _) in enumerate(pairs)}
         hypotheses = {i: [text] for i, (_, text) in enumerate(pairs)}
-        result = _METRICS[name](references, hypotheses)
-        if not all(map(math.isfinite, result)):
-            raise ValueError(f"{name} is not finite: {result}")
+        result = scores = _METRICS[name](references, hypotheses)
+        if not all(map(math.isfinite, scores)):
+            raise ValueError(f"{name} is not finite: {scores}")
     (folder / f"{name}.json").write_text(json.dumps(result))
 
 
@@ -270,25 +274,25 @@ def _ptb(captions: list[str]) -> list[str]:
     return [lines[i][0] for i in range(len(captions))]
 
 
-def _bleu(references: dict, hypotheses: dict) -> list[float]:
+def _bleu(references: Tokens, hypotheses: Tokens) -> list[float]:
     from pycocoevalcap.bleu.bleu import Bleu
 
     return list(Bleu(4).compute_score(references, hypotheses, verbose=0)[0])
 
 
-def _rouge_l(references: dict, hypotheses: dict) -> list[float]:
+def _rouge_l(references: Tokens, hypotheses: Tokens) -> list[float]:
     from pycocoevalcap.rouge.rouge import Rouge
 
     return [float(Rouge().compute_score(references, hypotheses)[0])]
 
 
-def _cider(references: dict, hypotheses: dict) -> list[float]:
+def _cider(references: Tokens, hypotheses: Tokens) -> list[float]:
     from pycocoevalcap.cider.cider import Cider
 
     return [float(Cider().compute_score(references, hypotheses)[0])]
 
 
-def _meteor(references: dict, hypotheses: dict) -> list[float]:
+def _meteor(references: Tokens, hypotheses: Tokens) -> list[float]:
     from pycocoevalcap.meteor.meteor import Meteor
 
     scorer = Meteor()

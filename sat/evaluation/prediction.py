@@ -1,0 +1,56 @@
+"""What a captioner says of a picture."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from sat.evaluation.decoding import Hypothesis
+from sat.text import CaptionTokenizer
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The best caption of one picture."""
+
+    image_id: str
+    """The image's id in its data set, or what a picture from outside is called."""
+    caption: str
+    words: tuple[str, ...]
+    """The caption's words, one per row of `attention`."""
+    score: float
+    """What the search ranks by: log-probability / words ** length_penalty."""
+    log_probability: float
+    """Of the caption under the model (or ensemble), its end included."""
+    finished: bool
+    """False: the greatest length came before the end."""
+    attention: npt.NDArray[np.float32] | None = field(default=None, compare=False, repr=False)
+    """[words, L]: weights of the grid's cells at each word, if asked for."""
+    picture: npt.NDArray[np.uint8] | None = field(default=None, compare=False, repr=False)
+    """[S, S, 3]: exactly what the encoder saw; None where only features were read."""
+    others: tuple["Prediction", ...] = ()
+    """The further captions, best first, where more than one was asked for; without the picture."""
+
+
+def predict(
+    image_id: str,
+    hypotheses: Sequence[Hypothesis],
+    tokenizer: CaptionTokenizer,
+    length_penalty: float,
+    picture: npt.NDArray[np.uint8] | None = None,
+) -> Prediction:
+    """The n best hypotheses of an image in words; `length_penalty` is that of the search."""
+    best, *others = hypotheses
+    words = tuple(tokenizer.decode([token]) for token in best.tokens)
+    return Prediction(
+        image_id=image_id,
+        caption=tokenizer.decode(best.tokens),
+        words=words,
+        score=best.score,
+        log_probability=best.score * max(len(words), 1) ** length_penalty,
+        finished=best.finished,
+        attention=None if best.alphas is None else best.alphas[: len(words)].numpy(force=True),
+        picture=picture,
+        others=tuple(predict(image_id, [each], tokenizer, length_penalty) for each in others),
+    )

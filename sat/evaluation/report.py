@@ -1,0 +1,42 @@
+"""What is left of an evaluation: the captions in COCO's format, and the scores of the model and its baselines."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sat import files
+from sat.evaluation.metrics import Scores
+from sat.evaluation.prediction import Prediction
+
+
+@dataclass(frozen=True)
+class Report:
+    """The content of evaluation-SPLIT.json."""
+
+    split: str
+    images: int
+    unfinished: int
+    """Captions cut at the greatest length."""
+    beam_size: int
+    step: int
+    """Of the training, when the model was exported."""
+    scores: Mapping[str, Scores]
+    """Of `model` and of each baseline."""
+
+    def to_document(self) -> dict[str, Any]:
+        """The report as JSON; what could not be computed is null and has its reason under `missing`."""
+        return {
+            "split": self.split,
+            "images": self.images,
+            "unfinished": self.unfinished,
+            "beam_size": self.beam_size,
+            "step": self.step,
+            "scores": {name: each.values for name, each in self.scores.items()},
+            "missing": {name: each.reasons for name, each in self.scores.items() if each.reasons},
+        }
+
+
+def write_captions(path: Path, predictions: Iterable[Prediction]) -> None:
+    """Write the captions as COCO's evaluation takes them: a list of {image_id, caption}."""
+    files.write_json(path, [{"image_id": each.image_id, "caption": each.caption} for each in predictions])

@@ -1,0 +1,89 @@
+"""Score a split: every image once over all ranks, decoded freely, scored once on rank 0."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from sat.data.loader import Reading, evaluation_batches, read_references
+from sat.data.plan import Share
+from sat.engine.processes import Processes
+from sat.evaluation.decoding import Decodable, decode
+from sat.evaluation.metrics import Scores, score
+from sat.evaluation.options import EvaluationOptions
+from sat.evaluation.prediction import Prediction, predict
+from sat.shards.manifest import Manifest
+from sat.text import CaptionTokenizer
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A split, captioned and scored."""
+
+    scores: Scores
+    predictions: tuple[Prediction, ...]
+    """Of every image, sorted by image_id."""
+
+    @property
+    def captions(self) -> dict[str, str]:
+        """image_id -> caption."""
+        return {each.image_id: each.caption for each in self.predictions}
+
+    @property
+    def unfinished(self) -> int:
+        """Captions cut at the greatest length before <end>."""
+        return sum(not each.finished for each in self.predictions)
+
+
+def evaluate(
+    models: Sequence[Decodable],
+    manifest: Manifest,
+    split: str,
+    tokenizer: CaptionTokenizer,
+    options: EvaluationOptions,
+    reading: Reading,
+    processes: Processes,
+) -> Evaluation:
+    """Decode and score `split` by a model or an ensemble. All ranks enter and all get the result.
+
+    The scores are the same for any number of ranks (but for hard attention that samples its locations). Raises
+    ValueError where the split is empty or the captions do not cover it exactly.
+    """
+    local = decode_split(models, manifest, split, tokenizer, options, reading, processes)
+    gathered = [prediction for part in processes.gather(local) for prediction in part]
+    predictions = tuple(sorted(gathered, key=lambda each: each.image_id))
+    captions = {each.image_id: each.caption for each in predictions}
+    if len(captions) != len(predictions):
+        raise ValueError(f"split {split!r} of {manifest.root}: an image was decoded twice; image ids must be unique")
+
+    def score_once() -> Scores:
+        return score(read_references(manifest, split, reading.options), captions, tuple(options.metrics))
+
+    return Evaluation(processes.run_on_main(score_once), predictions)
+
+
+@torch.inference_mode()
+def decode_split(
+    models: Sequence[Decodable],
+    manifest: Manifest,
+    split: str,
+    tokenizer: CaptionTokenizer,
+    options: EvaluationOptions,
+    reading: Reading,
+    processes: Processes,
+) -> list[Prediction]:
+    """This rank's images of the split, captioned; a progress line on rank 0."""
+    from tqdm import tqdm
+
+    share = Share(processes.rank, processes.world_size)
+    batches = evaluation_batches(manifest, split, reading, batch_size=options.batch_size, share=share)
+    found: list[Prediction] = []
+    images = manifest.splits.get(split, 0)
+    with tqdm(total=images, desc=f"decode {split}", unit="image", disable=not processes.is_main, leave=False) as bar:
+        for batch in batches:
+            with processes.autocast():
+                hypotheses = decode(models, batch.grid.to(processes.device), options, batch.image_ids)
+            for image_id, best in zip(batch.image_ids, hypotheses, strict=True):
+                found.append(predict(image_id, best, tokenizer, options.length_penalty))
+            bar.update(min(len(batch.image_ids) * processes.world_size, images - bar.n))
+    return found

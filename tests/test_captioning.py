@@ -1,0 +1,176 @@
+"""Pictures in, captions out: bytes, paths and pixels alike, in batches, from a model's folder and its encoder alone."""
+
+import io
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from sat import caption, files
+from sat.captioning import Captioning
+from sat.config import load_config
+from sat.export import save_model
+from sat.model.captioner import Captioner
+from sat.model.encoders.resnet import Encoder
+from sat.model.spec import Sizes
+from sat.shards.pictures import BadPicture
+from sat.text import build_tokenizer
+
+SMALL = ["model.lstm_dim=8", "model.embedding_dim=6", "model.attention_dim=5", "eval.max_length=6", "eval.beam_size=2"]
+WORDS = "a red circle above the blue square near one green star"
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory) -> Path:
+    """A folder with `best/`, a model whose words depend on the picture, and `encoder.safetensors`; nothing of a run."""
+    root = tmp_path_factory.mktemp("pretrained")
+    torch.manual_seed(0)
+    save_file(Encoder(stage=1).state_dict(), root / "encoder.safetensors")
+    tokenizer, config = build_tokenizer([WORDS], 1), load_config(None, SMALL)
+    model = Captioner(config.model, Sizes(tokenizer.vocab_size, grid_size=64, feature_dim=256))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=3 / parameter.shape[-1] ** 0.5, generator=generator)
+    encoder = {"architecture": "resnet50", "stage": 1, "weights_sha256": files.sha256(root / "encoder.safetensors")}
+    features = {"grid": [8, 8], "dim": 256, "dtype": "fp16", "encoder": encoder}
+    features["transform"] = {"size": 32, "geometry": "squash"}
+    save_model(root / "best", model.state_dict(), tokenizer, config, features, step=3)
+    return root
+
+
+@pytest.fixture(scope="module")
+def captioning(pretrained) -> Captioning:
+    return Captioning.from_pretrained(str(pretrained), weights=str(pretrained))
+
+
+@pytest.fixture
+def pictures(tmp_path) -> list[Path]:
+    """Five pictures of different sizes and colours."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    random = np.random.default_rng(2)
+    for number in range(5):
+        pixels = random.integers(0, 256, (4, 4 + number, 3), dtype=np.uint8)
+        Image.fromarray(pixels).resize((40 + number, 50)).save(folder / f"{number}.png")
+    return sorted(folder.iterdir())
+
+
+def test_bytes_paths_and_pixels_of_a_picture_have_the_same_caption(captioning, pictures):
+    path = pictures[0]
+    with Image.open(path) as image:
+        pixels = np.asarray(image)
+    found = captioning([path, str(path), path.read_bytes(), pixels])
+    assert [each.image_id for each in found] == [str(path), str(path), "picture 2", "picture 3"]
+    assert len({each.caption for each in found}) == len({each.log_probability for each in found}) == 1
+    assert found[0].picture.shape == (32, 32, 3) and found[0].picture.dtype == np.uint8
+    assert found[0].caption == " ".join(found[0].words) and found[0].attention is None
+
+
+def test_captions_do_not_depend_on_the_batch(captioning, pictures):
+    one_by_one = [captioning([path])[0] for path in pictures]
+    assert len({each.caption for each in one_by_one}) > 1, "the pictures must differ to the model"
+    for size in (1, 2, 5, 16):
+        batched = Captioning(captioning.trained, captioning.encoder, captioning.options, size)(pictures)
+        assert [each.caption for each in batched] == [each.caption for each in one_by_one]
+        expected = [each.log_probability for each in one_by_one]
+        assert [each.log_probability for each in batched] == pytest.approx(expected, rel=1e-4)
+
+
+def test_attention_and_further_captions_come_when_they_are_asked_for(captioning, pictures):
+    (found,) = captioning.with_options(beam_size=3, n_best=3, keep_attention=True, length_penalty=0.7)([pictures[0]])
+    for each in (found, *found.others):
+        assert each.attention.shape == (len(each.words), 64)
+        np.testing.assert_allclose(each.attention.sum(1), 1, rtol=1e-5)
+        assert each.score == pytest.approx(each.log_probability / max(len(each.words), 1) ** 0.7)
+    assert len({found.caption, *(each.caption for each in found.others)}) == 3
+    assert [each.score for each in found.others] == sorted((e.score for e in found.others), reverse=True)
+    assert captioning([pictures[0]])[0].others == ()
+
+
+def test_a_picture_that_cannot_be_read_is_named_or_stands_as_an_error_in_its_place(captioning, pictures, tmp_path):
+    broken, missing = tmp_path / "broken.jpg", tmp_path / "missing.jpg"
+    broken.write_text("<html>not a picture</html>")
+    grey = np.zeros((5, 5), np.uint8)
+    given = [pictures[0], broken, b"", missing, grey, pictures[1]]
+    found = captioning(given, bad="return")
+    assert [isinstance(each, BadPicture) for each in found] == [False, True, True, True, True, False]
+    said = [str(each) for each in found if isinstance(each, BadPicture)]
+    assert said[0].startswith(f"{broken}: not a picture") and said[1] == "picture 2: empty file"
+    assert said[2] == f"{missing}: cannot be read: No such file or directory" and "uint8 [5, 5]" in said[3]
+    assert [found[0].caption, found[5].caption] == [each.caption for each in captioning([pictures[0], pictures[1]])]
+    with pytest.raises(BadPicture, match=r"broken\.jpg"):
+        captioning(given)
+    assert captioning([]) == []
+
+
+def test_the_encoder_is_found_by_its_digest_or_missed_by_name(pretrained, tmp_path):
+    save_file(Encoder(stage=1).state_dict(), tmp_path / "another.safetensors")
+    with pytest.raises(ValueError, match=r"no encoder with SHA-256 .* --weights FILE"):
+        Captioning.from_pretrained(pretrained, tmp_path)
+    shutil.copy(pretrained / "encoder.safetensors", tmp_path / "renamed.safetensors")
+    assert Captioning.from_pretrained(pretrained / "best", tmp_path).encoder is not None
+    with pytest.raises(ValueError, match="is not a trained model"):
+        Captioning.from_pretrained(tmp_path)
+
+
+# ------------------------------------------------------------------ the program
+
+
+def run(pretrained: Path, given: list[Path], out: Path, limit: int = 0) -> dict[str, dict]:
+    """`sat caption`; what it wrote by file."""
+    caption.main(given, model=pretrained, weights=pretrained, out=out, beam_size=0, limit=limit)
+    return {row["file"]: row for row in json.loads((out / "captions.json").read_text())}
+
+
+def test_the_program_writes_what_captioning_says_and_a_picture_of_the_attention_each(
+    pretrained, captioning, pictures, tmp_path, capsys
+):
+    rows = run(pretrained, [pictures[0].parent], tmp_path / "out", limit=3)
+    assert list(rows) == [str(path) for path in pictures[:3]]
+    for path, expected in zip(pictures, captioning(pictures[:3])):
+        assert rows[str(path)]["caption"] == expected.caption
+        assert f"{path}: {expected.caption}" in capsys.readouterr().out or path != pictures[0]
+        assert Image.open(tmp_path / "out" / rows[str(path)]["plot"]).width > 200
+    assert not (pretrained / "tracking.json").exists() and not list(pretrained.glob("metrics*"))
+
+
+def test_no_file_of_the_user_is_overwritten_and_no_plot_is_lost(pretrained, pictures, tmp_path):
+    folder = tmp_path / "here"
+    (folder / "below").mkdir(parents=True)
+    for name in ("x.png", "x.bmp", "below/x.png", "y.png"):
+        Image.open(pictures[0]).save(folder / name)
+    users = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    given = [folder / "x.png", folder / "x.bmp", folder / "below/x.png"]
+    rows = run(pretrained, given, folder)
+    assert len({row["plot"] for row in rows.values()}) == 3
+    assert all((folder / row["plot"]).is_file() for row in rows.values())
+    again = run(pretrained, given, folder)
+    assert again == rows, "our own earlier plots are replaced"
+    whole = run(pretrained, [folder], folder)
+    assert sorted(whole) == [str(folder / name) for name in ("x.bmp", "x.png", "y.png")], "plots are not captioned"
+    assert {path: path.read_bytes() for path in users} == users
+
+
+def test_an_empty_folder_and_a_missing_picture_are_said(pretrained, tmp_path, capsys):
+    with pytest.raises(ValueError, match="no pictures in the folder"):
+        run(pretrained, [tmp_path], tmp_path / "out")
+    with pytest.raises(ValueError, match="no picture .*nowhere"):
+        run(pretrained, [tmp_path / "nowhere.jpg"], tmp_path / "out")
+    (tmp_path / "folder/below").mkdir(parents=True)
+    Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save(tmp_path / "folder/a.png")
+    run(pretrained, [tmp_path / "folder"], tmp_path / "out")
+    assert "sub-folders are not captioned: below" in capsys.readouterr().err
+
+
+def test_pictures_that_cannot_be_read_are_named_after_the_others_are_captioned(pretrained, pictures, tmp_path):
+    bad = io.BytesIO(pictures[1].read_bytes()[:60])
+    pictures[1].write_bytes(bad.getvalue())
+    with pytest.raises(ValueError, match=rf"not captioned: {pictures[1]}"):
+        run(pretrained, pictures, tmp_path / "out")
+    assert len(json.loads((tmp_path / "out/captions.json").read_text())) == 4
