@@ -1,4 +1,4 @@
-"""launch/demo.sh from an empty folder to its table of scores, as small as it gets; a second call reuses everything."""
+"""launch/demo.sh from an empty folder to its table of scores, as small as it gets; a second call reuses all of it."""
 
 import hashlib
 import json
@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from tests.helpers_commands import blocks
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.end_to_end
@@ -54,3 +56,13 @@ def test_the_demonstration_runs_to_its_table_and_a_second_one_makes_nothing_anew
         name: time for name, time in made.items() if Path(name).suffix in (".safetensors", ".tar", ".parquet", ".png")
     }
     assert kept and kept.items() <= files(tmp_path).items()
+
+    (shown,) = [block for block in blocks((ROOT / "README.md").read_text()) if block[0].startswith("from sat.")]
+    picture = next((tmp_path / "data/demo-scenes24/scenes/images/test").iterdir())
+    names = {"runs/demo": run, '"weights"': f'"{tmp_path}/weights"', "photo.jpg": picture}
+    program = "\n".join(shown)
+    for name, here in names.items():
+        assert name in program
+        program = program.replace(name, str(here))
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and done.stdout.startswith("['"), done.stdout + done.stderr
