@@ -45,7 +45,7 @@ def test_the_demonstration_runs_to_its_table_and_a_second_one_makes_nothing_anew
     assert "$ python -m preprocessing.synthetic" in first and "CIDEr" in first
     run = tmp_path / "runs/demo-scenes24-steps2-epochs1"
     scores = json.loads((run / "summary.json").read_text())["scores"]
-    assert {"model", "blind", "frequent"} <= scores.keys()
+    assert {"model", "blind", "most_frequent"} <= scores.keys()
     made = files(tmp_path)
     assert any(name.startswith("weights/") for name in made) and any(name.endswith(".png") for name in made)
 
