@@ -10,7 +10,7 @@ export PYTHONDONTWRITEBYTECODE= # the first import of a module compiles it for a
 if [[ ${1:-} == --checks ]]; then
   failed=0 # each check says all it has to say
   ruff format --check --quiet . || { failed=1; echo "error: not formatted; run: ruff format ." >&2; }
-  ruff check --quiet . || failed=1
+  ruff check --quiet --output-format concise . || failed=1
   mypy --no-error-summary || failed=1
   exit $failed
 fi
