@@ -58,7 +58,7 @@ def setting(
     below: float = math.inf,
     may_change: bool = False,
 ) -> Any:
-    """A dataclass field with a rule. A list as default is copied for each section; numbers are at least 0 by default."""
+    """A dataclass field with a rule. A default list is copied for each section; numbers are at least 0 by default."""
     lower = at_least if at_least is not None else (0.0 if above is None else -math.inf)
     rule = Rule(choices, lower, -math.inf if above is None else above, at_most, below, may_change)
     if isinstance(default, list):
