@@ -81,16 +81,10 @@ LAZY = {
 }
 """Heavy or optional: loaded by the function that needs them."""
 
-PRESENT: set[str] = set()
-"""What still offends. It may only shrink: an entry that offends no longer fails the test until its line is deleted."""
 
-
-def hold(rule: str, offenders: set[str]) -> None:
-    """Compare what offends a rule with what is known to."""
-    found = {f"{rule}: {offender}" for offender in offenders}
-    known = {entry for entry in PRESENT if entry.startswith(f"{rule}: ")}
-    assert not found - known, "this is new:\n  " + "\n  ".join(sorted(found - known))
-    assert not known - found, "this is mended, delete it from PRESENT:\n  " + "\n  ".join(sorted(known - found))
+def none_of(found: set[str]) -> None:
+    """Nothing offends; else each on a line of its own."""
+    assert not found, "\n  " + "\n  ".join(sorted(found))
 
 
 def belongs(name: str, *prefixes: str) -> bool:
@@ -188,18 +182,18 @@ def test_arrows_go_one_way():
                 or (layer(other) == layer(module) and not inside)
             ):
                 found.add(f"{module} -> {other}")
-    hold("arrows go one way", found)
+    none_of(found)
 
 
 def test_no_module_imports_itself_by_any_way():
-    hold("no circle", in_circles(OURS))
+    none_of(in_circles(OURS))
 
 
 def test_preprocessing_imports_little_of_sat():
     arrows = [(module, other) for module in PATHS if belongs(module, "preprocessing") for other in OURS[module]]
     found = {f"{module} -> {other}" for module, other in arrows if not belongs(other, *FOR_PREPROCESSING)}
     found -= {"preprocessing.bench_features -> sat.bench.harness"}  # measured as all else is
-    hold("preprocessing imports little of sat", found)
+    none_of(found)
 
 
 def test_the_model_takes_numbers_and_needs_torch_alone():
@@ -208,7 +202,7 @@ def test_the_model_takes_numbers_and_needs_torch_alone():
         libraries = {"torch", "safetensors"} if belongs(module, "sat.model.encoders") else {"torch"}
         found |= {f"{module} -> {other}" for other in OURS[module] if not belongs(other, *FOR_THE_MODEL)}
         found |= {f"{module} -> {library}" for library in foreign(IMPORTS[module]) - libraries - set(OWNERS)}
-    hold("the model is alone with torch", found)
+    none_of(found)
 
 
 def test_reading_a_picture_and_ordering_samples_need_nothing_of_ours():
@@ -223,24 +217,24 @@ def test_a_library_is_known_to_its_rooms_alone():
         for library in foreign(IMPORTS[module]) & set(OWNERS):
             if not belongs(module, *OWNERS[library]):
                 found.add(f"{module} -> {library}")
-    hold("a library is known to its rooms alone", found)
+    none_of(found)
 
 
 def test_heavy_libraries_load_inside_functions():
     found = set()
     for module, path in PATHS.items():
         found |= {f"{module} -> {name}" for name in foreign(imports(path.read_text(), at_top_only=True)) & LAZY}
-    hold("heavy libraries load inside functions", found)
+    none_of(found)
 
 
 def test_only_the_command_loads_modules_by_name():
     """Else an arrow could hide in a string."""
     found = {module for module, path in PATHS.items() if re.search(r"import_module|__import__", path.read_text())}
-    hold("only sat.cli loads modules by name", found - {"sat.cli"})
+    none_of(found - {"sat.cli"})
 
 
 def test_types_need_no_imports_of_their_own():
-    hold("no TYPE_CHECKING", {module for module, path in PATHS.items() if "TYPE_CHECKING" in path.read_text()})
+    none_of({module for module, path in PATHS.items() if "TYPE_CHECKING" in path.read_text()})
 
 
 @pytest.mark.parametrize(
@@ -294,7 +288,7 @@ def test_every_file_says_what_it_does_and_is_short():
             found.add(f"{where(path)} has no docstring")
         if text.count("\n") > 400:
             found.add(f"{where(path)} has more than 400 lines")
-    hold("files say what they do and are short", found)
+    none_of(found)
 
 
 def test_functions_are_short_and_take_few_parameters():
@@ -306,14 +300,14 @@ def test_functions_are_short_and_take_few_parameters():
                 found.add(f"{where(path)} {name} is long")
             if parameters > 8 and name not in ("main", "run"):
                 found.add(f"{where(path)} {name} takes many")
-    hold("functions are short and take few parameters", found)
+    none_of(found)
 
 
 def test_what_silences_a_tool_says_which_rule_and_why():
     found = {
         f"{where(path)}:{n} {each}" for path in FILES for n, each in comments(path.read_text()) if is_blanket(each)
     }
-    hold("no blanket ignores", found)
+    none_of(found)
 
 
 def test_the_rules_see_what_they_forbid():
