@@ -1,5 +1,6 @@
 """The loader's promises over real tiny shards: equal global batches in any world, resume anywhere, evaluation once."""
 
+import os
 import time
 from collections import Counter
 from dataclasses import replace
@@ -349,3 +350,21 @@ def test_workers_end_with_an_iterator_that_is_not_read_to_its_end(manifest, toke
         with pytest.raises(RuntimeError, match="of the reader's"):
             batches.throw(RuntimeError("of the reader's"))
     assert not ours() and time.monotonic() - began < 4
+
+
+def test_workers_and_encoded_captions_serve_all_epochs(manifest, tokenizer, tmp_path):
+    class Counting:
+        """A tokenizer that writes down who encoded."""
+
+        def encode(self, text, max_words):
+            with open(tmp_path / "encoded", "a") as file:
+                file.write(f"{os.getpid()}\n")
+            return tokenizer.encode(text, max_words)
+
+    for workers in (0, 2):
+        found = read_batches([(manifest, 1.0)], Counting(), num_workers=workers, done=8, epochs=4)
+        assert [batch.epoch for batch in found] == [0] * 2 + [1] * 3 + [2] * 3 + [3] * 3
+        encoders = Counter((tmp_path / "encoded").read_text().split())
+        assert len(encoders) == max(workers, 1)
+        assert max(encoders.values()) <= 5 * SAMPLES, "a process encoded the captions of an image twice"
+        (tmp_path / "encoded").unlink()
