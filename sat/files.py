@@ -164,11 +164,20 @@ def _swap(new: Path, path: Path) -> None:
     if not path.exists():
         os.rename(new, path)
     elif not _exchange(new, path):
+        for superseded in path.parent.glob(f"{path.name}{OLD}*"):
+            _discard(superseded)
         old = path.with_name(f"{path.name}{OLD}{uuid4().hex}")
         os.rename(path, old)
         crash_point("folder-set-aside")
         os.rename(new, path)
-        shutil.rmtree(old, ignore_errors=True)
+        _discard(old)
+
+
+def _discard(old: Path) -> None:
+    """Remove a folder set aside, under a temporary name: a kill must not leave a part of it to be put back."""
+    doomed = temporary_name(old, old.parent)
+    os.rename(old, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
 
 
 def _exchange(a: Path, b: Path) -> bool:
