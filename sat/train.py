@@ -24,7 +24,7 @@ from sat.data.order import derive_key
 from sat.data.plan import Cursor, Share
 from sat.engine.engine import Engine, StepResult
 from sat.engine.processes import Processes
-from sat.engine.start import start
+from sat.engine.start import is_first_announced, start
 from sat.evaluation.report import write_captions
 from sat.evaluation.split import evaluate
 from sat.export import save_model
@@ -270,7 +270,8 @@ def main(
     """Train the captioner that CONFIG describes, or go on with it; under `accelerate launch` one process per rank."""
     config = load_config(configuration, settings or ())
     if said := already_finished(config):
-        print(said)
+        if is_first_announced():
+            print(said)
         return
     engine = start(config.train.precision)
     kernels = speed_up(config.train.kernels, engine.processes.device)

@@ -182,6 +182,15 @@ def finished_message(given: list[str], folder: Path, *more: str) -> str:
     return train.already_finished(load_config(None, [*given, f"train.run_dir={folder}", *more]))
 
 
+@pytest.mark.parametrize(("rank", "words"), [("0", "the run is finished\n"), ("1", "")])
+def test_that_a_run_is_finished_is_said_by_one_rank(tmp_path, monkeypatch, capsys, rank, words):
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr(train, "already_finished", lambda config: "the run is finished")
+    (tmp_path / "config.yaml").write_text("train: {epochs: 1}\n")
+    train.main(tmp_path / "config.yaml")
+    assert capsys.readouterr().out == words
+
+
 def test_a_finished_run_says_so_unless_there_is_more_to_do_or_it_is_another_training(features, alone, tmp_path):
     folder = tmp_path / "run"
     assert finished_message(features, folder, "train.epochs=2") == ""

@@ -47,6 +47,11 @@ def start(precision: str = "fp32") -> Engine:
     return Zero(processes, accelerator) if with_deepspeed else Ddp(processes)
 
 
+def is_first_announced() -> bool:
+    """Whether this is rank 0 of the launch, asked before the process group forms."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def _join(precision: str, with_deepspeed: bool, on_cpu: bool) -> Any:
     """Accelerate's view of this process, after the group has formed."""
     if with_deepspeed and on_cpu:
