@@ -18,6 +18,7 @@ from sat.model.captioner import Captioner
 from sat.model.encoders.end_to_end import EndToEnd, feature_statistics
 from sat.model.encoders.resnet import load_encoder
 from sat.model.loss import total_loss
+from sat.model.objectives.objective import Objective
 from sat.model.objectives.teacher_forcing import TeacherForcing
 from sat.model.spec import Sizes
 from sat.optim import WeightAverage, build_optimizer, learning_rate
@@ -34,7 +35,7 @@ class Learner:
 
     stepper: Stepper
     """The objective under its engine."""
-    objective: TeacherForcing
+    objective: Objective
     """What is minimised, unwrapped."""
     model: Captioner | EndToEnd
     """What the objective trains, whose tensors are saved and exported."""

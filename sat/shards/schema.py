@@ -6,7 +6,7 @@ ROOT/samples.parquet        one row group per shard, in the order of shards.parq
                             samples-000001.parquet and so on, because a reader parses the whole footer of a table
 ROOT/statistics.safetensors features only: mean, std and scale per channel
 ROOT/SPLIT-000000.tar       plain WebDataset tar; a sample is its data member, then its .json member
-ROOT/work/                  preprocessing's own: the plan, and the sidecar of each shard
+ROOT/work                   preprocessing's own: the plan, and the sidecar of each shard
 """
 
 from collections.abc import Iterable, Mapping

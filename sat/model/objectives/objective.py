@@ -32,5 +32,8 @@ class Objective(Protocol):
     def __call__(self, grid: Tensor, captions: Tensor, lengths: Tensor, sampling_probability: float = 0.0) -> LossSums:
         """Loss sums of one micro-batch."""
 
+    def train(self) -> object:
+        """Draw random numbers again, after `model` was scored in eval mode."""
+
     def after_step(self, totals: Mapping[str, float]) -> None:
         """Called after each optimizer step with the sums that it follows, the same on all ranks."""
