@@ -69,13 +69,12 @@ class TrainState:
 
     @classmethod
     def read(cls, folder: Path) -> "TrainState":
-        """Inverse of `write`, for checkpoints of version 0.1.0 too, which count their steps as part of the identity."""
+        """Inverse of `write`."""
         saved: dict[str, Any] = json.loads((folder / FILE).read_text())
         settings = dict(saved["identity"])
-        total_steps = int(saved.get("total_steps") or settings.pop("total_steps"))
         others = {name: settings.pop(name) for name in ("features", "tokenizer", "engine")}
         progress = Progress(**saved["progress"] | {"cursor": Cursor.from_dict(saved["progress"]["cursor"])})
-        return cls(progress, Identity(settings, **others), total_steps)
+        return cls(progress, Identity(settings, **others), saved["total_steps"])
 
 
 def refuse_other_settings(before: dict[str, object], now: dict[str, object]) -> None:
