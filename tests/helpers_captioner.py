@@ -49,7 +49,7 @@ class Reference:
     def __init__(self, model: Captioner, settings: dict, dropout=lambda x: x):
         self.p = {name: value.detach().double().requires_grad_() for name, value in model.named_parameters()}
         self.b = {name: value.double() for name, value in model.named_buffers()}
-        self.s = {"attention": "soft", "label_smoothing": 0.0} | settings
+        self.s = {"attention": "soft", "label_smoothing": 0.0, "hard_reward": "caption"} | settings
         self.dropout = dropout
 
     def linear(self, name, x):
@@ -85,6 +85,7 @@ class Reference:
             word = self.linear("image_word", mean)
             h, c = self.lstm(self.linear("word_gates", word), torch.zeros(H).double(), torch.zeros(H).double())
         alpha_sum, objective, nll_sum, all_logits = torch.zeros(L).double(), 0.0, 0.0, []
+        drawn, gains = [], []  # of each word: log alpha of its location, log-likelihood beyond the baseline
         for t, target in enumerate(tokens[1:]):
             fed = all_logits[-1].argmax() if own_words and t else tokens[t]
             word = self.p["embedding.weight"][fed]
@@ -111,15 +112,25 @@ class Reference:
             nll_sum = nll_sum - log_p[target].detach()
             if self.s["attention"] == "hard":
                 if chosen is not None:
-                    reward = (b["reward_baseline"] + log_p[target].detach()) / 10
-                    objective = objective - reward * alpha[chosen].log()
+                    drawn.append(alpha[chosen].log())
+                gains.append(log_p[target].detach() + b["reward_baseline"])
                 objective = objective + 0.002 * (alpha * alpha.log()).sum()
+        objective = objective - self.rewarded(drawn, gains)
         if self.s["attention"] != "soft":
             return objective, 0.0, nll_sum, all_logits
         deviation = (1 - alpha_sum) ** 2
         if self.s["penalty"] == "sum":
             return objective + self.s["penalty_weight"] * deviation.sum(), 0.0, nll_sum, all_logits
         return objective, self.s["penalty_weight"] * deviation.mean(), nll_sum, all_logits
+
+    def rewarded(self, drawn, gains):
+        """Sum over the words of log alpha of the location drawn, times its reward."""
+        total = 0.0
+        for t, log_alpha in enumerate(drawn):
+            words = {"caption": gains, "mean": gains, "later": gains[t:], "word": gains[t : t + 1]}
+            reward = sum(words[self.s["hard_reward"]]) / (len(gains) if self.s["hard_reward"] == "mean" else 1)
+            total = total + reward * log_alpha
+        return total
 
     def batch(self, grid, captions, lengths, **how):
         per_token = per_caption = nll = 0.0

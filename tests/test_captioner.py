@@ -85,10 +85,11 @@ def test_each_setting_alone_follows_the_equations(settings):
 
 @both_presets
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-6), (torch.float32, 1e-5)])
-@pytest.mark.parametrize("drawn", [True, False], ids=["location drawn", "alpha itself"])
-def test_hard_attention_has_the_reinforce_gradient_of_its_draws(preset, drawn, dtype, tolerance, monkeypatch):
+@pytest.mark.parametrize("reward", ["caption", "later", "word", "mean", "alpha itself"])
+def test_hard_attention_has_the_reinforce_gradient_of_its_draws(preset, reward, dtype, tolerance, monkeypatch):
+    drawn = reward != "alpha itself"
     draw_by_quantile(monkeypatch, drawn)
-    settings = preset | {"attention": "hard"}
+    settings = preset | {"attention": "hard"} | ({"hard_reward": reward} if drawn else {})
     model = make_model(dtype, **settings)
     model.reward_baseline.fill_(1.5)
     assert_same(model, settings, tolerance=tolerance, choose=third_quantile if drawn else None)

@@ -65,6 +65,15 @@ class CaptionerSpec:
     """Lambda; its meaning does not depend on batch size or number of ranks."""
     weight_init: str = setting("normal", choices=("normal", "uniform"))
     """`normal`: N(0, 0.01), orthogonal recurrent (authors); `uniform`: U(-0.1, 0.1) embeddings, else torch's own."""
+    hard_reward: str = setting("caption", choices=("caption", "later", "word", "mean"))
+    """Hard attention: log-likelihood that a location is rewarded by, of the `caption` (paper; no bias), of its word and
+    those `later` (no bias, less variance), of its `word` alone, or the caption's `mean` per word (authors' code)."""
+    hard_reward_weight: float = setting(1.0)
+    """Lambda_r of hard attention; 1 is the gradient's own."""
+    hard_entropy_weight: float = setting(0.002)
+    """Lambda_e of hard attention: weight of the entropy of each word's alpha (authors' code)."""
+    hard_exact: float = setting(0.5, at_most=1)
+    """Share of the captions that see alpha itself in training instead of locations drawn from it (paper)."""
     hard_inference: str = setting("expectation", choices=("expectation", "sample", "argmax"))
     """Hard attention at inference: `expectation`, `sample` or `argmax`."""
     word_vectors: str = setting("")

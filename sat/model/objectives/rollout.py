@@ -75,7 +75,7 @@ class _Step(NamedTuple):
 def step_by_step(model: Captioner, memory: Memory, packing: Packing, sampling_probability: float) -> Rollout:
     """Any attention, any words fed: one word after another."""
     h, c = (state[:, 0][packing.row_image] for state in model.init_state(memory))
-    exact = torch.rand(len(h), device=h.device) < 0.5  # hard attention: half see alpha itself (paper, section 4.1)
+    exact = torch.rand(len(h), device=h.device) < model.spec.hard_exact  # these captions see alpha itself
     steps: list[_Step] = []
     for t, words in enumerate(model.embed(packing.inputs).split(packing.rows)):
         n = len(words)

@@ -13,16 +13,10 @@ from torch import Tensor, nn
 from sat.model.captioner import END, START
 from sat.model.kernels.choose import choose_kernels
 from sat.model.loss import LossSums, linear_cross_entropy
+from sat.model.objectives.hard_attention import BASELINE_DECAY, hard_attention_sums
 from sat.model.objectives.objective import Trained
-from sat.model.objectives.rollout import Rollout, roll_out
+from sat.model.objectives.rollout import roll_out
 from sat.model.packing import Packing, pack
-
-ENTROPY_WEIGHT = 0.002
-"""Weight of the entropy of alpha in hard attention's objective (authors' code)."""
-REWARD_SCALE = 0.1
-"""Weight of the reward in hard attention's objective (authors' code)."""
-BASELINE_DECAY = 0.9
-"""Decay of the moving average of the NLL that serves as the reward's baseline (paper, section 4.1)."""
 
 
 class TeacherForcing(nn.Module):
@@ -82,7 +76,7 @@ class TeacherForcing(nn.Module):
             assert rollout.alpha_sum is not None
             penalty = spec.penalty_weight * doubly_stochastic_penalty(rollout.alpha_sum, spec.penalty).sum()
         elif spec.attention == "hard" and model.training:
-            per_token = per_token + reinforce_sums(rollout, words.nll, model.reward_baseline)
+            per_token = per_token + hard_attention_sums(spec, rollout, packing, words.nll, model.reward_baseline)
         counts = {
             "nll": words.nll.sum(),
             "penalty": penalty.detach(),
@@ -101,21 +95,6 @@ def doubly_stochastic_penalty(alpha_sum: Tensor, kind: str) -> Tensor:
     """
     deviation = (1 - alpha_sum).square()
     return deviation.sum(1) if kind == "sum" else deviation.mean(1)
-
-
-def reinforce_sums(rollout: Rollout, nll: Tensor, baseline: Tensor) -> Tensor:
-    """Scalar whose gradient is hard attention's: REINFORCE at the drawn locations and entropy bonus, summed over words.
-
-    `nll` [M] of the word that followed, `baseline` scalar. As in the authors' code a location's reward is the
-    log-likelihood of the very word it led to, against the mean NLL per word.
-    """
-    alpha, chosen = rollout.alpha, rollout.chosen
-    assert alpha is not None and chosen is not None
-    log_alpha = alpha.clamp_min(torch.finfo(alpha.dtype).tiny).log()
-    drawn = log_alpha.gather(1, chosen.clamp_min(0)[:, None]).squeeze(1) * (chosen >= 0)
-    advantage = REWARD_SCALE * (baseline.to(nll.dtype) - nll.detach())
-    entropy = -(alpha * log_alpha).sum()
-    return -(advantage * drawn).sum() - ENTROPY_WEIGHT * entropy
 
 
 @contextlib.contextmanager
