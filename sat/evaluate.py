@@ -1,7 +1,7 @@
 """Score a trained model, or an ensemble, on a split: `sat evaluate RUN`."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -15,9 +15,9 @@ from sat.config import Config
 from sat.data.loader import read_references
 from sat.engine.start import start
 from sat.evaluation.baselines import baselines
-from sat.evaluation.metrics import Scores, score
+from sat.evaluation.metrics import score
 from sat.evaluation.options import METRICS
-from sat.evaluation.report import Report, write_captions
+from sat.evaluation.report import Report, captions_file, write_captions
 from sat.evaluation.split import Evaluation, evaluate
 from sat.export import TrainedModel, best_folder, load_model
 from sat.machine import speed_up
@@ -38,7 +38,7 @@ def main(
         list[Path] | None, typer.Option("--ensemble", help="further run folders, averaged word by word")
     ] = None,
 ) -> None:
-    """Score a trained model; writes RUN/evaluation-SPLIT.json and RUN/captions-SPLIT.json.
+    """Score a trained model; writes RUN/evaluation-SPLIT.json, RUN/captions-SPLIT.json and each baseline's captions.
 
     Under a launcher the images are shared by all ranks; the scores do not depend on how many there are (but for hard
     attention that samples its locations).
@@ -60,12 +60,13 @@ def main(
     result = evaluate(models, manifest, split, trained[0].tokenizer, search, reading, processes)
 
     def report() -> None:
-        scores = {"model": result.scores}
-        if with_baselines:
-            scores |= score_baselines(result, manifest, split, config)
+        blind = baseline_captions(result, manifest, split, config) if with_baselines else {}
+        references = read_references(manifest, split, config.data) if blind else {}
+        scores = {name: score(references, captions, tuple(METRICS)) for name, captions in blind.items()}
         unfinished, step = result.unfinished, trained[0].step
+        scores = {"model": result.scores} | scores
         found = Report(split, len(result.predictions), unfinished, search.beam_size, step, scores)
-        keep(run, found, result)
+        keep(run, found, {"model": result.captions} | blind)
         print(json.dumps(found.to_document(), indent=1))
 
     processes.run_on_main(report)
@@ -84,23 +85,25 @@ def load_ensemble(folders: Sequence[Path]) -> list[TrainedModel]:
     return trained
 
 
-def score_baselines(result: Evaluation, manifest: Manifest, split: str, config: Config) -> dict[str, Scores]:
-    """Scores of the baselines on the same images."""
-    references = read_references(manifest, split, config.data)
+def baseline_captions(result: Evaluation, manifest: Manifest, split: str, config: Config) -> dict[str, dict[str, str]]:
+    """Captions of the baselines for the same images."""
     training = [
         caption
         for name in config.data.train_splits
         for captions in read_references(manifest, name, config.data).values()
         for caption in captions
     ]
-    found = baselines(result.captions, training)
-    return {name: score(references, captions, tuple(config.eval.metrics)) for name, captions in found.items()}
+    return baselines(result.captions, training)
 
 
-def keep(run: Path, report: Report, result: Evaluation) -> None:
-    """Write scores and captions into the run folder, and into its MLflow run where it has one."""
-    captions = run / f"captions-{report.split}.json"
-    write_captions(captions, result.predictions)
+def keep(run: Path, report: Report, captions: Mapping[str, Mapping[str, str]]) -> None:
+    """Write scores and captions into the run folder, and into its MLflow run where it has one.
+
+    `captions`: those of `model` and of each baseline, by image.
+    """
+    path = captions_file(run, report.split)
+    for name, each in captions.items():
+        write_captions(captions_file(run, report.split, name), each)
     files.write_json(run / f"evaluation-{report.split}.json", report.to_document())
     if not (run / CONFIG_FILE).is_file():
         return
@@ -108,7 +111,7 @@ def keep(run: Path, report: Report, result: Evaluation) -> None:
         for name, scores in report.scores.items():
             label = report.split if name == "model" else f"{report.split}_{name}"
             tracker.log(report.step, {f"{label}/{metric}": value for metric, value in scores.values.items()})
-        tracker.artifact(captions, "captions")
+        tracker.artifact(path, "captions")
 
 
 if __name__ == "__main__":

@@ -1,16 +1,21 @@
 """The table at the end of the demonstration, and the same figures as `summary.json`."""
 
-import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from sat import files
 from sat.cli import run_program
+from sat.evaluation.report import captions_file
 
 COLUMNS = ("CIDEr", "BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L")
 ROWS = {"model": "model", "blind": "blind (shuffled features)", "most_frequent": "most frequent caption"}
+
+
+TRUTH_COLUMNS = ("captions", "objects", "colours", "places", "relations")
+TRUTH_ROWS = {"model": "model", "blind": "blind (shuffled features)", "reference": "a reference left out"}
 
 
 def main(
@@ -18,21 +23,62 @@ def main(
     split: Annotated[str, typer.Option(help="split that was scored")] = "test",
     minutes: Annotated[float, typer.Option(help="minutes the whole demonstration took")] = 0.0,
 ) -> None:
-    """Print the scores of RUN/evaluation-SPLIT.json as a table; writes RUN/summary.json."""
+    """Print the scores of RUN/evaluation-SPLIT.json as a table; writes RUN/summary.json.
+
+    Where RUN/truth-SPLIT.json says which shares of the captions are true (`preprocessing.check_scenes` writes it for
+    scenes), they are shown and kept too.
+    """
     path = run / f"evaluation-{split}.json"
     if not path.is_file():
         raise ValueError(f"{path} is missing; run `sat evaluate {run} --split {split} --baselines` first")
-    report = json.loads(path.read_text())
-    files.write_json(run / "summary.json", {"minutes": round(minutes, 2), "scores": report["scores"]})
+    report = files.read_json(path)
+    if not {"scores", "missing", "images", "beam_size"} <= report.keys():
+        raise ValueError(f"{path} is no report of an evaluation; run `sat evaluate {run} --split {split}` again")
+    truth = read_truth(run, split)
+    files.write_json(run / "summary.json", {"minutes": round(minutes, 2), "scores": report["scores"]} | truth)
+    print_scores(report, split)
+    if truth:
+        print_truth(report["scores"], truth)
+
+
+def read_truth(run: Path, split: str) -> dict[str, Any]:
+    """The shares that are true, as `truth`, and where the model looked, as `attention`; empty where nobody measured.
+
+    Raises ValueError where they were measured on other captions than the run has now.
+    """
+    path = run / f"truth-{split}.json"
+    if not path.is_file():
+        return {}
+    found = files.read_json(path)
+    if found.get("captions_sha256") != files.sha256(captions_file(run, split)):
+        raise ValueError(f"{path} is about captions of an earlier evaluation; run preprocessing.check_scenes again")
+    return {name: found[name] for name in ("truth", "attention") if name in found}
+
+
+def print_scores(report: Mapping[str, Any], split: str) -> None:
+    """The table of metrics."""
     print(f"{report['images']} held-out images of split {split!r}, beam {report['beam_size']}")
     print(f"{'':26}" + "".join(f"{column:>9}" for column in COLUMNS))
     for name, title in ROWS.items():
         if name in report["scores"]:
-            values = (report["scores"][name].get(column) for column in COLUMNS)
-            print(f"{title:26}" + "".join("        -" if value is None else f"{value:9.3f}" for value in values))
+            print(f"{title:26}" + _cells(report["scores"][name].get(column) for column in COLUMNS))
     for name, reasons in report["missing"].items():
         for metric, reason in reasons.items():
             print(f"{name}: {metric} is missing: {reason}")
+
+
+def print_truth(scores: Mapping[str, Any], truth: Mapping[str, Any]) -> None:
+    """The table of shares, each row beside its CIDEr."""
+    print("\nshare that is true of the scene: whole captions, and what is said of each kind")
+    print(f"{'':26}" + "".join(f"{column:>11}" for column in ("CIDEr", *TRUTH_COLUMNS)))
+    for name, title in TRUTH_ROWS.items():
+        shares = truth["truth"][name]
+        row = (scores.get(name, {}).get("CIDEr"), *(shares[column] for column in TRUTH_COLUMNS))
+        print(f"{title:26}" + _cells(row, 11))
+
+
+def _cells(values: Iterable[float | None], width: int = 9) -> str:
+    return "".join(f"{'-':>{width}}" if value is None else f"{value:{width}.3f}" for value in values)
 
 
 if __name__ == "__main__":

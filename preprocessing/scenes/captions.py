@@ -5,6 +5,7 @@ picture's captions then have something in common that a model can learn, and sti
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise, permutations
 from random import Random
@@ -96,6 +97,14 @@ class Claim:
 
     text: str
     holds: bool
+    kind: str
+    """`object`, `relation` (left of, in a row, ...), `place`, `number` or `ground`."""
+    shape: bool | None = None
+    """Of an object: whether its shape is right; None for every other kind."""
+    colour: bool | None = None
+    """Of an object: whether its colour is right; None where none is said."""
+    size: bool | None = None
+    """Of an object: whether its size is right; None where none is said."""
 
 
 def describe(scene: Scene, rng: Random, count: int = 5) -> list[str]:
@@ -140,7 +149,7 @@ def _word(term: str, rng: Random) -> str:
 
 _USUAL_WORDS = {other: term for term, others in SYNONYMS.items() for other in (term, *others)}
 _PHRASES = re.compile(r"\b(" + "|".join(sorted(_USUAL_WORDS, key=len, reverse=True)) + r")\b")
-_NOUN = re.compile(rf"(?:({'|'.join(SIZES)}) )?(?:({'|'.join(COLOURS)}) )?({'|'.join(SHAPES)})\b")
+_NOUN = re.compile(rf"\b(?:({'|'.join(SIZES)}) )?(?:({'|'.join(COLOURS)}) )?({'|'.join(SHAPES)})\b")
 _GROUND = re.compile(rf"({'|'.join(BACKGROUNDS)}) background\b")
 _NUMBER = re.compile(rf"({'|'.join(NUMBERS)}) shapes\b")
 _RELATIONS = {
@@ -154,34 +163,71 @@ _RELATIONS = {
 def check_claims(caption: str, scene: Scene) -> list[Claim]:
     """What `caption` says of objects, relations, places, layout, number and ground, each compared with `scene`.
 
-    Words outside the vocabulary of this module claim nothing. Two nouns are never taken for the same object.
+    Words outside the vocabulary of this module claim nothing. Two nouns are never taken for the same object. A relation
+    or place is true only of objects whose shape and colour are: of what is not there nothing holds.
     """
-    words = " ".join(re.findall(r"\w+", caption.lower()))
-    text = _PHRASES.sub(lambda match: _USUAL_WORDS[match[1]].replace(" ", "_"), words)
+    text = _usual_words(caption)
     nouns = list(_NOUN.finditer(text))
-    meant = _match_objects(nouns, scene)
-    claims = [Claim(noun[0], noun.start() in meant) for noun in nouns]
+    pairs = _match_objects(nouns, scene)
+    claims = [_object_claim(noun, pairs.get(noun.start())) for noun in nouns]
+    meant = {noun.start(): pairs[noun.start()] for noun, claim in zip(nouns, claims, strict=True) if _is_there(claim)}
     claims += _relation_claims(text, nouns, meant)
     claims += _place_claims(text, nouns, meant)
-    claims += [Claim(match[0], match[1] == scene.background) for match in _GROUND.finditer(text)]
-    claims += [Claim(match[0], match[1] == scene.layout) for match in re.finditer(r"in_a_(row|column)", text)]
-    claims += [Claim(match[0], NUMBERS[match[1]] == len(scene.objects)) for match in _NUMBER.finditer(text)]
+    claims += [Claim(match[0], match[1] == scene.background, "ground") for match in _GROUND.finditer(text)]
+    layouts = re.finditer(r"in_a_(row|column)", text)
+    claims += [Claim(match[0], match[1] == scene.layout, "relation") for match in layouts]
+    numbers = _NUMBER.finditer(text)
+    claims += [Claim(match[0], NUMBERS[match[1]] == len(scene.objects), "number") for match in numbers]
     return claims
 
 
+def objects_named(words: Sequence[str], scene: Scene) -> list[tuple[int, SceneObject]]:
+    """(place among `words`, object) of every shape word that stands for an object of its shape and colour.
+
+    ValueError where one of `words` is several, so that places cannot be told.
+    """
+    nouns = list(_NOUN.finditer(_usual_words(" ".join(words))))
+    places = [place for place, word in enumerate(words) if _USUAL_WORDS.get(word, word) in SHAPES]
+    if len(places) != len(nouns):
+        raise ValueError(f"{' '.join(words)!r} is not given word by word")
+    pairs = _match_objects(nouns, scene)
+    meant = ((place, noun, pairs.get(noun.start())) for place, noun in zip(places, nouns, strict=True))
+    return [
+        (place, thing) for place, noun, thing in meant if thing is not None and _is_there(_object_claim(noun, thing))
+    ]
+
+
+def _usual_words(caption: str) -> str:
+    """Words alone, in lower case; each term in its usual way, of several words joined by underscores."""
+    words = " ".join(re.findall(r"\w+", caption.lower()))
+    return _PHRASES.sub(lambda match: _USUAL_WORDS[match[1]].replace(" ", "_"), words)
+
+
 def _match_objects(nouns: list[re.Match[str]], scene: Scene) -> dict[int, SceneObject]:
-    """Objects meant, by where the noun starts: the assignment, one object a noun, that lets most nouns be true."""
+    """Objects meant, by where the noun starts: the assignment, one object a noun, that is kindest to the caption.
+
+    It lets most nouns be wholly true, then most shapes, then most colours, then most sizes.
+    """
     best: dict[int, SceneObject] = {}
+    most: list[int] = []
     for order in permutations(range(max(len(nouns), len(scene.objects))), len(scene.objects)):
         pairs = [(nouns[index], thing) for index, thing in zip(order, scene.objects, strict=True) if index < len(nouns)]
-        true = {noun.start(): thing for noun, thing in pairs if _fits(noun, thing)}
-        best = max(best, true, key=len)
+        found = [_object_claim(noun, thing) for noun, thing in pairs]
+        true = [(claim.holds, claim.shape is True, claim.colour is True, claim.size is True) for claim in found]
+        score = [sum(column) for column in zip(*true, strict=True)]
+        if score > most:
+            best, most = {noun.start(): thing for noun, thing in pairs}, score
     return best
 
 
-def _fits(noun: re.Match[str], thing: SceneObject) -> bool:
-    said = zip(noun.groups(), (thing.size, thing.colour, thing.shape), strict=True)
-    return all(word in (None, truth) for word, truth in said)
+def _object_claim(noun: re.Match[str], thing: SceneObject | None) -> Claim:
+    said = {"size": noun[1], "colour": noun[2], "shape": noun[3]}
+    right = {name: thing is not None and word == getattr(thing, name) for name, word in said.items() if word}
+    return Claim(noun[0], all(right.values()), "object", **right)
+
+
+def _is_there(claim: Claim) -> bool:
+    return claim.shape is True and claim.colour is not False
 
 
 def _relation_claims(text: str, nouns: list[re.Match[str]], meant: dict[int, SceneObject]) -> list[Claim]:
@@ -198,7 +244,7 @@ def _relation_claims(text: str, nouns: list[re.Match[str]], meant: dict[int, Sce
                 break
             pair = meant.get(subject.start()), meant.get(noun.start())
             holds = None not in pair and _RELATIONS[relation](*pair)
-            claims.append(Claim(f"{subject[0]} {relation} {noun[0]}", holds))
+            claims.append(Claim(f"{subject[0]} {relation} {noun[0]}", holds, "relation"))
     return claims
 
 
@@ -208,5 +254,5 @@ def _place_claims(text: str, nouns: list[re.Match[str]], meant: dict[int, SceneO
     for place in (place for row in PLACES for place in row):
         for match in re.finditer(place.replace(" ", "_"), text):
             owner = max((noun.start() for noun in nouns if noun.start() < match.start()), default=-1)
-            claims.append(Claim(match[0], owner in meant and place_of(meant[owner]) == place))
+            claims.append(Claim(match[0], owner in meant and place_of(meant[owner]) == place, "place"))
     return claims

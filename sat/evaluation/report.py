@@ -1,13 +1,12 @@
 """What is left of an evaluation: the captions in COCO's format, and the scores of the model and its baselines."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sat import files
 from sat.evaluation.metrics import Scores
-from sat.evaluation.prediction import Prediction
 
 
 @dataclass(frozen=True)
@@ -37,6 +36,11 @@ class Report:
         }
 
 
-def write_captions(path: Path, predictions: Iterable[Prediction]) -> None:
-    """Write the captions as COCO's evaluation takes them: a list of {image_id, caption}."""
-    files.write_json(path, [{"image_id": each.image_id, "caption": each.caption} for each in predictions])
+def captions_file(run: Path, split: str, name: str = "model") -> Path:
+    """Where the captions of a split lie, those of the model or of a baseline."""
+    return run / f"captions-{split}{'' if name == 'model' else f'-{name}'}.json"
+
+
+def write_captions(path: Path, captions: Mapping[str, str]) -> None:
+    """Write captions by image as COCO's evaluation takes them: a list of {image_id, caption}."""
+    files.write_json(path, [{"image_id": image_id, "caption": caption} for image_id, caption in captions.items()])

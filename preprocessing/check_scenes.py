@@ -1,0 +1,91 @@
+"""Hold a model's captions of scenes against what the scenes show: the shares that are true.
+
+    python -m preprocessing.check_scenes runs/demo --scenes data/demo/scenes
+
+reads RUN/captions-SPLIT.json, those of the blind baseline beside it (`sat evaluate --baselines` writes both) and the
+scenes' truth; prints the shares and writes RUN/truth-SPLIT.json, which `sat summary` shows beside the scores. The row
+`reference` checks one of each scene's own captions in the same way: what falls short of 1 there is the checker's.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from preprocessing.console import run
+from preprocessing.scenes.scenes import Scene
+from preprocessing.scenes.truth import Truth, measure
+from preprocessing.synthetic import load_truth
+from sat import files
+
+FORMAT = 1
+TRUTH_FILE = "truth.jsonl"
+
+
+def read_captions(path: Path) -> dict[str, str]:
+    """Captions by image id, from COCO's results format: a list of {image_id, caption}. ValueError for another."""
+    if not path.is_file():
+        raise ValueError(f"{path} is missing; run `sat evaluate RUN --split SPLIT --baselines` first")
+    try:
+        return {str(row["image_id"]): str(row["caption"]) for row in json.loads(path.read_text())}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no list of image_id and caption: {error!r}") from None
+
+
+def read_references(scenes: Path, split: str) -> dict[str, list[str]]:
+    """The captions of every scene of the split by image id. ValueError where the folder holds no such annotations."""
+    path = scenes / "annotations" / f"captions_{split}.json"
+    if not path.is_file():
+        raise ValueError(f"{path} is missing; --scenes takes the folder that preprocessing.synthetic has written")
+    references: dict[str, list[str]] = {}
+    for row in json.loads(path.read_text())["annotations"]:
+        references.setdefault(str(row["image_id"]), []).append(row["caption"])
+    return references
+
+
+def read_scenes(scenes: Path) -> dict[str, Scene]:
+    """The scenes of all splits by image id. ValueError where the folder holds no truth."""
+    path = scenes / TRUTH_FILE
+    if not path.is_file():
+        raise ValueError(f"{path} is missing; --scenes takes the folder that preprocessing.synthetic has written")
+    return {str(image_id): scene for image_id, scene in load_truth(path).items()}
+
+
+def check(captions: Mapping[str, Mapping[str, str]], scenes: Mapping[str, Scene]) -> dict[str, Truth]:
+    """The shares of each set of captions. ValueError for one that is empty or names an image that is no such scene."""
+    for name, each in captions.items():
+        strangers = sorted(each.keys() - scenes.keys())
+        if strangers or not each:
+            wrong = f"name image {strangers[0]}, which is none of these scenes" if strangers else "are none"
+            raise ValueError(f"the captions of {name!r} {wrong}; give the --scenes that the run was evaluated on")
+    return {name: measure(each, scenes) for name, each in captions.items()}
+
+
+def main(
+    run_folder: Annotated[Path, typer.Argument(help="run folder, evaluated with --baselines")],
+    scenes: Annotated[Path, typer.Option(help="folder of the scene set")],
+    split: Annotated[str, typer.Option(help="split that was captioned")] = "test",
+) -> None:
+    """Print which shares of a run's captions are true of the scenes; writes RUN/truth-SPLIT.json."""
+    path = run_folder / f"captions-{split}.json"
+    captions = {"model": read_captions(path), "blind": read_captions(run_folder / f"captions-{split}-blind.json")}
+    if sorted(captions["blind"].values()) != sorted(captions["model"].values()):
+        raise ValueError(
+            f"{run_folder}: the blind baseline's captions are of another evaluation than the model's; "
+            f"run `sat evaluate {run_folder} --split {split} --baselines` again"
+        )
+    references = read_references(scenes, split)
+    captions["reference"] = {image: references[image][0] for image in captions["model"] if image in references}
+    found = {name: asdict(truth) for name, truth in check(captions, read_scenes(scenes)).items()}
+    document = {"format": FORMAT, "captions_sha256": files.sha256(path), "truth": found}
+    files.write_json(run_folder / f"truth-{split}.json", document)
+    print(f"{'share true of':12}" + "".join(f"{column:>11}" for column in found["model"]))
+    for name, shares in found.items():
+        print(f"{name:13}" + "".join(f"{value:11.3f}" for value in shares.values()))
+
+
+if __name__ == "__main__":
+    run(main)

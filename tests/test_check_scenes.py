@@ -1,0 +1,162 @@
+"""The shares of what captions say that is true: exact on cases counted by hand, low for other scenes' captions."""
+
+import json
+from random import Random
+
+import pytest
+
+from preprocessing.check_scenes import main, read_references
+from preprocessing.scenes.captions import check_claims, describe, objects_named
+from preprocessing.scenes.scenes import Scene, SceneObject, sample_scene
+from preprocessing.scenes.truth import Truth, is_wholly_true, measure
+from preprocessing.synthetic import make_scenes
+from sat import files
+
+
+def thing(shape: str, colour: str, x: float, y: float, size: str = "large") -> SceneObject:
+    return SceneObject(shape, colour, size, x, y, 34.0, 0.0, (255, 0, 0))
+
+
+def scene(*objects: SceneObject, layout: str = "row") -> Scene:
+    return Scene(objects, "gray", layout, (128, 128, 128), 0)
+
+
+PAIR = scene(thing("circle", "red", 60, 100), thing("square", "blue", 160, 110, "small"))
+ALONE = scene(thing("star", "pink", 30, 30), layout="single")
+
+
+def of_objects(caption: str, shown: Scene = PAIR) -> list[tuple]:
+    claims = [claim for claim in check_claims(caption, shown) if claim.kind == "object"]
+    return [(claim.holds, claim.shape, claim.colour, claim.size) for claim in claims]
+
+
+@pytest.mark.parametrize(
+    "caption, expected",
+    [
+        ("a large red circle", [(True, True, True, True)]),
+        ("a red circle", [(True, True, True, None)]),
+        ("a circle", [(True, True, None, None)]),
+        ("a small red circle", [(False, True, True, False)]),
+        ("a blue circle", [(False, True, False, None)]),  # a circle there is, and the blue thing is a square
+        ("a blue star", [(False, False, True, None)]),
+        ("a green star", [(False, False, False, None)]),
+        ("a blue circle and a red circle", [(False, False, True, None), (True, True, True, None)]),
+        (
+            "a circle a square and a star",
+            [(True, True, None, None), (True, True, None, None), (False, False, None, None)],
+        ),
+    ],
+)
+def test_shape_colour_and_size_of_a_noun_are_judged_apart(caption, expected):
+    assert of_objects(caption) == expected
+
+
+def test_relations_and_places_hold_of_what_is_there_whatever_its_size():
+    def kinds(caption, kind, shown=PAIR):
+        return [claim.holds for claim in check_claims(caption, shown) if claim.kind == kind]
+
+    assert kinds("a small red circle left of a blue square", "relation") == [True]
+    assert kinds("a green circle left of a blue square", "relation") == [False]
+    assert kinds("a red circle and a blue square side by side", "relation") == [True]
+    assert kinds("a red circle above a blue square in a column", "relation") == [True, False]
+    assert kinds("a small pink star in the top left corner", "place", ALONE) == [True]
+    assert kinds("a pink moon in the top left corner", "place", ALONE) == [False]
+    assert kinds("a pink star in the middle", "place", ALONE) == [False]
+
+
+def test_shares_are_those_counted_by_hand():
+    captions = {
+        "1": "a red circle left of a blue square",  # all true
+        "2": "a red square right of a blue square",  # one noun stands for nothing; the relation neither
+        "3": "a small pink star in the top left corner on a gray background",  # the size is wrong
+        "4": "a pink star in the middle",  # the place is wrong
+        "5": "two shapes",  # nothing but a number, and true
+        "6": "what we see",
+    }
+    shown = dict(zip("123456", (PAIR, PAIR, ALONE, ALONE, PAIR, PAIR)))
+    assert measure(captions, shown) == Truth(
+        captions=2 / 6, objects=5 / 6, colours=6 / 6, places=1 / 2, relations=1 / 2
+    )
+
+
+@pytest.mark.parametrize("caption", ["", "what we see", "a picture"])
+def test_a_caption_that_claims_nothing_is_not_wholly_true(caption):
+    assert check_claims(caption, PAIR) == [] and not is_wholly_true([])
+    assert measure({"1": caption}, {"1": PAIR}) == Truth(0, 0, 0, 0, 0)
+
+
+def test_true_captions_are_true_and_those_of_other_scenes_are_not():
+    rng = Random(3)
+    scenes = {str(number): sample_scene(rng) for number in range(200)}
+    captions = {number: describe(each, rng, 1)[0] for number, each in scenes.items()}
+    whole = measure(captions, scenes)
+    assert whole == Truth(1, 1, 1, 1, 1)
+    swapped = dict(zip(captions, [*list(captions.values())[1:], captions["0"]]))
+    other = measure(swapped, scenes)
+    assert other.captions < 0.05 and max(other.objects, other.colours, other.relations, other.places) < 0.5
+    one_wrong = captions | {"0": "a red circle a red circle and a red circle"}
+    assert measure(one_wrong, scenes).captions == 199 / 200
+
+
+def test_a_shape_word_is_found_with_the_object_it_stands_for():
+    def named(caption):
+        return objects_named(caption.split(), PAIR)
+
+    two = named("a blue box to the left of a large red disc and a red hoop")
+    assert two == [(2, PAIR.objects[1]), (10, PAIR.objects[0])]
+    assert named("a small red circle") == [(3, PAIR.objects[0])], "whatever its size"
+    assert named("what we see") == []
+    with pytest.raises(ValueError, match="not given word by word"):
+        objects_named(["a", "red circle"], PAIR)
+
+
+# ------------------------------------------------------------------ the program
+
+
+@pytest.fixture
+def evaluated(tmp_path):
+    """A scene set and a run folder with the captions of its test split: three true of five, and the same shuffled."""
+    make_scenes(tmp_path / "scenes", {"test": 5}, seed=1)
+    texts = {image: captions[1] for image, captions in read_references(tmp_path / "scenes", "test").items()}
+    ids = sorted(texts)
+    said = texts | {ids[0]: "a red circle a red circle and a red circle", ids[1]: "what we see"}
+    write(tmp_path / "run/captions-test.json", said)
+    write(tmp_path / "run/captions-test-blind.json", {i: said[j] for i, j in zip(ids, [*ids[2:], *ids[:2]])})
+    return tmp_path
+
+
+def write(path, captions: dict[str, str]) -> None:
+    files.write_json(path, [{"image_id": image, "caption": text} for image, text in captions.items()])
+
+
+def test_the_program_writes_and_prints_the_shares(evaluated, capsys):
+    main(evaluated / "run", evaluated / "scenes", "test")
+    found = files.read_json(evaluated / "run/truth-test.json")
+    assert found["truth"].keys() == {"model", "blind", "reference"}
+    names = {"captions", "objects", "colours", "places", "relations"}
+    assert all(shares.keys() == names for shares in found["truth"].values())
+    assert found["truth"]["model"]["captions"] == 3 / 5 > found["truth"]["blind"]["captions"]
+    assert found["truth"]["reference"]["captions"] == found["truth"]["reference"]["objects"] == 1
+    assert found["captions_sha256"] == files.sha256(evaluated / "run/captions-test.json")
+    printed = capsys.readouterr().out
+    assert "model" in printed and "0.600" in printed
+
+
+def test_a_users_mistake_is_named(evaluated):
+    run, scenes = evaluated / "run", evaluated / "scenes"
+    with pytest.raises(ValueError, match=r"captions-val\.json is missing; run `sat evaluate"):
+        main(run, scenes, "val")
+    with pytest.raises(ValueError, match=r"captions_test\.json is missing; --scenes takes"):
+        main(run, evaluated, "test")
+    blind = json.loads((run / "captions-test-blind.json").read_text())
+    (run / "captions-test-blind.json").write_text(json.dumps([{**blind[0], "caption": "a moon"}, *blind[1:]]))
+    with pytest.raises(ValueError, match="of another evaluation than the model's"):
+        main(run, scenes, "test")
+    for content in ("[1]", "{", '[{"image_id": 1}]'):
+        (run / "captions-test.json").write_text(content)
+        with pytest.raises(ValueError, match=r"captions-test\.json is no list of image_id and caption"):
+            main(run, scenes, "test")
+    for name in ("captions-test.json", "captions-test-blind.json"):
+        write(run / name, {"7": "a red circle", "8": "a red moon"})
+    with pytest.raises(ValueError, match="image 7, which is none of these scenes"):
+        main(run, scenes, "test")
