@@ -9,7 +9,7 @@ sequential runs and still see mixed samples.
 """
 
 import os
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -35,7 +35,7 @@ from preprocessing.sharding.plan import (
 from preprocessing.sharding.write import Sample, write_shard
 from sat import files
 from sat.machine import available_cores
-from sat.shards.pictures import MAX_BYTES, BadPicture, decode, extension_of
+from sat.shards.pictures import MAX_BYTES, NOTE, BadPicture, decode, extension_of
 from sat.shards.schema import LeftOut, Sidecar
 
 WRITER = 1
@@ -77,10 +77,13 @@ def build_image_shard(plan: Plan, shard: PlannedShard, most_bad: Mapping[str, in
     not mounted must not become a finished shard of nothing) or more are bad than `most_bad` allows for this shard.
     """
     check_pictures(plan)
-    samples = _samples(plan, shard)
+    notes: Counter[str] = Counter()
+    samples = _samples(plan, shard, notes)
     if most_bad is not None:
         samples = _at_most_bad(samples, most_bad.get(shard.name, 0), plan.root / shard.name)
-    return write_shard(plan.root, shard, plan.digest, samples)
+    return write_shard(
+        plan.root, shard, plan.digest, samples, lambda: {"notes": dict(sorted(notes.items()))} if notes else {}
+    )
 
 
 def check_pictures(plan: Plan) -> None:
@@ -155,7 +158,7 @@ def _groups(
             yield split, number, members[start : start + shard_size]
 
 
-def _samples(plan: Plan, shard: PlannedShard) -> Iterator[Sample | LeftOut]:
+def _samples(plan: Plan, shard: PlannedShard, notes: Counter[str]) -> Iterator[Sample | LeftOut]:
     folder = Path(plan.settings_as(ImageSettings).images)
     for record in plan.records(shard):
         try:
@@ -164,6 +167,7 @@ def _samples(plan: Plan, shard: PlannedShard) -> Iterator[Sample | LeftOut]:
         except BadPicture as bad:
             yield LeftOut(record.image_id, record.file_name, bad.reason, bad.detail)
             continue
+        notes.update([image.info[NOTE]] if NOTE in image.info else [])
         yield Sample(record, data, extension_of(image), image.width, image.height)
 
 

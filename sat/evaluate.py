@@ -18,7 +18,7 @@ from sat.evaluation.baselines import baselines
 from sat.evaluation.metrics import score
 from sat.evaluation.options import METRICS
 from sat.evaluation.report import Report, captions_file, write_captions
-from sat.evaluation.split import Evaluation, evaluate
+from sat.evaluation.split import Evaluation, evaluate, scored_references
 from sat.export import TrainedModel, best_folder, load_model
 from sat.machine import speed_up
 from sat.run_folder import CONFIG_FILE, attach
@@ -60,8 +60,9 @@ def main(
     result = evaluate(models, manifest, split, trained[0].tokenizer, search, reading, processes)
 
     def report() -> None:
-        blind = baseline_captions(result, manifest, split, config) if with_baselines else {}
-        references = read_references(manifest, split, config.data) if blind else {}
+        words = trained[0].tokenizer.word_rule
+        blind = baseline_captions(result, manifest, config, words) if with_baselines else {}
+        references = scored_references(manifest, split, words, config.data) if blind else {}
         scores = {name: score(references, captions, tuple(METRICS)) for name, captions in blind.items()}
         unfinished, step = result.unfinished, trained[0].step
         scores = {"model": result.scores} | scores
@@ -85,7 +86,7 @@ def load_ensemble(folders: Sequence[Path]) -> list[TrainedModel]:
     return trained
 
 
-def baseline_captions(result: Evaluation, manifest: Manifest, split: str, config: Config) -> dict[str, dict[str, str]]:
+def baseline_captions(result: Evaluation, manifest: Manifest, config: Config, words: str) -> dict[str, dict[str, str]]:
     """Captions of the baselines for the same images."""
     training = [
         caption
@@ -93,7 +94,7 @@ def baseline_captions(result: Evaluation, manifest: Manifest, split: str, config
         for captions in read_references(manifest, name, config.data).values()
         for caption in captions
     ]
-    return baselines(result.captions, training)
+    return baselines(result.captions, training, words)
 
 
 def keep(run: Path, report: Report, captions: Mapping[str, Mapping[str, str]]) -> None:

@@ -56,3 +56,16 @@ def test_statistics_of_the_real_captions_of_coco_val2017(tmp_path):
     assert found["words"] == sum(lengths) and found["length_max"] == lengths[-1]
     assert found["length_median"] == lengths[len(lengths) // 2]
     assert 10 < found["length_mean"] < 11 and found["vocabulary"] < found["distinct_words"] and found["coverage"] > 0.95
+
+
+def test_sentences_taken_for_words_are_warned_of_with_the_setting_that_splits_them(tmp_path):
+    make_feature_dataset(
+        tmp_path / "set", {"train": 4}, captions=lambda split, i: ["一只棕色的狗在绿色的草地上奔跑", "狗"]
+    )
+    options = ["--features", tmp_path / "set", "--min-count", 1, "--out", tmp_path / "x"]
+    assert (
+        "look like sentences" in (said := run_program("build_vocab", *options).stderr) and "--words characters" in said
+    )
+    assert "warning" not in run_program("build_vocab", *options, "--words", "characters").stderr
+    assert CaptionTokenizer.load(tmp_path / "x").word_rule == "characters"
+    assert "choose one of basic" in run_program("build_vocab", *options, "--words", "letters", code=1).stderr

@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sat.shards.pictures import RESIZE, BadPicture, decode, extension_of, fit
+from sat.shards.pictures import NOTE, RESIZE, BadPicture, decode, extension_of, fit
 from tests.helpers_shards import encoded, picture, real_data
 
 RGB = picture(3)
@@ -95,6 +95,48 @@ def test_transparent_pixels_are_white_and_opaque_ones_keep_their_colour():
     assert (found[np.asarray(palette) == hidden] == 255).all()
     shown = np.asarray(palette) != hidden
     assert np.array_equal(found[shown], np.asarray(palette.convert("RGB"))[shown])
+
+
+def chunk(kind: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+def png(depth: int, colour: int, row: bytes, width: int, extra: bytes = b"") -> bytes:
+    """A PNG of one row, written by hand: the depths that Pillow cannot write."""
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, 1, depth, colour, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + extra + chunk(b"IDAT", zlib.compress(b"\0" + row)) + chunk(b"IEND", b"")
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(
+    ("depth", "colour", "row", "hidden", "expected"),
+    [
+        (16, 0, struct.pack(">3H", 1000, 2000, 65535), struct.pack(">H", 1000), [255, 8, 255]),
+        (16, 2, struct.pack(">6H", 514, 771, 1028, 60000, 1, 2), struct.pack(">3H", 514, 771, 1028), [255, 234]),
+        (8, 0, bytes([10, 11]), struct.pack(">H", 11), [10, 255]),
+        (4, 0, b"\x12", struct.pack(">H", 2), [17, 255]),
+        (2, 0, b"\x1b", struct.pack(">H", 1), [0, 255, 170, 255]),
+        (1, 0, b"\x40", struct.pack(">H", 0), [255, 255]),
+    ],
+)
+def test_the_transparent_colour_of_a_png_of_any_depth_is_white(depth, colour, row, hidden, expected):
+    data = png(depth, colour, row, len(expected), chunk(b"tRNS", hidden))
+    assert pixels(data)[0, :, 0].tolist() == expected
+
+
+@pytest.mark.faults
+def test_a_sound_png_with_odd_texts_is_read_and_noted():
+    sound = encoded(RGB, "PNG")
+    end_of_header = 33
+    broken = bytearray(chunk(b"tEXt", b"prompt\0a dog"))
+    broken[-1] ^= 1
+    long = chunk(b"zTXt", b"prompt\0\0" + zlib.compress(b"x" * 3_000_000))
+    for extra in (bytes(broken), long):
+        image = decode(sound[:end_of_header] + extra + sound[end_of_header:])
+        assert np.array_equal(np.asarray(image), PIXELS) and "metadata" in image.info[NOTE] and image.format == "PNG"
+    assert NOTE not in decode(sound).info
+    with pytest.raises(BadPicture, match="truncated|damaged|not a picture"):
+        decode(sound[:end_of_header] + bytes(broken) + sound[end_of_header:-200])
 
 
 @pytest.mark.faults

@@ -5,7 +5,20 @@ import random
 
 import pytest
 
-from sat.text import END, PAD, START, UNK, CaptionTokenizer, build_tokenizer, normalise
+from sat.text import (
+    END,
+    PAD,
+    SPECIALS,
+    START,
+    UNK,
+    WORD_RULES,
+    CaptionTokenizer,
+    build_tokenizer,
+    count_words,
+    looks_unsegmented,
+    normalise,
+)
+from tests.helpers_shards import real_data
 
 CAPTIONS = ["A man rides a horse.", "a man, a plan", "The horse's hat!", "a 2nd horse"]
 
@@ -19,6 +32,8 @@ CAPTIONS = ["A man rides a horse.", "a man, a plan", "The horse's hat!", "a 2nd 
         ("हिन्दी שלום 日本語", "हिन्दी שלום 日本語"),
         ("a ||| b \x00 c", "a b c"),
         ("<start> <unk> <end>", "start unk end"),
+        ("می\u200cروم \u200cشب\u200d", "می\u200cروم شب"),
+        ("ශ්\u200dරී, soft\u00adly 👩\u200d👧 x", "ශ්\u200dරී softly x"),
         ("😀 !?", ""),
         ("", ""),
     ],
@@ -76,3 +91,53 @@ def test_a_missing_damaged_or_foreign_file_is_named(tmp_path):
     Tokenizer(WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]")).save(str(tmp_path / "foreign.json"))
     with pytest.raises(ValueError, match="foreign.json.*not a caption tokenizer"):
         CaptionTokenizer.load(tmp_path / "foreign.json")
+
+
+@pytest.mark.parametrize(
+    ("caption", "words"),
+    [
+        ("一只狗。在跑", "一 只 狗 在 跑"),
+        ("2 Dogs和T恤", "2 dogs 和 t 恤"),
+        ("หมาสีดำ", "ห ม า สี ด ำ"),
+        ("ガ\u3099ラーメン", "ガ\u3099 ラ ー メ ン"),
+        ("A man's hat", "a man s hat"),
+    ],
+)
+def test_characters_of_scripts_without_spaces_become_words_and_other_words_stay(caption, words):
+    assert normalise(caption, "characters") == words
+
+
+def test_none_takes_words_as_they_are_split_and_no_caption_can_write_a_special():
+    assert normalise("  Une  L'eau , vive !", "none") == "Une L'eau , vive !"
+    texts = [f"{before}{special}{after}" for special in SPECIALS for before in ("", "<", "<<") for after in ("", ">")]
+    assert not set(SPECIALS) & set(normalise(" ".join(texts), "none").split())
+
+
+@pytest.mark.parametrize("rule", WORD_RULES)
+def test_the_rule_of_words_is_saved_with_the_vocabulary(tmp_path, rule):
+    captions = ["一只狗 A dog", "狗 <unk>"]
+    build_tokenizer(captions, 1, rule).save(tmp_path / "t.json")
+    loaded = CaptionTokenizer.load(tmp_path / "t.json")
+    assert loaded.word_rule == rule
+    assert set(loaded.words[4:]) == {word for text in captions for word in normalise(text, rule).split()}
+    assert loaded.encode("狗", 9) == [loaded.words.index("狗")]
+
+
+def test_an_unknown_rule_of_words_is_refused_with_the_choices():
+    with pytest.raises(ValueError, match="words 'letters' is unknown; choose one of basic, characters, none"):
+        normalise("a", "letters")
+
+
+def test_words_that_are_sentences_are_told_from_words():
+    sentences = ["一只棕色的狗在绿色的草地上奔跑", "两个孩子在公园里踢足球玩得很开心"]
+    assert looks_unsegmented(count_words(sentences))
+    assert not looks_unsegmented(count_words(sentences, "characters")) and not looks_unsegmented(count_words([]))
+    german = ["Ein Feuerwehrmann steht neben dem Krankenwagen auf der Straße", "Zwei Hunde rennen durch die Wiese"]
+    assert not looks_unsegmented(count_words(CAPTIONS)) and not looks_unsegmented(count_words(german))
+
+
+def test_the_vocabulary_of_the_real_captions_of_coco_val2017_stays():
+    """Words of ordinary English, and with them every number ever trained, do not move."""
+    document = json.loads((real_data() / "coco_val2017" / "captions_val2017.json").read_text())
+    tokenizer = build_tokenizer([each["caption"] for each in document["annotations"]], 5)
+    assert tokenizer.digest == "8654b583ae2f99b573e93f519e5f460289ad43d553b96d5b81980f561d43a82a"

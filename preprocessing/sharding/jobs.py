@@ -49,6 +49,8 @@ class Summary:
     bytes: int = 0
     bad: int = 0
     reasons: dict[str, int] = field(default_factory=dict)
+    notes: dict[str, int] = field(default_factory=dict)
+    """Of pictures that were taken: what was odd about their files."""
     seconds: float = 0.0
 
     def add(self, sidecar: Sidecar, built: bool) -> None:
@@ -61,6 +63,8 @@ class Summary:
         self.bad += len(sidecar.left_out)
         for item in sidecar.left_out:
             self.reasons[item.reason] = self.reasons.get(item.reason, 0) + 1
+        for note, count in sidecar.extra.get("notes", {}).items():
+            self.notes[note] = self.notes.get(note, 0) + count
 
     def line(self) -> str:
         """One line: shards, images/s, bytes, left out and why."""
@@ -68,6 +72,7 @@ class Summary:
         why = (
             "; left out " + ", ".join(f"{n} {reason}" for reason, n in sorted(self.reasons.items())) if self.bad else ""
         )
+        why += "".join(f"; {count} with {note}" for note, count in sorted(self.notes.items()))
         return (
             f"{self.built} shards written, {self.reused} reused: {self.images} images{rate}, "
             f"{self.bytes / 1e6:.1f} MB, {self.seconds:.1f} s{why}"

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from sat.data.loader import Reading, evaluation_batches, read_references
+from sat.data.options import CacheOptions
 from sat.data.plan import Share
 from sat.engine.processes import Processes
 from sat.evaluation.decoding import Decodable, decode
@@ -13,7 +14,7 @@ from sat.evaluation.metrics import Scores, score
 from sat.evaluation.options import EvaluationOptions
 from sat.evaluation.prediction import Prediction, predict
 from sat.shards.manifest import Manifest
-from sat.text import CaptionTokenizer
+from sat.text import CaptionTokenizer, normalise
 
 
 @dataclass(frozen=True)
@@ -57,9 +58,25 @@ def evaluate(
         raise ValueError(f"split {split!r} of {manifest.root}: an image was decoded twice; image ids must be unique")
 
     def score_once() -> Scores:
-        return score(read_references(manifest, split, reading.options), captions, tuple(options.metrics))
+        references = scored_references(manifest, split, tokenizer.word_rule, reading.options)
+        return score(references, captions, tuple(options.metrics))
 
     return Evaluation(processes.run_on_main(score_once), predictions)
+
+
+def scored_references(
+    manifest: Manifest, split: str, word_rule: str, cache: CacheOptions = CacheOptions()
+) -> dict[str, list[str]]:
+    """image_id -> its captions as the metrics get them.
+
+    `basic`: as they were given, for the metrics' own tokenizer, as everybody scores. Otherwise they are split into the
+    vocabulary's words first, as the model's captions are: the metrics know no words in Chinese, and would take a
+    sentence for one.
+    """
+    given = read_references(manifest, split, cache)
+    if word_rule == "basic":
+        return given
+    return {image: [normalise(text, word_rule) for text in texts] for image, texts in given.items()}
 
 
 @torch.inference_mode()

@@ -2,9 +2,14 @@
 
 The surprising decision: transparent pixels are laid on white, as a viewer shows them; merely dropping the alpha channel
 would reveal whatever colour hides under it. 16-bit greys are scaled (Pillow's own conversion would clip them to white).
+A PNG whose pixels are sound is read even where its texts are damaged or too long; `NOTE` in the picture's `info` says
+so. Colour profiles (ICC) and gamma (gAMA, cHRM) are ignored, as by the programs that made the published features:
+values are taken for sRGB as they stand.
 """
 
 import io
+import struct
+from collections.abc import Iterator
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -20,7 +25,11 @@ RESIZE = "bicubic, antialiased, by torch"
 """How `fit` computes, for the fingerprint of features: change it with every change of the values `fit` gives."""
 EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "TIFF": "tif"}
 """File name extension by format, where it is not the format's name in lower case."""
+NOTE = "note"
+"""Key of `info` under which a decoded picture says what was odd about its file."""
 _ORIENTATION = 0x0112
+_PNG, _PNG_CHUNKS = b"\x89PNG\r\n\x1a\n", (b"IHDR", b"PLTE", b"tRNS", b"eXIf", b"IDAT", b"IEND")
+"""How a PNG begins, and the chunks of it that shape the pixels."""
 _TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -49,12 +58,29 @@ def decode(data: bytes) -> Image.Image:
     if not data:
         raise BadPicture("empty file")
     try:
+        return _decode(data)
+    except BadPicture as bad:
+        if not data.startswith(_PNG) or bad.reason == "too many pixels":
+            raise
+        bare = b"".join([_PNG, *(blob for kind, blob in _png_chunks(data) if kind in _PNG_CHUNKS)])
+        if len(bare) == len(data):
+            raise
+        try:
+            rgb = _decode(bare)
+        except BadPicture:
+            raise bad from None
+        rgb.info[NOTE] = "damaged or oversized metadata ignored"
+        return rgb
+
+
+def _decode(data: bytes) -> Image.Image:
+    try:
         Image.init()  # registers all formats, once; opening by `formats` needs that
         image = Image.open(io.BytesIO(data), formats=FORMATS)
         if image.width * image.height > MAX_PIXELS:
             raise BadPicture("too many pixels", f"{image.width} x {image.height}")
         image.load()
-        rgb = _upright(_to_rgb(image), image)
+        rgb = _upright(_to_rgb(image, data), image)
     except BadPicture:
         raise
     except Image.DecompressionBombError as error:
@@ -109,19 +135,42 @@ def _upright(image: Image.Image, source: Image.Image) -> Image.Image:
     return image if method is None else image.transpose(method)
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _to_rgb(image: Image.Image, data: bytes) -> Image.Image:
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
         values = np.asarray(image).astype(np.uint32)
-        return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")
+        grey = ((values + 128) // 257).astype(np.uint8)
+        grey[values == image.info.get("transparency", -1)] = 255
+        return Image.fromarray(grey).convert("RGB")
     if image.mode in ("I", "F"):
         raise BadPicture("no defined brightness range", f"mode {image.mode}")
     if image.has_transparency_data:
+        _scale_transparency(image, data)
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, rgba).convert("RGB")
     return image.convert("RGB")
+
+
+def _scale_transparency(image: Image.Image, data: bytes) -> None:
+    """Bring the transparent colour of a PNG of 2, 4 or 16 bits to the 8 bits that Pillow has made of its pixels."""
+    depth, hidden = data[24] if image.format == "PNG" else 8, image.info.get("transparency")
+    if image.mode == "L" and depth in (2, 4) and isinstance(hidden, int):
+        image.info["transparency"] = hidden * 255 // (2**depth - 1)
+    elif image.mode == "RGB" and depth == 16 and isinstance(hidden, tuple):
+        image.info["transparency"] = tuple(value >> 8 for value in hidden)
+
+
+def _png_chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """(type, whole chunk) of a PNG, as far as they are whole."""
+    position = len(_PNG)
+    while position + 12 <= len(data):
+        end = position + 12 + struct.unpack_from(">I", data, position)[0]
+        if end > len(data):
+            return
+        yield data[position + 4 : position + 8], data[position:end]
+        position = end
 
 
 def _beginning(data: bytes) -> str:
