@@ -51,6 +51,9 @@ class Toy:
     def init_state(self, memory):
         return State(memory.grid[:, :1, :1].long())
 
+    def gate_mean(self, state):
+        return (state.prefix.squeeze(-1) / 997).float()
+
     def step(self, memory, state, tokens):
         self.rows.append(len(tokens))
         prefix = (state.prefix * 31 + tokens[..., None] * 7 + 11) % 997

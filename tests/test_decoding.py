@@ -210,21 +210,37 @@ def test_log_probabilities_are_float32_even_of_bf16_logits():
         assert found[0].score == pytest.approx(rescored(model, grid_of(image), found[0], 0.0), abs=1e-5)
 
 
-def test_attention_is_that_of_the_returned_caption_step_by_step():
+@pytest.mark.parametrize(
+    "options",
+    [
+        DecodeOptions(beam_size=4, n_best=4, keep_attention=True),
+        DecodeOptions(method="sample", n_best=3, temperature=1.4, keep_attention=True),
+    ],
+    ids=["beam", "sample"],
+)
+def test_attention_gate_and_probability_are_those_of_the_returned_caption_step_by_step(options):
     model, images = Toy(vocab_size=12, seed=9, end_bias=1.0), range(8)
-    options = DecodeOptions(beam_size=4, n_best=4, keep_attention=True)
-    for image, found in zip(images, decode(model, grid_of(*images), options)):
+    for image, found in zip(images, decode(model, grid_of(*images), options, list(map(str, images)))):
         for hypothesis in found:
             memory = model.encode(grid_of(image))
-            state, expected = model.init_state(memory), []
-            for word in [START, *hypothesis.tokens][: len(hypothesis.tokens) + hypothesis.finished]:
-                _, state, alpha = model.step(memory, state, torch.tensor([[word]]))
-                expected.append(alpha[0, 0])
-            assert torch.equal(hypothesis.alphas, torch.stack(expected) if expected else torch.zeros(0, CELLS))
+            state, alphas, gates, chances = model.init_state(memory), [], [], []
+            words = hypothesis.tokens + [END] * hypothesis.finished
+            for word, following in zip([START, *words], words):
+                gates.append(model.gate_mean(state)[0, 0])
+                logits, state, alpha = model.step(memory, state, torch.tensor([[word]]))
+                alphas.append(alpha[0, 0])
+                chances.append(logits[0, 0].softmax(-1)[following])
+            if words:
+                assert torch.equal(hypothesis.alphas, torch.stack(alphas))
+                assert torch.equal(hypothesis.gates, torch.stack(gates))
+                torch.testing.assert_close(hypothesis.probabilities, torch.stack(chances))
+            total = hypothesis.probabilities.double().log().sum().item()
+            assert total == pytest.approx(hypothesis.score, abs=1e-4), "no length penalty: they multiply to the score"
 
 
-def test_attention_is_kept_only_when_asked():
-    assert decode(Toy(), grid_of(1), DecodeOptions())[0][0].alphas is None
+def test_attention_gate_and_probability_are_kept_only_when_asked():
+    found = decode(Toy(), grid_of(1), DecodeOptions())[0][0]
+    assert found.alphas is found.gates is found.probabilities is None
 
 
 def test_samples_follow_the_models_distribution():
@@ -280,6 +296,7 @@ def test_ensemble_averages_probabilities():
             total += math.log(sum(chances) / 2)
         assert hypothesis.score == pytest.approx(total, abs=1e-4)
         assert hypothesis.alphas.shape == (len(words), CELLS)
+        assert hypothesis.probabilities.prod().log().item() == pytest.approx(total, abs=1e-3)
 
 
 def test_ensemble_of_one_model_twice_is_that_model():

@@ -17,10 +17,11 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 PRESETS_AND_KINDS = [("paper", "soft"), ("tutorial", "soft"), ("paper", "hard"), ("tutorial", "none")]
 
 
-def captioner(preset="paper", kind="soft", seed=0, vocab_size=40) -> Captioner:
+def captioner(preset="paper", kind="soft", seed=0, vocab_size=40, **changes) -> Captioner:
     """A small real model whose words are peaked, so that rounding does not decide, and whose captions end."""
     torch.manual_seed(seed)
-    spec = CaptionerSpec.of_preset(preset, attention=kind, embedding_dim=16, lstm_dim=16, attention_dim=8)
+    widths = {"embedding_dim": 16, "lstm_dim": 16, "attention_dim": 8}
+    spec = CaptionerSpec.of_preset(preset, attention=kind, **widths | changes)
     model = Captioner(spec, Sizes(vocab_size, 4, 12)).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=1.0)
@@ -65,6 +66,22 @@ def test_the_captioners_attention_has_one_distribution_per_word_and_end():
         for hypothesis in found:
             assert hypothesis.alphas.shape == (len(hypothesis.tokens) + hypothesis.finished, 4)
             torch.testing.assert_close(hypothesis.alphas.sum(1), torch.ones(len(hypothesis.alphas)))
+
+
+@pytest.mark.parametrize(("preset", "gate"), [("paper", "scalar"), ("tutorial", "vector"), ("paper", "none")])
+def test_the_gate_is_the_one_that_scales_the_context(preset, gate):
+    model = captioner(preset=preset, gate=gate)
+    assert model.spec.gate == gate
+    with torch.no_grad():
+        state = model.init_state(model.encode(torch.randn(5, 4, 12)))
+        found = model.gate_mean(state)
+    if gate == "none":
+        assert found is None
+        assert decode(model, torch.randn(1, 4, 12), DecodeOptions(keep_attention=True))[0][0].gates is None
+        return
+    expected = 1 / (1 + (-state.h @ model.gate.weight.T - model.gate.bias).exp())  # [5, 1, 1 or D]
+    torch.testing.assert_close(found, expected.mean(-1))
+    assert found.shape == (5, 1)
 
 
 def test_captioners_of_different_shape_make_an_ensemble():

@@ -43,6 +43,9 @@ class Decodable(Protocol):
     def step(self, memory: Memory, state: State, tokens: Tensor) -> tuple[Tensor, State, Tensor]:
         """Feed `tokens` int64 [B, k]: logits [B, k, V], the new state [B, k, ...] and attention [B, k, L]."""
 
+    def gate_mean(self, state: State) -> Tensor | None:
+        """How far the gate on what is seen will be open in the step from `state`, [B, k] in 0..1; None without one."""
+
 
 @dataclass(frozen=True)
 class Hypothesis:
@@ -56,6 +59,10 @@ class Hypothesis:
     """False: `max_length` came before `<end>`."""
     alphas: Tensor | None = field(default=None, compare=False)
     """Attention [steps, L] float32 if asked for: one row per word, then one for `<end>` if finished."""
+    probabilities: Tensor | None = field(default=None, compare=False)
+    """With it, [steps] float32: of each word after those before it."""
+    gates: Tensor | None = field(default=None, compare=False)
+    """With it, [steps] float32: how far the gate on what is seen was open, 0 to 1; None where no model has one."""
 
 
 class _Beams(NamedTuple):
@@ -71,6 +78,14 @@ class _Beams(NamedTuple):
         """[n, k]: log-probability / words ** penalty."""
         words = ((self.words != PAD) & (self.words != END)).sum(-1).clamp(min=1)
         return self.logp / words**penalty
+
+
+class _Trace(NamedTuple):
+    """What each step saw and chose, written once and never reordered: the beams' `parents` lead back through it."""
+
+    alphas: Tensor  # [T, B, k, L] attention of the slot that a step began with
+    gates: Tensor  # [T, B, k] its gate; NaN: there is none
+    chosen: Tensor  # [T, B, k] log-probability of the word that the step put into the slot
 
 
 @torch.inference_mode()
@@ -131,29 +146,30 @@ def _search(
     beams = _nothing_said(size, options.max_length, device)
     states = [model.init_state(memory) for model, memory in zip(models, memories, strict=True)]
     tokens = torch.full((size, 1), START, device=device)
-    alphas = None  # written once per step and never reordered: `parents` leads back through them
-    if options.keep_attention:
-        alphas = torch.zeros(options.max_length, size, options.width, cells, device=device)
+    trace = _empty_trace(options, size, cells, device) if options.keep_attention else None
     captions: list[list[Hypothesis]] = [[] for _ in range(size)]
     for step in range(options.max_length):
         together = zip(models, memories, states, strict=True)
         outputs = [model.step(memory, state, tokens) for model, memory, state in together]
-        if alphas is not None:
-            mean = torch.stack([alpha.float() for _, _, alpha in outputs]).mean(0)
-            alphas[step, beams.images, : mean.shape[1]] = mean
+        if trace is not None:
+            gates = [model.gate_mean(state) for model, state in zip(models, states, strict=True)]
+            _record(trace, step, beams.images, [alpha for _, _, alpha in outputs], gates)
         logp = _log_probs([logits for logits, _, _ in outputs])
         _block(logp, beams.words[:, :, :step], options)
         if uniforms is None:
             parents, tokens, scores = _best(logp, beams, options.width)
         else:
             parents, tokens, scores = _draw(logp, beams, uniforms[beams.images, :, step], options)
-        beams = _advance(beams, step, parents, tokens, scores)
         rows = torch.arange(len(parents), device=device)[:, None]
+        if trace is not None:
+            slots = torch.arange(parents.shape[1], device=device)
+            trace.chosen[step, beams.images[:, None], slots] = logp[rows, parents, tokens]
+        beams = _advance(beams, step, parents, tokens, scores)
         states = [_index(state, (rows, parents)) for _, state, _ in outputs]
 
         settled = _settled(beams, options) | (step == options.max_length - 1)
         if settled.any():
-            for image, found in _collect(_index(beams, settled), alphas, options):
+            for image, found in _collect(_index(beams, settled), trace, options):
                 captions[image] = found
             if settled.all():
                 break
@@ -171,6 +187,20 @@ def _nothing_said(size: int, steps: int, device: torch.device) -> _Beams:
         words=torch.full((size, 1, steps), PAD, device=device),
         parents=torch.zeros(size, 1, steps, dtype=torch.long, device=device),
     )
+
+
+def _empty_trace(options: DecodeOptions, size: int, cells: int, device: torch.device) -> _Trace:
+    slots = (options.max_length, size, options.width)
+    nothing = torch.full((2, *slots), math.nan, device=device)
+    return _Trace(torch.zeros(*slots, cells, device=device), *nothing)
+
+
+def _record(trace: _Trace, step: int, images: Tensor, alphas: list[Tensor], gates: list[Tensor | None]) -> None:
+    """Write the models' mean attention [n, k, L] and mean gate [n, k] of a step."""
+    mean = torch.stack([alpha.float() for alpha in alphas]).mean(0)
+    trace.alphas[step, images, : mean.shape[1]] = mean
+    if known := [gate.float() for gate in gates if gate is not None]:
+        trace.gates[step, images, : mean.shape[1]] = torch.stack(known).mean(0)
 
 
 def _index(tensors: Rows, where: slice | Tensor | tuple[Tensor, Tensor]) -> Rows:
@@ -283,7 +313,7 @@ def _settled(beams: _Beams, options: DecodeOptions) -> Tensor:
     return best >= beams.logp.masked_fill(beams.ended, -math.inf).amax(-1) / longest
 
 
-def _collect(beams: _Beams, alphas: Tensor | None, options: DecodeOptions) -> list[tuple[int, list[Hypothesis]]]:
+def _collect(beams: _Beams, trace: _Trace | None, options: DecodeOptions) -> list[tuple[int, list[Hypothesis]]]:
     """The captions of settled images: (position in the chunk, hypotheses best first)."""
     found = []
     columns = (beams.images, beams.scores(options.length_penalty), beams.ended, beams.words)
@@ -294,10 +324,21 @@ def _collect(beams: _Beams, alphas: Tensor | None, options: DecodeOptions) -> li
             if scores[slot] == -math.inf:
                 continue
             tokens = [word for word in words[slot] if word not in (PAD, END)]
-            steps = len(tokens) + ended[slot]
-            path = beams.parents[row, slot, :steps]
-            attention = None if alphas is None else alphas[range(steps), image, path]
-            hypotheses.append(Hypothesis(tokens, scores[slot], ended[slot], attention))
+            path = beams.parents[row, slot, : len(tokens) + ended[slot]]
+            kept = {} if trace is None else _follow(trace, image, slot, path)
+            hypotheses.append(Hypothesis(tokens, scores[slot], ended[slot], **kept))
         hypotheses.sort(key=lambda h: (not h.finished, -h.score, len(h.tokens), h.tokens))
         found.append((image, hypotheses[: options.n_best]))
     return found
+
+
+def _follow(trace: _Trace, image: int, slot: int, path: Tensor) -> dict[str, Tensor | None]:
+    """The fields of a hypothesis that ended in `slot`, its steps having begun in the slots `path` int64 [steps]."""
+    steps = torch.arange(len(path), device=path.device)
+    ends = torch.cat([path[1:], path.new_tensor([slot])])[: len(path)]  # a step ends where the next one begins
+    gates = trace.gates[steps, image, path]
+    return {
+        "alphas": trace.alphas[steps, image, path],
+        "probabilities": trace.chosen[steps, image, ends].exp(),
+        "gates": None if gates.isnan().any() else gates,
+    }

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
+from torch import Tensor
 
 from sat.evaluation.decoding import Hypothesis
 from sat.text import CaptionTokenizer
@@ -27,6 +28,10 @@ class Prediction:
     """False: the greatest length came before the end."""
     attention: npt.NDArray[np.float32] | None = field(default=None, compare=False, repr=False)
     """[words, L]: weights of the grid's cells at each word, if asked for."""
+    probabilities: npt.NDArray[np.float32] | None = field(default=None, compare=False, repr=False)
+    """With the attention, [words]: of each word after those before it."""
+    gates: npt.NDArray[np.float32] | None = field(default=None, compare=False, repr=False)
+    """With the attention, [words]: how far the gate on what is seen was open, 0 to 1; None without a gate."""
     picture: npt.NDArray[np.uint8] | None = field(default=None, compare=False, repr=False)
     """[S, S, 3]: exactly what the encoder saw; None where only features were read."""
     others: tuple["Prediction", ...] = ()
@@ -50,7 +55,14 @@ def predict(
         score=best.score,
         log_probability=best.score * max(len(words), 1) ** length_penalty,
         finished=best.finished,
-        attention=None if best.alphas is None else best.alphas[: len(words)].numpy(force=True),
+        attention=_of_words(best.alphas, len(words)),
+        probabilities=_of_words(best.probabilities, len(words)),
+        gates=_of_words(best.gates, len(words)),
         picture=picture,
         others=tuple(predict(image_id, [each], tokenizer, length_penalty) for each in others),
     )
+
+
+def _of_words(steps: Tensor | None, words: int) -> npt.NDArray[np.float32] | None:
+    """The rows of the words, without that of `<end>`."""
+    return None if steps is None else steps[:words].numpy(force=True)

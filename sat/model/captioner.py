@@ -154,6 +154,16 @@ class Captioner(nn.Module):
         alpha = attended.alpha if attended else h.new_full((), 1 / L).expand(*tokens.shape, L)
         return logits, State(h, c), alpha
 
+    def gate_mean(self, state: State) -> Tensor | None:
+        """How far the gate on the context is open in the step from `state`, [B, k] in 0..1, the mean of its components.
+
+        None for a model without a gate.
+        """
+        if self.gate is None:
+            return None
+        gate: Tensor = self.gate(state.h.to(self._matmul_dtype())).sigmoid()
+        return gate.to(state.h.dtype).mean(-1)
+
     def _attend_for_inference(self, attention: Attention, memory: Memory, query: Tensor) -> Attended:
         kernels = None
         if self.expects and memory.prepared.numel() and not torch.is_grad_enabled():

@@ -39,6 +39,9 @@ class EndToEnd(nn.Module):
     def step(self, memory: Memory, state: State, tokens: Tensor) -> tuple[Tensor, State, Tensor]:
         return self.captioner.step(memory, state, tokens)
 
+    def gate_mean(self, state: State) -> Tensor | None:
+        return self.captioner.gate_mean(state)
+
 
 @torch.inference_mode()
 def feature_statistics(encoder: Encoder, images: Tensor, chunk: int = 32) -> dict[str, Tensor]:
