@@ -61,6 +61,8 @@ class _Entry:
     captions: tuple[str, ...]
     folders: tuple[str, ...] = ("",)
     file_bytes: int = 0
+    size: tuple[int, int] = (0, 0)
+    """Width and height in pixels, where the file says them."""
 
 
 def read_annotations(
@@ -95,7 +97,10 @@ def read_annotations(
         usable, missing = _find_files(usable, Path(image_root))
         left_out += missing
     keys = _keys([entry.image_id for entry in usable])
-    images = [ImageRecord(e.image_id, e.file_name, e.split, e.captions, keys[e.image_id], e.file_bytes) for e in usable]
+    images = [
+        ImageRecord(e.image_id, e.file_name, e.split, e.captions, keys[e.image_id], e.file_bytes, *e.size)
+        for e in usable
+    ]
     images.sort(key=lambda record: (record.split, record.image_id))
     return Records(tuple(images), tuple(sorted(left_out, key=lambda item: item.image_id)), dict(sorted(notes.items())))
 
@@ -180,7 +185,16 @@ def _coco(document: dict[str, Any], split: str, file: Path) -> Iterator[_Entry]:
     folder = re.sub(r"^captions_", "", file.stem)
     for image in document["images"]:
         texts = tuple(text for _, text in sorted(captions.get(image["id"], {}).items()))
-        yield _Entry(str(image["id"]), image["file_name"], split, texts, ("", split, folder))
+        about = (str(image["id"]), image["file_name"], split, texts, ("", split, folder))
+        yield _Entry(*about, size=_size_of(image))
+
+
+def _size_of(image: Mapping[str, Any]) -> tuple[int, int]:
+    """Width and height of a picture of COCO's; (0, 0) where they are not said."""
+    width, height = (image.get(side) for side in ("width", "height"))
+    if isinstance(width, int) and isinstance(height, int) and 0 < min(width, height) <= max(width, height) < 1 << 31:
+        return width, height
+    return 0, 0
 
 
 def _karpathy(document: dict[str, Any]) -> Iterator[_Entry]:

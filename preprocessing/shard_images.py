@@ -3,13 +3,11 @@
     python -m preprocessing.shard_images --images coco --out data/coco/images --num-workers 8 \\
         --annotations train=captions_train2017.json --annotations val=captions_val2017.json
 
-Every picture is decoded to prove that it can be; its file goes into the shard unchanged. The surprising decision: the
-order inside the shards is random once and for ever (by a hash of seed and image id), so that later readers may read
-sequential runs and still see mixed samples.
+Every picture is decoded to prove that it can be; its file goes into the shard unchanged.
 """
 
 import os
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -17,23 +15,14 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-import xxhash
 
 from preprocessing.annotations import RULES, Records, read_annotations
 from preprocessing.console import Step, progress_line, run
-from preprocessing.sharding.finalize import finalize, reasons_of
+from preprocessing.sharding.finalize import finalize
 from preprocessing.sharding.jobs import Summary, parse_stripe, process_pool, run_shards
-from preprocessing.sharding.plan import (
-    ImageRecord,
-    ImageSettings,
-    Plan,
-    PlannedShard,
-    load_plan,
-    publish_plan,
-    records_digest,
-)
+from preprocessing.sharding.plan import ImageSettings, Plan, PlannedShard, load_plan, publish_plan
+from preprocessing.sharding.records import at_most_bad, check_left_out, plan_records
 from preprocessing.sharding.write import Sample, write_shard
-from sat import files
 from sat.machine import available_cores
 from sat.shards.pictures import MAX_BYTES, NOTE, BadPicture, decode, extension_of
 from sat.shards.schema import LeftOut, Sidecar
@@ -56,17 +45,11 @@ def plan_images(
 
     Raises ValueError when there is nothing to shard, too much is left out already, or `out` was planned otherwise.
     """
-    if shard_size < 1:
-        raise ValueError(f"shard size {shard_size}: expected at least 1")
-    _check_left_out(records, image_root, max_bad_fraction)
-    shards, groups = [], []
-    for split, number, group in _groups(records.images, shard_size, seed):
-        shards.append(PlannedShard(f"{split}-{number:06d}.tar", split, len(group), records_digest(group)))
-        groups.append(group)
-    digest = files.sha256_of("".join(shard.name + shard.rows_sha256 for shard in shards))
+    check_left_out(len(records.images), records.left_out, image_root, max_bad_fraction)
+    shards, groups, digest = plan_records(records.images, shard_size, seed)
     fingerprint = {"writer": WRITER, "rules": RULES, "records": digest, "shard_size": shard_size, "seed": seed}
     settings = ImageSettings(os.path.abspath(image_root))
-    plan = Plan(out, fingerprint, settings, tuple(shards), records.left_out, records.notes)
+    plan = Plan(out, fingerprint, settings, shards, records.left_out, records.notes)
     return publish_plan(plan, groups, overwrite)
 
 
@@ -80,7 +63,7 @@ def build_image_shard(plan: Plan, shard: PlannedShard, most_bad: Mapping[str, in
     notes: Counter[str] = Counter()
     samples = _samples(plan, shard, notes)
     if most_bad is not None:
-        samples = _at_most_bad(samples, most_bad.get(shard.name, 0), plan.root / shard.name)
+        samples = at_most_bad(samples, most_bad.get(shard.name, 0), plan.root / shard.name)
     return write_shard(
         plan.root, shard, plan.digest, samples, lambda: {"notes": dict(sorted(notes.items()))} if notes else {}
     )
@@ -131,33 +114,6 @@ def read_picture(path: Path, file_bytes: int) -> bytes:
     return data
 
 
-def _check_left_out(records: Records, image_root: Path, max_bad_fraction: float) -> None:
-    total = len(records.images) + len(records.left_out)
-    if records.left_out and (not records.images or len(records.left_out) > max_bad_fraction * total):
-        counts = ", ".join(f"{n} {reason}" for reason, n in reasons_of(records.left_out).items())
-        first = records.left_out[0]
-        raise ValueError(
-            f"{len(records.left_out)} of {total} pictures have to be left out ({counts}), "
-            f"e.g. {first.file_name} ({first.reason}); looked below {image_root}; "
-            f"--max-bad-fraction {max_bad_fraction} allows less"
-        )
-    if not records.images:
-        raise ValueError("the annotations list no picture")
-
-
-def _groups(
-    images: tuple[ImageRecord, ...], shard_size: int, seed: int
-) -> Iterator[tuple[str, int, list[ImageRecord]]]:
-    """(split, number, records) of every shard, in the order of the shards."""
-    by_split = defaultdict(list)
-    for record in images:
-        by_split[record.split].append(record)
-    for split, members in sorted(by_split.items()):
-        members.sort(key=lambda r: (xxhash.xxh3_64_intdigest(f"{seed}/{r.image_id}".encode()), r.image_id))
-        for number, start in enumerate(range(0, len(members), shard_size)):
-            yield split, number, members[start : start + shard_size]
-
-
 def _samples(plan: Plan, shard: PlannedShard, notes: Counter[str]) -> Iterator[Sample | LeftOut]:
     folder = Path(plan.settings_as(ImageSettings).images)
     for record in plan.records(shard):
@@ -169,17 +125,6 @@ def _samples(plan: Plan, shard: PlannedShard, notes: Counter[str]) -> Iterator[S
             continue
         notes.update([image.info[NOTE]] if NOTE in image.info else [])
         yield Sample(record, data, extension_of(image), image.width, image.height)
-
-
-def _at_most_bad(samples: Iterator[Sample | LeftOut], limit: int, path: Path) -> Iterator[Sample | LeftOut]:
-    bad = 0
-    for sample in samples:
-        if isinstance(sample, LeftOut):
-            bad += 1
-            if bad > limit:
-                what = f"{sample.file_name} would be left out ({sample.reason})"
-                raise ValueError(f"{path}: {what}; before, {limit} were")
-        yield sample
 
 
 def _about(plan: Plan) -> str:

@@ -104,7 +104,7 @@ def test_rows_of_a_shard_stand_where_the_contract_says():
 @settings(deadline=None)
 def test_a_sample_is_a_plain_tar_of_its_two_members(data, captions):
     about = {"image_id": "ü", "file_name": "f.jpg", "captions": captions, "width": 3, "height": 4}
-    blob = sample_bytes("key", "npy", data, **about)
+    blob = sample_bytes("key", {"npy": data}, **about)
     assert len(blob) % TAR_BLOCK == 0
     members = read_members(blob, "here")
     assert members["npy"] == data and json.loads(members["json"]) == about
@@ -113,7 +113,7 @@ def test_a_sample_is_a_plain_tar_of_its_two_members(data, captions):
 
 
 def test_bytes_that_are_no_sample_are_refused_by_name():
-    blob = sample_bytes("key", "npy", b"data", image_id="i", file_name="f", captions=(), width=1, height=1)
+    blob = sample_bytes("key", {"npy": b"data"}, image_id="i", file_name="f", captions=(), width=1, height=1)
     for damaged in (blob[:-TAR_BLOCK], b"\1" + blob[1:], blob.replace(b"ustar", b"USTAR", 1)):
         with pytest.raises(ValueError, match="here: "):
             read_members(damaged, "here")

@@ -53,7 +53,7 @@ def _write_tables(plan: Plan, statistics: Statistics | None, left_out: list[Left
     files.write_bytes(root / LEFT_OUT, lines.encode(), work)
     files.crash_point("tables-written")
     names = [LEFT_OUT] if statistics is None else [LEFT_OUT, STATISTICS]
-    write_manifest(root, plan.kind, plan.fingerprint, shards, names, reasons_of(left_out), work)
+    write_manifest(root, plan.holds, plan.fingerprint, shards, names, reasons_of(left_out), work)
     files.crash_point("manifest-written")
 
 
@@ -66,7 +66,7 @@ def _standing(plan: Plan) -> Manifest | None:
     except ValueError:
         return None
     equal = shards == {shard.name: shard.sha256 for shard in manifest.shards}
-    return manifest if equal and manifest.fingerprint == plan.fingerprint and manifest.kind == plan.kind else None
+    return manifest if equal and manifest.fingerprint == plan.fingerprint and manifest.kind == plan.holds else None
 
 
 def _check_sidecars(plan: Plan) -> None:

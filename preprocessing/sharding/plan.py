@@ -34,6 +34,8 @@ PLAN_SCHEMA = pa.schema(
         ("split", pa.string()),
         ("file_bytes", pa.int64()),
         ("captions", pa.list_(pa.string())),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
     ]
 )
 
@@ -51,6 +53,9 @@ class ImageRecord:
     """WebDataset key, `[A-Za-z0-9_-]+`: the image id where it fits, else derived from it."""
     file_bytes: int = 0
     """Size of the file when its image root was given: a replaced picture is noticed by the next plan."""
+    width: int = 0
+    height: int = 0
+    """Of the picture in pixels, where the annotations say them, else 0."""
 
 
 @dataclass(frozen=True)
@@ -90,9 +95,22 @@ class FeatureSettings:
     """int8 only: the scales per channel (little-endian float32 in base64), whose digest the fingerprint has."""
 
 
-KINDS: dict[str, type[ImageSettings] | type[FeatureSettings]] = {"images": ImageSettings, "features": FeatureSettings}
-"""Kinds of data sets, by the settings of their plans."""
-Settings = TypeVar("Settings", ImageSettings, FeatureSettings)
+@dataclass(frozen=True)
+class ImportSettings:
+    """What packing features from elsewhere needs to know and the bytes do not depend on."""
+
+    features: str
+    """Folder of the feature files, or an HDF5 file; absolute."""
+    boxes: str = ""
+    """Folder of files of boxes beside those of features; absolute, empty where there is none."""
+    scale: str = ""
+    """As in FeatureSettings."""
+
+
+AnySettings = ImageSettings | FeatureSettings | ImportSettings
+KINDS: dict[str, type[AnySettings]] = {"images": ImageSettings, "features": FeatureSettings, "imported": ImportSettings}
+"""Kinds of plans, by their settings."""
+Settings = TypeVar("Settings", ImageSettings, FeatureSettings, ImportSettings)
 
 
 @dataclass(frozen=True)
@@ -102,7 +120,7 @@ class Plan:
     root: Path
     fingerprint: Mapping[str, Any]
     """Everything that shapes the bytes: the document on disk, sealed into plan, sidecars and manifest."""
-    settings: ImageSettings | FeatureSettings
+    settings: AnySettings
     shards: tuple[PlannedShard, ...]
     """Sorted by (split, name)."""
     left_out: tuple[LeftOut, ...] = ()
@@ -112,8 +130,13 @@ class Plan:
 
     @property
     def kind(self) -> str:
-        """`images` or `features`."""
+        """`images`, `features` (extracted from image shards) or `imported` (features from elsewhere)."""
         return next(kind for kind, settings in KINDS.items() if isinstance(self.settings, settings))
+
+    @property
+    def holds(self) -> str:
+        """What the data set is one of: `images` or `features`."""
+        return "images" if self.kind == "images" else "features"
 
     @property
     def digest(self) -> str:
@@ -128,11 +151,11 @@ class Plan:
     def settings_as(self, settings: type[Settings]) -> Settings:
         """The settings, where the plan is of the kind that has such; ValueError where it is of the other kind."""
         if not isinstance(self.settings, settings):
-            raise ValueError(f"{self.root} is planned to hold {self.kind}; this program makes the other kind")
+            raise ValueError(f"{self.root} is planned to hold {self.kind}; this program makes another kind")
         return self.settings
 
     def records(self, shard: PlannedShard) -> list[ImageRecord]:
-        """Planned samples of one image shard. Raises ValueError when the table is damaged."""
+        """Planned samples of one shard that is not made from another. Raises ValueError when the table is damaged."""
         return _read_records(self, _open_table(self), self.shards.index(shard))
 
 
@@ -142,7 +165,7 @@ _AGAIN = "run the plan step again, with the same options"
 def check_table(plan: Plan) -> None:
     """ValueError when the table is missing or damaged."""
     table = _open_table(plan)
-    for index in range(len(plan.shards) if plan.kind == "images" else 0):
+    for index in range(0 if plan.kind == "features" else len(plan.shards)):
         _read_records(plan, table, index)
 
 
@@ -255,7 +278,7 @@ def load_plan(root: Path) -> Plan:
     )
 
 
-def _settings(kind: str, document: Mapping[str, Any]) -> ImageSettings | FeatureSettings:
+def _settings(kind: str, document: Mapping[str, Any]) -> AnySettings:
     known = {one.name for one in fields(KINDS[kind])}
     return KINDS[kind](**{name: value for name, value in document.items() if name in known})
 

@@ -14,7 +14,7 @@ workers one wins and the other throws its work away; a pair mixed of both cannot
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -29,7 +29,7 @@ from sat.shards.tar import END_OF_TAR, sample_bytes
 
 @dataclass(frozen=True)
 class Sample:
-    """What goes into a shard for one picture: `KEY.EXTENSION` holds `data`, `KEY.json` the rest."""
+    """What goes into a shard for one picture: `KEY.EXTENSION` holds `data`, `KEY.json` what the record says."""
 
     record: ImageRecord
     data: bytes
@@ -37,7 +37,9 @@ class Sample:
     extension: str
     width: int
     height: int
-    """Of the picture, in pixels."""
+    """Of the picture, in pixels; 0 where that is not known."""
+    more: Mapping[str, bytes] = field(default_factory=dict)
+    """Further members by extension: `boxes.npy` of region features."""
 
 
 def sidecar_path(root: Path, shard: PlannedShard) -> Path:
@@ -211,8 +213,7 @@ def _members(sample: Sample) -> bytes:
     record = sample.record
     return sample_bytes(
         record.key,
-        sample.extension,
-        sample.data,
+        {sample.extension: sample.data, **sample.more},
         image_id=record.image_id,
         file_name=record.file_name,
         captions=record.captions,

@@ -92,8 +92,7 @@ def write_shard(root: Path, spec: FeatureSpec, number: int, samples: int, random
             )
             blob = sample_bytes(
                 row.key,
-                "npy",
-                spec.npy_bytes(grid),
+                {"npy": spec.npy_bytes(grid)},
                 image_id=row.image_id,
                 file_name=row.file_name,
                 captions=row.captions,

@@ -1,8 +1,8 @@
-"""A sample as a piece of a tar: its data member, then its .json member; no clock, user or machine in it."""
+"""A sample as a piece of a tar: its data members, then its .json member; no clock, user or machine in it."""
 
 import json
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 TAR_BLOCK = 512
 END_OF_TAR = bytes(2 * TAR_BLOCK)
@@ -11,8 +11,7 @@ END_OF_TAR = bytes(2 * TAR_BLOCK)
 
 def sample_bytes(
     key: str,
-    extension: str,
-    data: bytes,
+    data: Mapping[str, bytes],
     *,
     image_id: str,
     file_name: str,
@@ -20,11 +19,11 @@ def sample_bytes(
     width: int,
     height: int,
 ) -> bytes:
-    """The members KEY.EXTENSION, which holds `data`, and KEY.json, which holds the rest, with headers and padding."""
+    """The members KEY.EXTENSION of `data`, by extension, and KEY.json of the rest, with headers and padding."""
     about = {"image_id": image_id, "file_name": file_name, "captions": list(captions), "width": width, "height": height}
     text = json.dumps(about, ensure_ascii=False, sort_keys=True).encode()
     parts: list[bytes] = []
-    for suffix, content in ((extension, data), ("json", text)):
+    for suffix, content in (*data.items(), ("json", text)):
         member = tarfile.TarInfo(f"{key}.{suffix}")
         member.size, member.mode, member.mtime = len(content), 0o644, 0
         parts += [member.tobuf(tarfile.USTAR_FORMAT), content, bytes(-len(content) % TAR_BLOCK)]
