@@ -20,9 +20,18 @@ from preprocessing.console import progress_line, run
 from preprocessing.extract_features import extract_stripe, finalize_features
 from preprocessing.features.plan import recipe_of, source_of
 from preprocessing.features.weights import check_planned
+from preprocessing.import_features import check_source, finalize_import, import_stripe
 from preprocessing.shard_images import check_pictures, shard_stripe
 from preprocessing.sharding.finalize import finalize
-from preprocessing.sharding.plan import LEFT_OUT, FeatureSettings, ImageSettings, Plan, PlannedShard, load_plan
+from preprocessing.sharding.plan import (
+    LEFT_OUT,
+    AnySettings,
+    FeatureSettings,
+    ImportSettings,
+    Plan,
+    PlannedShard,
+    load_plan,
+)
 from preprocessing.sharding.verify import Report, check_tables, recorded_bytes, verify
 from preprocessing.sharding.write import read_sidecar, sidecar_path
 from sat import files
@@ -55,13 +64,13 @@ def repair(
         _rebuild(plan, shards, most_bad, num_workers)
     if faults:
         (root / MANIFEST).unlink(missing_ok=True)
-    finalize(plan) if plan.kind == "images" else finalize_features(plan)
+    {"images": finalize, "features": finalize_features, "imported": finalize_import}[plan.kind](plan)
 
 
-def _moved(
-    settings: ImageSettings | FeatureSettings, images: Path | None, weights: Path | None
-) -> ImageSettings | FeatureSettings:
+def _moved(settings: AnySettings, images: Path | None, weights: Path | None) -> AnySettings:
     """The settings with the folders and files where they are now."""
+    if isinstance(settings, ImportSettings):
+        return settings if images is None else replace(settings, features=os.path.abspath(images))
     if images is not None:
         settings = replace(settings, images=os.path.abspath(images))
     if weights is not None and isinstance(settings, FeatureSettings):
@@ -102,6 +111,8 @@ def _rebuild(plan: Plan, shards: list[PlannedShard], most_bad: dict[str, int], n
     """Build shards again. Only their sidecars are taken away before, and put back where the job fails."""
     if plan.kind == "images":
         check_pictures(plan)
+    elif plan.kind == "imported":
+        check_source(plan)
     else:
         source_of(plan)
         weights = plan.settings_as(FeatureSettings).weights
@@ -113,6 +124,8 @@ def _rebuild(plan: Plan, shards: list[PlannedShard], most_bad: dict[str, int], n
             path.unlink()
         if plan.kind == "images":
             shard_stripe(plan, num_workers=num_workers, most_bad=most_bad)
+        elif plan.kind == "imported":
+            import_stripe(plan, num_workers=num_workers, most_bad=most_bad)
         else:
             extract_stripe(plan)
     except Exception:
@@ -137,7 +150,7 @@ def main(
     folders: Annotated[list[Path], typer.Argument(help="folders of image or feature shards")],
     repair_faults: Annotated[bool, typer.Option("--repair", help="rebuild what is broken")] = False,
     images: Annotated[
-        Path | None, typer.Option(help="with --repair: where the pictures or image shards are now")
+        Path | None, typer.Option(help="with --repair: where the pictures, image shards or imported features are now")
     ] = None,
     weights: Annotated[Path | None, typer.Option(help="with --repair: where the encoder weights are now")] = None,
     num_workers: Annotated[

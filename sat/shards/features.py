@@ -16,8 +16,8 @@ Part = TypeVar("Part", "EncoderSpec", "Transform")
 
 NPY_HEADER = 128
 """Bytes of the npy header before every grid."""
-KINDS = ("grid",)
-"""What a picture's features are: a `grid` has the same cells for every picture."""
+KINDS = ("grid", "regions")
+"""What a picture's features are: a `grid` has the same cells for every picture, `regions` are as many as were found."""
 
 
 @dataclass(frozen=True)
@@ -106,8 +106,9 @@ class FeatureSpec:
     """What the features of every picture of a data set are, or what a model was trained on."""
 
     kind: str
+    """Name in KINDS."""
     cells: tuple[int, int]
-    """Rows and columns of the grid."""
+    """Rows and columns of the grid; (0, 0) for regions."""
     dim: int
     """Width D of a cell's features."""
     dtype: str
@@ -117,15 +118,19 @@ class FeatureSpec:
     """Both None where the features were not made from pictures."""
     scale_sha256: str = ""
     """int8 only: SHA-256 of the scales per channel."""
+    max_regions: int = 0
+    """Regions only: the most that a picture has."""
+    boxes: bool = False
+    """Regions only: whether each has its box, float32 [L_i, 4] x0 y0 x1 y1 in 0..1."""
 
     @property
     def locations(self) -> int:
-        """L, the cells of the grid."""
-        return self.cells[0] * self.cells[1]
+        """L: the cells of a grid, or the most regions of a picture."""
+        return self.cells[0] * self.cells[1] if self.kind == "grid" else self.max_regions
 
     @property
     def shape(self) -> tuple[int, int]:
-        """[L, D] of one picture's features."""
+        """[L, D] of one picture's features; of regions the largest."""
         return self.locations, self.dim
 
     @property
@@ -140,18 +145,22 @@ class FeatureSpec:
 
     @property
     def npy_header(self) -> bytes:
-        """The NPY_HEADER bytes before the data of every array on disk."""
-        buffer = io.BytesIO()
-        descr = np.lib.format.dtype_to_descr(self.stored)
-        header = {"descr": descr, "fortran_order": False, "shape": self.shape}
-        np.lib.format.write_array_header_1_0(buffer, header)
-        assert buffer.tell() == NPY_HEADER, f"npy header of {buffer.tell()} bytes for shape {self.shape}"
-        return buffer.getvalue()
+        """The NPY_HEADER bytes before the data of every array on disk; of regions those of the largest."""
+        return npy_header(self.stored, self.shape)
 
     def npy_bytes(self, stored: npt.NDArray[Any]) -> bytes:
-        """One picture's features [L, D] in the stored type as an npy file, version 1."""
-        assert stored.shape == self.shape and stored.dtype == self.stored, f"{stored.dtype} array {stored.shape}"
-        return self.npy_header + np.ascontiguousarray(stored).tobytes()
+        """One picture's features [L, D] (regions: [L_i, D]) in the stored type as an npy file, version 1."""
+        fits = stored.shape == self.shape or (
+            self.kind == "regions" and stored.shape[1:] == (self.dim,) and 0 < len(stored) <= self.max_regions
+        )
+        assert fits and stored.dtype == self.stored, f"{stored.dtype} array {stored.shape}"
+        return npy_header(self.stored, stored.shape) + np.ascontiguousarray(stored).tobytes()
+
+    @staticmethod
+    def boxes_bytes(boxes: npt.NDArray[np.float32]) -> bytes:
+        """The boxes of one picture's regions, float32 [L_i, 4], as an npy file, version 1."""
+        assert boxes.dtype == np.float32 and boxes.shape[1:] == (4,), f"{boxes.dtype} array {boxes.shape}"
+        return npy_header(np.dtype("<f4"), boxes.shape) + np.ascontiguousarray(boxes, "<f4").tobytes()
 
     @classmethod
     def from_fingerprint(cls, fingerprint: Mapping[str, Any]) -> "FeatureSpec":
@@ -159,13 +168,13 @@ class FeatureSpec:
 
         ValueError for a document of no features, or one that says what this program does not know.
         """
-        missing = [name for name in ("grid", "dim") if name not in fingerprint]
-        if missing:
-            raise ValueError(f"the fingerprint does not say {' and '.join(missing)}; it is not one of features")
         kind = fingerprint.get("kind", "grid")
         if kind not in KINDS:
             raise ValueError(f"features of kind {kind!r} are unknown to this program; it reads {', '.join(KINDS)}")
-        height, width = fingerprint["grid"]
+        missing = [name for name in ("grid" if kind == "grid" else "max_regions", "dim") if name not in fingerprint]
+        if missing:
+            raise ValueError(f"the fingerprint does not say {' and '.join(missing)}; it is not one of features")
+        height, width = fingerprint.get("grid", (0, 0))
         return cls(
             kind=kind,
             cells=(height, width),
@@ -174,12 +183,18 @@ class FeatureSpec:
             encoder=_part(EncoderSpec, "encoder", fingerprint.get("encoder")),
             transform=_part(Transform, "transform", fingerprint.get("transform")),
             scale_sha256=fingerprint.get("scale_sha256", ""),
+            max_regions=fingerprint.get("max_regions", 0),
+            boxes=fingerprint.get("boxes", False),
         )
 
     def to_fingerprint(self) -> dict[str, Any]:
         """The entries of the document that this is a view of; what is empty has no entry."""
         document: dict[str, Any] = {"encoder": _document(self.encoder), "transform": _document(self.transform)}
-        document |= {"grid": list(self.cells), "dim": self.dim, "dtype": self.dtype, "scale_sha256": self.scale_sha256}
+        if self.kind == "grid":
+            document |= {"grid": list(self.cells)}
+        else:
+            document |= {"kind": self.kind, "max_regions": self.max_regions, "boxes": self.boxes}
+        document |= {"dim": self.dim, "dtype": self.dtype, "scale_sha256": self.scale_sha256}
         return {name: value for name, value in document.items() if value != ""}
 
     def refuse(self, other: "FeatureSpec | None", where: str) -> None:
@@ -193,6 +208,15 @@ class FeatureSpec:
                     f"{where}: its {name} is {theirs.get(name)!r}, but {ours.get(name)!r} is needed; "
                     "extract the features again with the same encoder and settings"
                 )
+
+
+def npy_header(stored: np.dtype[Any], shape: tuple[int, ...]) -> bytes:
+    """The NPY_HEADER bytes before an array of this type and shape in an npy file, version 1."""
+    buffer = io.BytesIO()
+    header = {"descr": np.lib.format.dtype_to_descr(stored), "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(buffer, header)
+    assert buffer.tell() == NPY_HEADER, f"npy header of {buffer.tell()} bytes for shape {shape}"
+    return buffer.getvalue()
 
 
 def end_to_end_features(size: int, trained_from: str) -> FeatureSpec:

@@ -1,0 +1,166 @@
+"""Features from elsewhere -> verified feature shards, without a picture: grids, or regions with their boxes.
+
+    python -m preprocessing.import_features --annotations train=captions_train2017.json --annotations \\
+        val=captions_val2017.json --features cocobu_att --out data/coco/regions
+
+`--features` is a folder of `NAME.npy` or `NAME.npz`, or one HDF5 file (see `preprocessing.importing.sources` for what
+is read), where NAME is the picture's file name without suffix or its image id. What cannot be used is left out by rule
+and counted. The shards are written as all others are: the job can be interrupted, repeated and run twice at once.
+"""
+
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from preprocessing.annotations import read_annotations
+from preprocessing.console import Step, progress_line, run
+from preprocessing.features.statistics import ChannelSums, merge_statistics
+from preprocessing.importing.arrays import BadFeatures
+from preprocessing.importing.fitting import fit
+from preprocessing.importing.plan import ImportOptions, import_settings, plan_import, scale_of, spec_of
+from preprocessing.importing.sources import open_source
+from preprocessing.sharding.finalize import finalize
+from preprocessing.sharding.jobs import Summary, parse_stripe, process_pool, run_shards
+from preprocessing.sharding.plan import ImportSettings, Plan, PlannedShard, load_plan
+from preprocessing.sharding.records import at_most_bad
+from preprocessing.sharding.write import Sample, write_shard
+from sat.machine import available_cores
+from sat.shards.features import FeatureSpec
+from sat.shards.manifest import Manifest
+from sat.shards.schema import LeftOut, Sidecar
+
+
+def build_imported_shard(plan: Plan, shard: PlannedShard, most_bad: Mapping[str, int] | None = None) -> Sidecar:
+    """Write one shard of imported features; returns its sidecar.
+
+    Raises ValueError or OSError, and publishes nothing, when the files are not the planned ones or more are bad than
+    `most_bad` allows for this shard.
+    """
+    sums = ChannelSums(spec_of(plan).dim)
+    samples = _samples(plan, shard, sums)
+    if most_bad is not None:
+        samples = at_most_bad(samples, most_bad.get(shard.name, 0), plan.root / shard.name)
+    return write_shard(plan.root, shard, plan.digest, samples, extra=sums.to_json)
+
+
+def import_stripe(
+    plan: Plan,
+    *,
+    stripe: str = "0/1",
+    num_workers: int = 1,
+    max_bad_fraction: float = 1.0,
+    most_bad: Mapping[str, int] | None = None,
+) -> Summary:
+    """Write the shards of a stripe with `num_workers` processes; raises as `run_shards` and the build do."""
+    index, count = parse_stripe(stripe)
+    pictures = sum(shard.samples for shard in plan.shards[index::count])
+    pool = ThreadPoolExecutor(1) if num_workers <= 1 else process_pool(num_workers)
+    with progress_line(pictures, "feature shards") as advance, pool as executor:
+        return run_shards(
+            plan,
+            partial(build_imported_shard, most_bad=most_bad),
+            executor,
+            stripe=stripe,
+            slots=max(num_workers, 1),
+            max_bad_fraction=max_bad_fraction,
+            progress=lambda images, built: advance(images),
+        )
+
+
+def finalize_import(plan: Plan, max_bad_fraction: float = 1.0) -> Manifest:
+    """Publish the data set with its statistics; raises as `finalize`."""
+    splits, dim, scale = plan.fingerprint["statistics_splits"], spec_of(plan).dim, scale_of(plan)
+    return finalize(plan, lambda sidecars: merge_statistics(sidecars, splits, dim, scale), max_bad_fraction)
+
+
+def check_source(plan: Plan) -> None:
+    """ValueError when the features a plan was made from are not there."""
+    settings = plan.settings_as(ImportSettings)
+    open_source(settings.features, settings.boxes)
+
+
+def _samples(plan: Plan, shard: PlannedShard, sums: ChannelSums) -> Iterator[Sample | LeftOut]:
+    settings, spec, scale = plan.settings_as(ImportSettings), spec_of(plan), scale_of(plan)
+    source = open_source(settings.features, settings.boxes)
+    for record in plan.records(shard):
+        place = source.find(record)
+        if place is None or place.bytes != record.file_bytes:
+            what = "are gone" if place is None else f"are not {record.file_bytes} bytes long as they were planned"
+            raise ValueError(
+                f"{settings.features}: the features of {record.file_name} {what}; plan again with --overwrite"
+            )
+        try:
+            found = source.read(place)
+            fitted = fit(found, spec, scale, (record.width, record.height))
+        except BadFeatures as bad:
+            yield LeftOut(record.image_id, record.file_name, bad.reason, bad.detail)
+            continue
+        sums.add(fitted.values)
+        width, height = (record.width, record.height) if record.width else found.size
+        more = {} if fitted.boxes is None else {"boxes.npy": FeatureSpec.boxes_bytes(fitted.boxes)}
+        yield Sample(record, spec.npy_bytes(fitted.stored), "npy", width, height, more)
+
+
+def _about(plan: Plan) -> str:
+    spec = spec_of(plan)
+    what = f"grid {spec.cells[0]}x{spec.cells[1]}" if spec.kind == "grid" else f"at most {spec.max_regions} regions"
+    boxes = " with boxes" if spec.boxes else ""
+    notes = "".join(f", {count} {note}" for note, count in plan.notes.items())
+    return (
+        f"plan of {plan.samples} pictures in {len(plan.shards)} shards, {what}{boxes} of {spec.dim} channels, "
+        f"{len(plan.left_out)} left out{notes}"
+    )
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="folder of the feature shards")],
+    annotations: Annotated[list[str] | None, typer.Option(help="SPLIT=FILE or FILE, as for shard_images")] = None,
+    features: Annotated[Path | None, typer.Option(help="folder of NAME.npy or NAME.npz files, or one .h5 file")] = None,
+    boxes: Annotated[Path | None, typer.Option(help="folder of NAME.npy files of boxes, where they lie apart")] = None,
+    split: Annotated[list[str] | None, typer.Option(help="SPLIT=FILE, a list of file names (Flickr)")] = None,
+    format: Annotated[str, typer.Option(help="of the annotations; auto: by their content")] = "auto",
+    val_fraction: Annotated[
+        float, typer.Option(help="share of a lone training set that becomes val, by hash of its id")
+    ] = 0.0,
+    dtype: Annotated[str, typer.Option(help="format on disk: bf16, fp16, fp32 or int8")] = ImportOptions.dtype,
+    kind: Annotated[str, typer.Option(help="grid, regions or auto: what the first files are")] = ImportOptions.kind,
+    dim: Annotated[int, typer.Option(help="width D of the features; 0: that of the first files")] = 0,
+    max_regions: Annotated[int, typer.Option(help="most regions of a picture; 0: 100, or what all have")] = 0,
+    statistics_split: Annotated[
+        list[str] | None, typer.Option(help="split the statistics are taken from; default: train, or all without it")
+    ] = None,
+    shard_size: Annotated[int, typer.Option(min=1, help="pictures per shard")] = ImportOptions.shard_size,
+    seed: Annotated[int, typer.Option(help="orders the samples inside the shards")] = ImportOptions.seed,
+    num_workers: Annotated[int, typer.Option(min=0, help="processes; 0: one per available core")] = 0,
+    max_bad_fraction: Annotated[
+        float, typer.Option(min=0, max=1, help="share of pictures that may be left out")
+    ] = 0.01,
+    stripe: Annotated[str, typer.Option(help="I/N: every N-th shard from number I, counted from 0")] = "0/1",
+    step: Annotated[Step, typer.Option(help="part of the job to run")] = Step.ALL,
+    overwrite: Annotated[bool, typer.Option(help="delete a data set that was planned otherwise")] = False,
+) -> None:
+    """Pack features from elsewhere into shards; a second run reuses what is whole and goes on where one ended."""
+    if step in (Step.ALL, Step.PLAN):
+        if features is None or not annotations:
+            raise ValueError("planning needs --annotations and --features")
+        records = read_annotations(annotations, format, split_lists=split or (), val_fraction=val_fraction)
+        options = ImportOptions(dtype, kind, dim, max_regions, shard_size, seed, tuple(statistics_split or ()))
+        settings = import_settings(features, boxes)
+        plan = plan_import(records, settings, out, options, max_bad_fraction=max_bad_fraction, overwrite=overwrite)
+        print(f"{out}: {_about(plan)}")
+    if step in (Step.ALL, Step.SHARDS):
+        workers = num_workers or available_cores()
+        plan = load_plan(out)
+        summary = import_stripe(plan, stripe=stripe, num_workers=workers, max_bad_fraction=max_bad_fraction)
+        print(f"{out}: {summary.line()}")
+    if step == Step.FINALIZE or (step == Step.ALL and stripe == "0/1"):
+        manifest = finalize_import(load_plan(out), max_bad_fraction)
+        print(f"{out}: data set {manifest.digest[:12]} of {manifest.splits}, left out: {manifest.left_out or 'none'}")
+
+
+if __name__ == "__main__":
+    run(main)
