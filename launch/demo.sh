@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # The whole pipeline on rendered scenes, from an empty machine to a table of scores.
 #
-#   bash launch/demo.sh                        with an encoder pre-trained here on the generator of the scenes
+#   bash launch/demo.sh                        with EfficientNet-Lite0, whose ImageNet weights set-up brings
 #   WEIGHTS=imagenet bash launch/demo.sh       with ImageNet weights (python -m preprocessing.fetch_weights), or WEIGHTS=FILE
-#   SCENES=24 STEPS=2 EPOCHS=1 bash launch/demo.sh    as small as it gets: training scenes, steps of pre-training, epochs
+#   SCENES=24 EPOCHS=1 bash launch/demo.sh     as small as it gets: training scenes, epochs
 #
 # Each such choice has folders of its own under data/ and runs/; OUT=FOLDER puts data, runs and weights there.
 # Each command is printed before it runs; they are the programs that COCO would run through. What is whole is reused, so an
@@ -14,9 +14,11 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 out=${OUT:+$OUT/}
 name=demo${SCENES:+-scenes$SCENES}
 data=${out}data/$name
-name+=${STEPS:+-steps$STEPS}${WEIGHTS:+-$(basename "${WEIGHTS%.*}")}
-weights=${WEIGHTS:-${out}weights/scenes${STEPS:+-steps$STEPS}.safetensors}
-if [[ $weights == imagenet ]]; then encoder=weights; else encoder=$weights; fi # the captioner finds it there by its digest
+name+=${WEIGHTS:+-$(basename "${WEIGHTS%.*}")}
+weights=${WEIGHTS:-lite0}
+case $weights in imagenet) encoder=weights ;; lite0) encoder=${out}weights ;; *) encoder=$weights ;; esac # found there by its digest
+folder=${out}weights
+if [[ $weights == imagenet ]]; then folder=weights; fi
 features=${out}data/$name/features
 tokenizer=${out}data/$name/tokenizer.json
 run=${out}runs/$name${EPOCHS:+-epochs$EPOCHS}
@@ -54,8 +56,7 @@ run python -m preprocessing.synthetic --out "$data/scenes" "${scenes[@]}"
 annotations=()
 for split in train val test; do annotations+=(--annotations "$split=$data/scenes/annotations/captions_$split.json"); done
 run python -m preprocessing.shard_images "${annotations[@]}" --images "$data/scenes/images" --out "$data/images"
-if [[ -z ${WEIGHTS:-} ]]; then run python -m preprocessing.pretrain_encoder --out "$weights" ${STEPS:+--steps "$STEPS"}; fi
-run python -m preprocessing.extract_features --images "$data/images" --weights "$weights" --out "$features"
+run python -m preprocessing.extract_features --images "$data/images" --weights "$weights" --weights-dir "$folder" --out "$features"
 run python -m preprocessing.build_vocab --features "$features" --out "$tokenizer"
 
 run accelerate launch "${processes[@]}" -m sat.train configs/demo.yaml \

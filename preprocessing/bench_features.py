@@ -94,7 +94,7 @@ def _bare(weights: Path, size: int, batch_size: int, compute: str, device: str, 
     import torch
 
     from preprocessing.features.network import COMPUTE, fast_forward
-    from sat.model.encoders.resnet import load_encoder
+    from sat.model.encoders.table import load_encoder
 
     forward = fast_forward(load_encoder(weights), size, compute, device, images)
     batch = torch.randn(batch_size, 3, size, size, device=device).to(
@@ -121,7 +121,7 @@ def _naive(files: list[Path], weights: Path, size: int, device: str) -> Callable
     import torch
     from PIL import Image
 
-    from sat.model.encoders.resnet import load_encoder, normalise
+    from sat.model.encoders.table import load_encoder
 
     encoder = load_encoder(weights).to(device)
 
@@ -131,7 +131,7 @@ def _naive(files: list[Path], weights: Path, size: int, device: str) -> Callable
         for file in files:
             image = Image.open(file).convert("RGB").resize((size, size), Image.Resampling.BICUBIC)
             pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()[None]
-            encoder(normalise(pixels.to(device))).cpu()
+            encoder(encoder.normalise(pixels.to(device))).cpu()
         return len(files) / (time.perf_counter() - begin)
 
     return naive
@@ -153,10 +153,10 @@ def _random_weights(path: Path) -> Path:
     import torch
     from safetensors.torch import save_file
 
-    from sat.model.encoders.resnet import Encoder
+    from sat.model.encoders.resnet import ResNet
 
     torch.manual_seed(1)
-    save_file({name: tensor.contiguous() for name, tensor in Encoder().state_dict().items()}, path)
+    save_file({name: tensor.contiguous() for name, tensor in ResNet().state_dict().items()}, path)
     return path
 
 

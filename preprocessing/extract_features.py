@@ -129,12 +129,16 @@ def _core_groups(count: int) -> list[list[int]]:
 def main(
     out: Annotated[Path, typer.Option(help="folder of the feature shards")],
     images: Annotated[Path | None, typer.Option(help="folder of the image shards")] = None,
-    weights: Annotated[str, typer.Option(help="`imagenet` or a safetensors file of the encoder")] = "imagenet",
-    weights_dir: Annotated[Path, typer.Option(help="where `imagenet` weights lie")] = WEIGHTS_DIR,
+    weights: Annotated[
+        str, typer.Option(help="`imagenet` (ResNet-50), `lite0` (EfficientNet-Lite0), or a safetensors file")
+    ] = "imagenet",
+    weights_dir: Annotated[Path, typer.Option(help="where `imagenet` and `lite0` weights lie")] = WEIGHTS_DIR,
     size: Annotated[
-        int, typer.Option(help="side of the encoder's input: 224 gives 7x7 cells, 448 gives 14x14")
+        int, typer.Option(help="side of the encoder's input: at a stride of 32, 224 gives 7x7 cells, 448 gives 14x14")
     ] = FeatureOptions.size,
-    stage: Annotated[int, typer.Option(help="ResNet stage whose output is kept, 1-4")] = FeatureOptions.stage,
+    stage: Annotated[
+        int, typer.Option(help="stage of the encoder whose output is kept, from 1; 0: the last features")
+    ] = FeatureOptions.stage,
     dtype: Annotated[str, typer.Option(help="format on disk: bf16, fp16, fp32 or int8")] = FeatureOptions.dtype,
     geometry: Annotated[str, typer.Option(help="squash (whole picture) or center_crop")] = FeatureOptions.geometry,
     compute: Annotated[

@@ -24,7 +24,8 @@ from sat.evaluation.decoding import decode
 from sat.evaluation.options import DecodeOptions
 from sat.evaluation.prediction import Prediction, predict
 from sat.export import TrainedModel, best_folder, load_model
-from sat.model.encoders.resnet import Encoder, load_encoder, normalise
+from sat.model.encoders.encoder import GridEncoder
+from sat.model.encoders.table import load_encoder
 from sat.shards.features import EncoderSpec
 from sat.shards.pictures import BadPicture, fit
 from sat.shards.pictures import decode as decode_file
@@ -38,7 +39,7 @@ class Captioning:
     """A trained model and its encoder, ready for pictures."""
 
     trained: TrainedModel
-    encoder: Encoder | None
+    encoder: GridEncoder | None
     """None where the model has its own."""
     options: DecodeOptions = field(default_factory=DecodeOptions)
     """How captions are searched for."""
@@ -106,7 +107,7 @@ class Captioning:
         transform = self.trained.features.transform
         assert transform is not None  # a model with an encoder names both
         try:
-            return fit(_pixels(picture), transform.size, transform.geometry)
+            return fit(_pixels(picture), transform.size, transform.geometry, transform.interpolation)
         except BadPicture as error:
             return BadPicture(f"{name_of(number, picture)}: {error.reason}", error.detail)
         except OSError as error:
@@ -115,7 +116,9 @@ class Captioning:
     @torch.inference_mode()
     def _caption(self, pictures: list[tuple[str, npt.NDArray[np.uint8]]]) -> list[Prediction]:
         images = torch.from_numpy(np.stack([seen for _, seen in pictures])).permute(0, 3, 1, 2).to(self.device)
-        grid = images if self.encoder is None else self.encoder(normalise(images))  # [B, 3, S, S] or [B, L, D]
+        grid = (
+            images if self.encoder is None else self.encoder(self.encoder.normalise(images))
+        )  # [B, 3, S, S] or [B, L, D]
         names = [name for name, _ in pictures]
         found = decode([self.trained.model], grid, self.options, names)
         return [
@@ -129,7 +132,7 @@ def name_of(number: int, picture: Picture) -> str:
     return str(picture) if isinstance(picture, str | Path) else f"picture {number}"
 
 
-def find_encoder(wanted: EncoderSpec, weights: Path) -> Encoder:
+def find_encoder(wanted: EncoderSpec, weights: Path) -> GridEncoder:
     """The frozen encoder of a model's features: the file `weights`, or the one in that folder of the same digest.
 
     Raises ValueError where there is none.
@@ -137,7 +140,7 @@ def find_encoder(wanted: EncoderSpec, weights: Path) -> Encoder:
     candidates = sorted(weights.glob("*.safetensors")) if weights.is_dir() else [weights]
     for path in candidates:
         if path.is_file() and files.sha256(path) == wanted.weights_sha256:
-            return load_encoder(path, stage=wanted.stage)
+            return load_encoder(path, wanted.architecture, wanted.stage)
     raise ValueError(
         f"no encoder with SHA-256 {wanted.weights_sha256[:12]}... at {weights}; "
         "give the file that extracted the training features: --weights FILE"

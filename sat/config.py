@@ -53,13 +53,15 @@ class EncoderConfig:
     """The encoder in training; without `train` it never runs there."""
 
     train: bool = setting(False)
-    """Train the ResNet-50 from image shards; otherwise it never runs during training."""
+    """Train the encoder from image shards; otherwise it never runs during training."""
     weights: str = setting("")
-    """Encoder weights (safetensors); needed with `train`."""
+    """Encoder weights (safetensors), which say of what architecture they are; needed with `train`."""
+    stage: int = setting(0, at_least=0)
+    """Stage of the encoder whose output is the grid; 0: its last features."""
     image_size: int = setting(224, above=0)
-    """Pixels per side of what the encoder sees, with `train`; 224 gives a 7x7 grid."""
-    open_stages: list[int] = setting([2, 3, 4], choices=(1, 2, 3, 4))
-    """ResNet stages (1-4) that are tuned."""
+    """Pixels per side of what the encoder sees, with `train`; 224 gives most encoders a 7x7 grid."""
+    open_stages: list[int] = setting([])
+    """Stages that are tuned, counted from 1; none named: all but the first."""
     learning_rate: float = setting(1e-5, above=0)
     """Peak rate of the encoder's parameters."""
     freeze_batchnorm: bool = setting(True)
@@ -250,11 +252,7 @@ def _check(config: Config) -> None:
         check(getattr(config, section.name), section.name)
     data, encoder, train = config.data, config.encoder, config.train
     if encoder.train and not encoder.weights:
-        raise ValueError(
-            "encoder.train needs encoder.weights, a ResNet-50 safetensors file (preprocessing.fetch_weights)"
-        )
-    if encoder.image_size % 32:
-        raise ValueError(f"encoder.image_size is {encoder.image_size}; it must be a multiple of 32, e.g. 224 or 448")
+        raise ValueError("encoder.train needs encoder.weights, a safetensors file (preprocessing.fetch_weights)")
     if not data.train_splits:
         raise ValueError("data.train_splits is empty; name at least one split, e.g. [train]")
     if data.eval_split in data.train_splits:

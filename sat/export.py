@@ -17,8 +17,10 @@ from safetensors.torch import load_file, save_file
 from sat import files
 from sat.config import Config, config_from_dict, config_to_dict
 from sat.model.captioner import Captioner
+from sat.model.encoders.encoder import GridEncoder
 from sat.model.encoders.end_to_end import EndToEnd
-from sat.model.encoders.resnet import Encoder
+from sat.model.encoders.table import build_encoder
+from sat.model.encoders.weights import Pixels
 from sat.model.spec import Sizes
 from sat.shards.features import FeatureSpec
 from sat.shards.manifest import Manifest
@@ -94,12 +96,20 @@ def load_model(folder: str | Path, device: torch.device | str = "cpu") -> Traine
     captioner = Captioner(
         config.model, Sizes(tokenizer.vocab_size, features.locations, features.dim), config.train.kernels
     )
-    model = EndToEnd(Encoder(), captioner) if config.encoder.train else captioner
+    model = EndToEnd(_encoder_of(features), captioner) if config.encoder.train else captioner
     try:
         model.load_state_dict(load_file(folder / FILES[0]))
     except (RuntimeError, SafetensorError) as error:
         raise ValueError(f"{folder / FILES[0]} does not fit its config.json: {error}") from None
     return TrainedModel(model.to(device).eval(), tokenizer, config, features, step)
+
+
+def _encoder_of(features: FeatureSpec) -> GridEncoder:
+    """The encoder, still without its weights, that these features come from."""
+    encoder, transform = features.encoder, features.transform
+    assert encoder is not None and transform is not None, "features of a trained encoder name both"
+    pixels = Pixels(transform.mean, transform.std, transform.interpolation, transform.size)
+    return build_encoder(encoder.architecture, encoder.stage, pixels)
 
 
 def best_folder(run: str | Path) -> Path:

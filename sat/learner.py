@@ -16,7 +16,7 @@ from sat.engine.engine import Engine, Stepper, StepResult
 from sat.engine.processes import Processes
 from sat.model.captioner import Captioner
 from sat.model.encoders.end_to_end import EndToEnd, feature_statistics
-from sat.model.encoders.resnet import load_encoder
+from sat.model.encoders.table import load_encoder
 from sat.model.loss import total_loss
 from sat.model.objectives.objective import Objective
 from sat.model.objectives.teacher_forcing import TeacherForcing
@@ -130,10 +130,10 @@ def build_learner(config: Config, data: TrainingData, engine: Engine) -> Learner
 
 
 def build_model(config: Config, data: TrainingData, processes: Processes) -> Captioner | EndToEnd:
-    """The captioner with the statistics of its features; with `encoder.train`, behind the ResNet-50."""
+    """The captioner with the statistics of its features; with `encoder.train`, behind the encoder."""
     encoder = None
     if config.encoder.train:
-        encoder = load_encoder(config.encoder.weights)
+        encoder = load_encoder(config.encoder.weights, stage=config.encoder.stage)
         statistics = feature_statistics(encoder, _some_pictures(config, data))
         encoder.open_for_training(
             config.encoder.open_stages, config.encoder.freeze_batchnorm, config.encoder.checkpointing

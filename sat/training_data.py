@@ -1,6 +1,6 @@
 """What a run learns from, opened and checked before anything expensive starts."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,11 +9,14 @@ import torch
 from torch import Tensor
 
 from sat import files
-from sat.config import Config
+from sat.config import Config, EncoderConfig
 from sat.data.loader import Pictures, Reading, steps_per_epoch
-from sat.shards.features import end_to_end_features
+from sat.model.encoders.encoder import opened_stages
+from sat.model.encoders.table import blueprint
+from sat.model.encoders.weights import INTERPOLATIONS, read_about
+from sat.shards.features import FeatureSpec, Transform
 from sat.shards.manifest import Manifest, load_manifest
-from sat.shards.pictures import decode, fit
+from sat.shards.pictures import RESIZE, decode, fit
 from sat.text import CaptionTokenizer
 
 
@@ -80,16 +83,35 @@ def open_data(config: Config) -> TrainingData:
 def reading_options(config: Config) -> Reading:
     """How samples are read; with `encoder.train` from picture files."""
     size = config.encoder.image_size
-    pictures = Pictures(partial(decode_picture, size=size), size) if config.encoder.train else None
-    return Reading(config.data, pictures)
+    if not config.encoder.train:
+        return Reading(config.data, None)
+    pixels = read_about(config.encoder.weights).pixels
+    interpolation = pixels.interpolation if pixels is not None else INTERPOLATIONS[0]
+    return Reading(config.data, Pictures(partial(decode_picture, size=size, interpolation=interpolation), size))
 
 
-def decode_picture(data: bytes, size: int) -> Tensor:
+def decode_picture(data: bytes, size: int, interpolation: str = INTERPOLATIONS[0]) -> Tensor:
     """Picture file -> uint8 [3, size, size]. Raises BadPicture."""
-    return torch.from_numpy(fit(decode(data), size)).permute(2, 0, 1)
+    return torch.from_numpy(fit(decode(data), size, interpolation=interpolation)).permute(2, 0, 1)
 
 
 def _features(config: Config, main: Manifest) -> dict[str, Any]:
     if not config.encoder.train:
         return main.fingerprint
-    return end_to_end_features(config.encoder.image_size, files.sha256(Path(config.encoder.weights))).to_fingerprint()
+    return end_to_end_features(config.encoder).to_fingerprint()
+
+
+def end_to_end_features(encoder: EncoderConfig) -> FeatureSpec:
+    """What a captioner sees whose encoder is trained too, on squashed pictures.
+
+    ValueError for weights, a stage or a size that do not fit each other.
+    """
+    size = encoder.image_size
+    try:
+        plan = blueprint(encoder.weights, encoder.stage, size)
+        opened_stages(plan, encoder.open_stages)
+    except ValueError as error:
+        raise ValueError(f"the settings of the encoder do not fit: {error}") from None
+    spec, pixels = replace(plan.spec, trained_from=files.sha256(Path(encoder.weights))), plan.pixels
+    transform = Transform(size, "squash", RESIZE, pixels.interpolation, pixels.mean, pixels.std)
+    return FeatureSpec("grid", spec.cells(size), spec.dim, "", spec, transform)

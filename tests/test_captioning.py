@@ -16,8 +16,9 @@ from sat.captioning import Captioning
 from sat.config import load_config
 from sat.export import save_model
 from sat.model.captioner import Captioner
-from sat.model.encoders.resnet import Encoder
+from sat.model.encoders.resnet import ResNet
 from sat.model.spec import Sizes
+from sat.shards.features import EncoderSpec, FeatureSpec, Transform
 from sat.shards.pictures import BadPicture
 from sat.text import build_tokenizer
 
@@ -30,16 +31,16 @@ def pretrained(tmp_path_factory) -> Path:
     """A folder with `best/`, a model whose words depend on the picture, and `encoder.safetensors`; nothing of a run."""
     root = tmp_path_factory.mktemp("pretrained")
     torch.manual_seed(0)
-    save_file(Encoder(stage=1).state_dict(), root / "encoder.safetensors")
+    save_file(ResNet(stage=1).state_dict(), root / "encoder.safetensors")
     tokenizer, config = build_tokenizer([WORDS], 1), load_config(None, SMALL)
     model = Captioner(config.model, Sizes(tokenizer.vocab_size, grid_size=64, feature_dim=256))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=3 / parameter.shape[-1] ** 0.5, generator=generator)
-    encoder = {"architecture": "resnet50", "stage": 1, "weights_sha256": files.sha256(root / "encoder.safetensors")}
-    features = {"grid": [8, 8], "dim": 256, "dtype": "fp16", "encoder": encoder}
-    features["transform"] = {"size": 32, "geometry": "squash"}
+    encoder = EncoderSpec("resnet50", 1, 256, 4.0, 0.0, weights_sha256=files.sha256(root / "encoder.safetensors"))
+    transform = Transform(32, "squash", "", "bicubic")
+    features = FeatureSpec("grid", (8, 8), 256, "fp16", encoder, transform).to_fingerprint()
     save_model(root / "best", model.state_dict(), tokenizer, config, features, step=3)
     return root
 
@@ -110,7 +111,7 @@ def test_a_picture_that_cannot_be_read_is_named_or_stands_as_an_error_in_its_pla
 
 
 def test_the_encoder_is_found_by_its_digest_or_missed_by_name(pretrained, tmp_path):
-    save_file(Encoder(stage=1).state_dict(), tmp_path / "another.safetensors")
+    save_file(ResNet(stage=1).state_dict(), tmp_path / "another.safetensors")
     with pytest.raises(ValueError, match=r"no encoder with SHA-256 .* --weights FILE"):
         Captioning.from_pretrained(pretrained, tmp_path)
     shutil.copy(pretrained / "encoder.safetensors", tmp_path / "renamed.safetensors")

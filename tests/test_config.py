@@ -44,7 +44,6 @@ def test_there_are_shipped_files():
         ("data.train_splits=[]", "name at least one"),
         ("train.accumulation_steps=65", "exceeds train.global_batch"),
         ("encoder.train=true", "encoder.weights"),
-        ("encoder.open_stages=[5]", "1, 2, 3, 4"),
         ("eval.metrics=[BLEU]", "CIDEr must be in it"),
         ("data.extra=[{features: a, wait: 1}]", "weight"),
         ("data.extra=[{features: '', weight: 1}]", "data.extra"),

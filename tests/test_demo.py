@@ -29,7 +29,7 @@ def environment(tmp_path_factory):
 
 
 def demo(environment: dict[str, str], out: Path) -> str:
-    variables = environment | {"SCENES": "24", "STEPS": "1", "EPOCHS": "1", "OUT": str(out)}
+    variables = environment | {"SCENES": "24", "EPOCHS": "1", "OUT": str(out)}
     command = ["bash", "launch/demo.sh"]
     done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -43,7 +43,7 @@ def files(folder: Path) -> dict[str, int]:
 def test_the_demonstration_runs_to_its_table_and_a_second_one_makes_nothing_anew(environment, tmp_path):
     first = demo(environment, tmp_path)
     assert "$ python -m preprocessing.synthetic" in first and "CIDEr" in first
-    run = tmp_path / "runs/demo-scenes24-steps1-epochs1"
+    run = tmp_path / "runs/demo-scenes24-epochs1"
     scores = json.loads((run / "summary.json").read_text())["scores"]
     assert {"model", "blind", "most_frequent"} <= scores.keys()
     truth = json.loads((run / "summary.json").read_text())["truth"]

@@ -9,14 +9,9 @@ from torch import nn
 from torchvision.models import resnet50
 from torchvision.transforms.functional import normalize
 
-from sat.model.encoders.resnet import (
-    IMAGE_MEAN,
-    IMAGE_STD,
-    Encoder,
-    fold_batchnorm,
-    load_encoder,
-    normalise,
-)
+from sat.model.encoders.folding import fold_batchnorm
+from sat.model.encoders.resnet import ResNet
+from sat.model.encoders.table import build_encoder, load_encoder
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +40,7 @@ def images() -> torch.Tensor:
     return torch.randn(2, 3, 64, 96, generator=torch.Generator().manual_seed(1))
 
 
-def gradients(encoder: Encoder, images: torch.Tensor) -> dict[str, torch.Tensor]:
+def gradients(encoder: ResNet, images: torch.Tensor) -> dict[str, torch.Tensor]:
     encoder(images).square().mean().backward()
     return {name: p.grad for name, p in encoder.named_parameters() if p.grad is not None}
 
@@ -55,17 +50,18 @@ def test_grid_is_torchvisions_feature_map_in_row_major_order(stage, reference, w
     x = reference.maxpool(reference.relu(reference.bn1(reference.conv1(images))))
     for number in range(1, stage + 1):
         x = getattr(reference, f"layer{number}")(x)
-    encoder = load_encoder(weights_file, stage)
+    encoder = load_encoder(weights_file, stage=stage)
     grid = encoder(images)
-    assert grid.shape == (2, (64 * 96) // 4 ** (stage + 1), encoder.feature_dim)
+    assert grid.shape == (2, (64 * 96) // 4 ** (stage + 1), encoder.spec.dim)
     width = 96 // 2 ** (stage + 1)
     for cell in range(0, grid.shape[1], max(1, grid.shape[1] // 7)):
         torch.testing.assert_close(grid[:, cell], x[:, :, cell // width, cell % width])
 
 
 def test_normalise_is_imagenets():
+    normalise = build_encoder("resnet50", 1).normalise
     pixels = torch.randint(0, 256, (2, 3, 5, 4), dtype=torch.uint8)
-    torch.testing.assert_close(normalise(pixels), normalize(pixels / 255, IMAGE_MEAN, IMAGE_STD))
+    torch.testing.assert_close(normalise(pixels), normalize(pixels / 255, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     with pytest.raises(ValueError, match="uint8"):
         normalise(pixels.float())
 
@@ -92,14 +88,16 @@ def test_a_file_that_does_not_fit_is_refused_with_the_keys(reference, tmp_path):
 
 
 def test_a_missing_or_broken_file_is_refused_with_the_way_out(weights_file, tmp_path):
-    with pytest.raises(ValueError, match="pretrain_encoder"):
+    with pytest.raises(
+        ValueError, match="absent.safetensors do not exist; make them with .*fetch_weights resnet50 --out"
+    ):
         load_encoder(tmp_path / "absent.safetensors")
     broken = tmp_path / "broken.safetensors"
     broken.write_bytes(weights_file.read_bytes()[:1000])
     with pytest.raises(ValueError, match="broken.safetensors is not a whole"):
         load_encoder(broken)
     with pytest.raises(ValueError, match="stage 5"):
-        Encoder(stage=5)
+        build_encoder("resnet50", stage=5)
 
 
 def test_folding_batchnorm_keeps_the_grid(weights_file, images):

@@ -7,8 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from preprocessing.features.network import best_compute
+from sat.model.encoders.resnet import ResNet
 from tests.test_two_process import launch
 
 ROOT = Path(__file__).parents[1]
@@ -33,7 +36,7 @@ def annotations_of(scenes: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
-    """Scenes, image shards, a barely trained encoder, feature shards and a vocabulary."""
+    """Scenes, image shards, the encoder of the package registry, feature shards and a vocabulary."""
     root = tmp_path_factory.mktemp("end_to_end")
     run("preprocessing.synthetic", "--out", root / "scenes", "--train", 160, "--val", 9, "--test", 31)
     run(
@@ -44,21 +47,13 @@ def prepared(tmp_path_factory):
         "--out",
         root / "images",
     )
-    run(
-        "preprocessing.pretrain_encoder",
-        "--out",
-        root / "weights/scenes.safetensors",
-        "--steps",
-        12,
-        "--batch-size",
-        32,
-    )
+    run("preprocessing.fetch_weights", "timm/tf_efficientnet_lite0", "--out", root / "weights/lite0.safetensors")
     run(
         "preprocessing.extract_features",
         "--images",
         root / "images",
         "--weights",
-        root / "weights/scenes.safetensors",
+        root / "weights/lite0.safetensors",
         "--out",
         root / "features",
         "--size",
@@ -141,17 +136,8 @@ def test_the_summary_holds_the_scores_of_the_evaluation(prepared):
 
 
 def test_features_of_another_encoder_are_refused(prepared, tmp_path):
-    run(
-        "preprocessing.pretrain_encoder",
-        "--out",
-        tmp_path / "other.safetensors",
-        "--steps",
-        1,
-        "--batch-size",
-        4,
-        "--seed",
-        9,
-    )
+    torch.manual_seed(9)
+    save_file(ResNet(stage=1).state_dict(), tmp_path / "other.safetensors")
     run(
         "preprocessing.extract_features",
         "--images",
@@ -162,6 +148,8 @@ def test_features_of_another_encoder_are_refused(prepared, tmp_path):
         tmp_path / "features",
         "--size",
         96,
+        "--stage",
+        1,
     )
     out = run("sat.evaluate", prepared / "run-ddp", "--features", tmp_path / "features", expect=1)
     assert "its encoder is" in out and "extract the features again" in out

@@ -23,14 +23,16 @@ from preprocessing.features.network import COMPUTE, best_compute, fast_forward, 
 from preprocessing.features.plan import plan_features
 from preprocessing.features.recipe import FeatureOptions
 from preprocessing.features.statistics import restore
-from preprocessing.features.weights import CONTENT_KEY, content_digest, find_weights
-from preprocessing.fetch_weights import convert
+from preprocessing.features.weights import find_weights
+from preprocessing.fetch_weights import Origin, convert, promised_digest
 from preprocessing.fetch_weights import main as fetch
 from preprocessing.shard_images import main as shard_images
 from preprocessing.shard_images import plan_images, shard_stripe
 from preprocessing.sharding.finalize import finalize
 from sat import files
-from sat.model.encoders.resnet import Encoder, load_encoder, normalise
+from sat.model.encoders.resnet import ResNet
+from sat.model.encoders.table import load_encoder
+from sat.model.encoders.weights import CONTENT_KEY, content_digest, read_about
 from sat.shards.features import NPY_HEADER
 from sat.shards.manifest import load_manifest, load_statistics
 from sat.shards.pictures import decode, fit
@@ -46,7 +48,7 @@ TYPES = {"bf16": np.uint16, "fp16": np.float16, "fp32": np.float32, "int8": np.i
 def random_encoder(stage=STAGE):
     """A ResNet-50 of the first stages whose BatchNorms are not trivial, frozen."""
     torch.manual_seed(0)
-    encoder = Encoder(stage)
+    encoder = ResNet(stage=stage)
     for module in encoder.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.running_mean.normal_(0, 0.2)
@@ -103,13 +105,13 @@ def grids_of(manifest) -> dict[str, np.ndarray]:
 
 def expected_grids(made, keys) -> dict[str, np.ndarray]:
     """Independent: the plain encoder in fp32, one picture at a time (test_images compares `fit` with Pillow)."""
-    encoder = load_encoder(made / "weights.safetensors", STAGE)
+    encoder = load_encoder(made / "weights.safetensors", stage=STAGE)
     grids = {}
     for key in keys:
         (path,) = (made / "coco" / "images").glob(f"*/{int(key):06d}.jpg")
         pixels = fit(Image.open(path), SIZE)
         with torch.inference_mode():
-            grids[key] = encoder(normalise(torch.from_numpy(pixels).permute(2, 0, 1)[None]))[0].numpy()
+            grids[key] = encoder(encoder.normalise(torch.from_numpy(pixels).permute(2, 0, 1)[None]))[0].numpy()
     return grids
 
 
@@ -179,7 +181,7 @@ def test_the_grid_follows_from_the_size(made, tmp_path, size, grid):
     ("options", "message"),
     [
         ({"size": 225}, "size 225 is not a multiple of 4"),
-        ({"stage": 5}, "stage is 5; choose one of 1, 2, 3, 4"),
+        ({"stage": 5}, "stage 5 does not exist; choose one of .*1, 2, 3, 4"),
         ({"dtype": "fp8"}, "dtype is 'fp8'; choose one of bf16, fp16, fp32, int8"),
         ({"geometry": "stretch"}, "choose one of squash, center_crop"),
         ({"compute": "fp16"}, "choose one of auto, bf16, fp32"),
@@ -249,7 +251,8 @@ def test_missing_weights_are_told_in_seconds_with_the_command(made, tmp_path):
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     assert seconds < 5, "of CPU time: another program on this machine must not make this fail"
-    assert f"python -m preprocessing.fetch_weights --out {tmp_path}/resnet50-imagenet.safetensors" in failed.stderr
+    command = f"python -m preprocessing.fetch_weights resnet50 --out {tmp_path}/resnet50-imagenet.safetensors"
+    assert command in failed.stderr
     assert "Traceback" not in failed.stderr
 
 
@@ -276,14 +279,15 @@ def test_fetched_weights_are_used_only_with_the_digest_their_name_promises(tmp_p
     torch.save(random_encoder().state_dict(), tmp_path / "w.pth")
     name = f"resnet50-{files.sha256(tmp_path / 'w.pth')[:8]}.pth"
     (tmp_path / "w.pth").rename(tmp_path / name)
-    fetch(tmp_path / "out.safetensors", file=tmp_path / name)
-    assert load_encoder(find_weights(str(tmp_path / "out.safetensors")), STAGE)
-    fetch(tmp_path / "out.safetensors")
+    fetch(out=tmp_path / "out.safetensors", file=tmp_path / name)
+    assert read_about(tmp_path / "out.safetensors").architecture == "resnet50"
+    assert load_encoder(find_weights(str(tmp_path / "out.safetensors")), stage=STAGE)
+    fetch(out=tmp_path / "out.safetensors")
     assert "there already and sound" in capsys.readouterr().out
     with pytest.raises(ValueError, match="damaged or another file; not used"):
-        convert(tmp_path / name, "resnet50-00000000.pth", tmp_path / "never.safetensors")
+        convert(tmp_path / name, Origin("", "x", "00000000"), "resnet50", tmp_path / "never.safetensors")
     with pytest.raises(ValueError, match="nothing can be verified"):
-        convert(tmp_path / name, "resnet50.pth", tmp_path / "never.safetensors")
+        promised_digest("resnet50.pth")
     assert not (tmp_path / "never.safetensors").exists()
 
 
@@ -298,15 +302,16 @@ def test_weights_come_from_a_server_whole_or_not_at_all(tmp_path, monkeypatch):
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         base = f"http://127.0.0.1:{server.server_port}"
-        monkeypatch.setattr(fetch_weights, "URLS", {"v1": f"{base}/{name}", "v2": f"{base}/resnet50-00000000.pth"})
-        fetch(tmp_path / "out.safetensors")
+        served = {("resnet50", "v1"): f"{base}/{name}", ("resnet50", "v2"): f"{base}/resnet50-00000000.pth"}
+        monkeypatch.setattr(fetch_weights, "URLS", served)
+        fetch(out=tmp_path / "out.safetensors")
         with pytest.raises(ValueError, match="resnet50-00000000.pth.*not used"):
-            fetch(tmp_path / "bad.safetensors", version="v2")
+            fetch(out=tmp_path / "bad.safetensors", version="v2")
         server.shutdown()
     with pytest.raises(ValueError, match="cannot be fetched.*--file"):
-        fetch(tmp_path / "bad.safetensors")
+        fetch(out=tmp_path / "bad.safetensors")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.safetensors", "served"]
-    assert load_encoder(tmp_path / "out.safetensors", STAGE)
+    assert load_encoder(tmp_path / "out.safetensors", stage=STAGE)
 
 
 @pytest.mark.faults
@@ -343,8 +348,8 @@ def test_the_best_precision_of_this_machine_is_one_the_network_has():
 
 def test_pixels_are_normalised_as_the_encoder_asks_for(made):
     pixels = np.random.default_rng(0).integers(0, 256, (3, SIZE, SIZE, 3), dtype=np.uint8)
-    encoder = load_encoder(made / "weights.safetensors", STAGE)
+    encoder = load_encoder(made / "weights.safetensors", stage=STAGE)
     found = load_network(made / "weights.safetensors", STAGE, SIZE, "fp32")(pixels)
     with torch.inference_mode():
-        expected = encoder(normalise(torch.from_numpy(pixels).permute(0, 3, 1, 2))).numpy()
+        expected = encoder(encoder.normalise(torch.from_numpy(pixels).permute(0, 3, 1, 2))).numpy()
     assert np.linalg.norm(found - expected) <= 1e-5 * np.linalg.norm(expected)

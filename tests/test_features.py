@@ -1,6 +1,7 @@
 """What a feature is: the table of types against numpy and torch, the geometry against the network, refusals."""
 
 import io
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -10,22 +11,36 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sat.data.batch import GridRow
-from sat.model.encoders.resnet import Encoder
+from sat.model.encoders.table import build_encoder
 from sat.shards.features import (
-    GEOMETRY,
     NPY_HEADER,
     STORAGE,
     EncoderSpec,
     FeatureSpec,
     Transform,
-    end_to_end_features,
 )
 
-ENCODER = EncoderSpec("resnet50", 4, weights_sha256="a" * 64)
-SPEC = FeatureSpec("grid", (7, 7), 2048, "int8", ENCODER, Transform(224, "squash", "bicubic", "imagenet"), "b" * 64)
+ENCODER = EncoderSpec("resnet50", 4, 2048, 32.0, 0.0, weights_sha256="a" * 64)
+TRANSFORM = Transform(224, "squash", "by torch", "bicubic", (0.5, 0.4, 0.3), (0.2, 0.2, 0.1))
+SPEC = FeatureSpec("grid", (7, 7), 2048, "int8", ENCODER, TRANSFORM, "b" * 64)
+REGIONS = FeatureSpec("regions", (0, 0), 2048, "fp16", None, None, max_regions=36, boxes=True)
 DOCUMENT = {
-    "encoder": {"architecture": "resnet50", "stage": 4, "weights_sha256": "a" * 64},
-    "transform": {"size": 224, "geometry": "squash", "resize": "bicubic", "normalise": "imagenet"},
+    "encoder": {
+        "architecture": "resnet50",
+        "stage": 4,
+        "dim": 2048,
+        "stride": 32.0,
+        "first_centre": 0.0,
+        "weights_sha256": "a" * 64,
+    },
+    "transform": {
+        "size": 224,
+        "geometry": "squash",
+        "resize": "by torch",
+        "interpolation": "bicubic",
+        "mean": [0.5, 0.4, 0.3],
+        "std": [0.2, 0.2, 0.1],
+    },
     "grid": [7, 7],
     "dim": 2048,
     "dtype": "int8",
@@ -33,7 +48,7 @@ DOCUMENT = {
 }
 OTHERS = {
     "encoder": {"encoder": replace(ENCODER, weights_sha256="c" * 64)},
-    "transform": {"transform": Transform(224, "center_crop", "bicubic", "imagenet")},
+    "transform": {"transform": replace(TRANSFORM, mean=(0.5, 0.5, 0.5))},
     "grid": {"cells": (14, 14)},
     "dim": {"dim": 1024},
     "dtype": {"dtype": "fp16"},
@@ -69,12 +84,13 @@ def test_what_is_written_numpy_reads_and_torch_sees_the_same_numbers(dtype):
     assert (row.shape, row.dtype, row.nbytes) == ((6, 5), numbers.dtype, len(blob) - NPY_HEADER)
 
 
-@pytest.mark.parametrize("stage", sorted(GEOMETRY["resnet50"]))
+@pytest.mark.parametrize("stage", [1, 2, 3, 4])
 @pytest.mark.parametrize("size", [32, 96])
 def test_the_geometry_is_what_the_network_gives(stage, size):
-    encoder = EncoderSpec("resnet50", stage)
+    network = build_encoder("resnet50", stage).eval()
     with torch.inference_mode():
-        grid = Encoder(stage).eval()(torch.zeros(1, 3, size, size))
+        grid = network(torch.zeros(1, 3, size, size))
+    encoder = network.spec
     rows, columns = encoder.cells(size)
     assert grid.shape == (1, rows * columns, encoder.dim)
 
@@ -82,13 +98,13 @@ def test_the_geometry_is_what_the_network_gives(stage, size):
 @pytest.mark.parametrize(
     ("spec", "size", "message"),
     [
-        (ENCODER, 225, "size 225 is not a multiple of 32, the stride of stage 4; use e.g. 224 or 448"),
+        (ENCODER, 225, "size 225 is not a multiple of 32, the stride of resnet50's stage 4; use e.g. 224 or 448"),
         (ENCODER, 0, "size 0 is not a multiple of 32"),
-        (EncoderSpec("resnet50", 5), 224, "stage 5 is unknown; choose one of 1, 2, 3, 4"),
-        (EncoderSpec("vgg19", 5), 224, "architecture 'vgg19' is unknown; choose one of resnet50"),
+        (replace(ENCODER, stride=14.0), 225, "not a multiple of 14, .*use e.g. 224 or 448"),
+        (replace(ENCODER, stride=24.0), 225, "not a multiple of 24, .*use e.g. 216 or 456"),
     ],
 )
-def test_a_picture_that_cells_do_not_cover_and_an_unknown_encoder_are_refused(spec, size, message):
+def test_a_picture_that_cells_do_not_cover_is_refused(spec, size, message):
     with pytest.raises(ValueError, match=message):
         spec.cells(size)
 
@@ -97,14 +113,20 @@ def test_the_view_of_a_document_gives_the_document_back():
     spec = FeatureSpec.from_fingerprint(DOCUMENT | {"source": "e" * 64, "compute": "bf16"})
     assert spec == SPEC and spec.to_fingerprint() == DOCUMENT
     assert (spec.locations, spec.shape, spec.stored, spec.torch) == (49, (49, 2048), np.int8, "int8")
-    trained_too = end_to_end_features(448, "f" * 64)
+    trained_too = replace(SPEC, encoder=replace(ENCODER, weights_sha256="", trained_from="f" * 64), dtype="")
     assert FeatureSpec.from_fingerprint(trained_too.to_fingerprint()) == trained_too
-    assert trained_too.to_fingerprint() == {
-        "encoder": {"architecture": "resnet50", "stage": 4, "trained_from": "f" * 64},
-        "transform": {"size": 448, "geometry": "squash"},
-        "grid": [14, 14],
-        "dim": 2048,
-    }
+    assert "dtype" not in trained_too.to_fingerprint()
+    assert FeatureSpec.from_fingerprint(json.loads(json.dumps(REGIONS.to_fingerprint()))) == REGIONS
+    assert (REGIONS.locations, REGIONS.shape) == (36, (36, 2048)) and "grid" not in REGIONS.to_fingerprint()
+
+
+def test_the_centres_are_those_of_the_cells_in_row_major_order():
+    spec = replace(SPEC, cells=(2, 3), encoder=replace(ENCODER, stride=32.0, first_centre=31.0))
+    assert spec.centres().tolist() == [[31, 31], [63, 31], [95, 31], [31, 63], [63, 63], [95, 63]]
+    assert spec.centres().dtype == np.float64
+    for unknown in (REGIONS, replace(SPEC, encoder=None)):
+        with pytest.raises(ValueError, match="is not known"):
+            unknown.centres()
 
 
 @pytest.mark.parametrize("name", sorted(OTHERS))
@@ -127,7 +149,9 @@ def test_pictures_are_refused_where_features_are_needed():
     ("document", "message"),
     [
         ({}, "does not say grid and dim"),
-        (DOCUMENT | {"kind": "pyramid"}, "features of kind 'pyramid' are unknown"),
+        (DOCUMENT | {"kind": "regions"}, "does not say max_regions"),
+        (DOCUMENT | {"kind": "clips"}, "features of kind 'clips' are unknown"),
+        (DOCUMENT | {"encoder": {"architecture": "resnet50", "stage": 4}}, "encoder does not say dim, stride, first_"),
         (DOCUMENT | {"encoder": DOCUMENT["encoder"] | {"tiles": 4}}, "encoder says tiles, which this program does not"),
         (DOCUMENT | {"transform": {"size": 1, "geometry": "x", "flip": 1}}, "transform says flip"),
     ],
@@ -139,4 +163,4 @@ def test_a_document_that_says_what_this_program_does_not_know_is_refused(documen
 
 def test_features_that_are_never_stored_have_no_type_on_disk():
     with pytest.raises(ValueError, match="dtype '' is unknown; choose one of bf16, fp16, fp32, int8"):
-        _ = end_to_end_features(224, "").stored
+        _ = replace(SPEC, dtype="").stored

@@ -17,7 +17,8 @@ from sat.export import load_model
 from sat.learner import build_learner
 from sat.meter import Meter
 from sat.model.encoders.end_to_end import EndToEnd
-from sat.model.encoders.resnet import Encoder, load_encoder, normalise
+from sat.model.encoders.resnet import ResNet
+from sat.model.encoders.table import load_encoder
 from sat.model.objectives.teacher_forcing import TeacherForcing
 from sat.run_folder import Run
 from sat.shards.manifest import load_manifest
@@ -40,7 +41,7 @@ def pictures(tmp_path_factory) -> list[str]:
     files = [f"{split}={root}/annotations/captions_{split}.json" for split in ("train", "val")]
     shard_images.main(out=root / "data", annotations=files, images=root / "images", shard_size=5, num_workers=1)
     torch.manual_seed(0)
-    encoder = Encoder()
+    encoder = ResNet()
     for module in encoder.modules():
         if isinstance(module, nn.BatchNorm2d):  # in eval mode nothing else keeps a random network's values small
             nn.init.constant_(module.weight, 0.5)
@@ -120,7 +121,7 @@ def test_training_end_to_end_moves_the_open_stage_and_the_captioner_and_nothing_
     assert all(torch.equal(before[f"encoder.{name}"], value) for name, value in begun_with.items())
     after = saved(folder, 2)
     moved = {name for name in after if not torch.equal(after[name], before[name])}
-    convolutions = {name for name, _ in Encoder().named_parameters() if "conv" in name or "downsample.0" in name}
+    convolutions = {name for name, _ in ResNet().named_parameters() if "conv" in name or "downsample.0" in name}
     opened = {f"encoder.{name}" for name in convolutions if name.startswith("layer4.")}
     captioner = {name for name in before if name.startswith("captioner.") and "feature_" not in name}
     assert len(opened) == 10 and moved == opened | captioner
@@ -130,7 +131,8 @@ def test_the_features_are_standardised_by_the_statistics_of_the_training_picture
     _, config, before = run_on_pictures
     data, encoder = open_data(config), load_encoder(config.encoder.weights)
     steps = train.steps_from(config, data, Cursor.start(data.sources, 1), alone.processes, Meter())
-    grids = torch.cat([encoder(normalise(batch.grid)).detach() for batches in steps for batch in batches]).flatten(0, 1)
+    grids = [encoder(encoder.normalise(batch.grid)).detach() for batches in steps for batch in batches]
+    grids = torch.cat(grids).flatten(0, 1)
     assert len(grids) == 12 * 4  # one epoch: every picture once
     for name, expected in (("mean", grids.mean(0)), ("std", grids.std(0, unbiased=False))):
         torch.testing.assert_close(before[f"captioner.feature_{name}"], expected, rtol=1e-3, atol=1e-4)
@@ -173,7 +175,7 @@ def test_the_model_trained_end_to_end_is_evaluated_and_captions_files_alike(run_
 
 def test_a_training_from_features_never_runs_an_encoder(features, alone, tmp_path, monkeypatch):
     for method in ("__init__", "forward"):
-        monkeypatch.setattr(Encoder, method, lambda *_: pytest.fail("the encoder was used"))
+        monkeypatch.setattr(ResNet, method, lambda *_: pytest.fail("the encoder was used"))
     trained(features, tmp_path / "run", alone)
     assert (tmp_path / "run/best/model.safetensors").is_file()
 

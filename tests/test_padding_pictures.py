@@ -7,7 +7,7 @@ import torch
 
 from sat.model.captioner import Captioner
 from sat.model.encoders.end_to_end import EndToEnd
-from sat.model.encoders.resnet import Encoder
+from sat.model.encoders.resnet import ResNet
 from sat.model.loss import total_loss
 from sat.model.objectives.teacher_forcing import TeacherForcing
 from sat.model.spec import CaptionerSpec, Sizes
@@ -16,7 +16,7 @@ from sat.model.spec import CaptionerSpec, Sizes
 @pytest.mark.parametrize("shown", [2, 0])
 def test_pictures_without_captions_change_neither_loss_nor_gradients_nor_statistics(shown):
     torch.manual_seed(0)
-    encoder = Encoder(stage=1).open_for_training([1], freeze_batchnorm=False)
+    encoder = ResNet(stage=1).open_for_training([1], freeze_batchnorm=False)
     spec = CaptionerSpec.of_preset("tutorial", embedding_dim=4, lstm_dim=4, attention_dim=4, dropout=0.0)
     captioner = Captioner(spec, Sizes(11, 64, 256))
     padded = EndToEnd(encoder, captioner).train()

@@ -7,7 +7,7 @@ import torch
 
 from sat.model.captioner import Captioner
 from sat.model.encoders.end_to_end import EndToEnd
-from sat.model.encoders.resnet import Encoder
+from sat.model.encoders.resnet import ResNet
 from sat.model.loss import total_loss
 from sat.model.objectives.teacher_forcing import TeacherForcing
 from sat.model.spec import CaptionerSpec, Sizes
@@ -119,7 +119,7 @@ def test_without_captions_the_graph_is_that_of_any_batch_and_every_gradient_exac
 @pytest.mark.parametrize("checkpointing", [True, False])
 def test_without_captions_no_batchnorm_moves_and_the_encoder_gets_its_zeros(checkpointing):
     torch.manual_seed(0)
-    encoder = Encoder(stage=2).open_for_training([1, 2], freeze_batchnorm=False, checkpointing=checkpointing)
+    encoder = ResNet(stage=2).open_for_training([1, 2], freeze_batchnorm=False, checkpointing=checkpointing)
     spec = CaptionerSpec.of_preset("tutorial", embedding_dim=4, lstm_dim=4, attention_dim=4)
     model = EndToEnd(encoder, Captioner(spec, Sizes(11, 16, 512))).double().train()
     other, before = copy.deepcopy(model), copy.deepcopy(model.state_dict())

@@ -113,8 +113,9 @@ class Extractor:
             )
         members = read_members(blob, where)
         data = next(data for extension, data in members.items() if extension != "json")
+        transform = self.recipe.transform
         try:
-            return fit(decode(data), self.recipe.transform.size, self.recipe.transform.geometry)
+            return fit(decode(data), transform.size, transform.geometry, transform.interpolation)
         except BadPicture as error:  # decoded when it was sharded, so by another version of the decoder
             raise ValueError(f"{where} cannot be decoded here: {error}") from None
 

@@ -15,7 +15,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from sat.model.encoders.resnet import STAGES, Encoder, fold_batchnorm, load_encoder, normalise
+from sat.model.encoders.encoder import GridEncoder
+from sat.model.encoders.folding import fold_batchnorm
+from sat.model.encoders.resnet import ResNet
+from sat.model.encoders.table import load_encoder
 
 COMPUTE = {"bf16": torch.bfloat16, "fp32": torch.float32}
 """Precisions of the network's arithmetic; fp16 is left out, it is many times slower on a CPU."""
@@ -49,8 +52,9 @@ def load_network(
 
     `images` is the length of the job, by which torch.compile is chosen on a GPU. Raises ValueError as `load_encoder`.
     """
-    forward = fast_forward(load_encoder(weights, stage), size, compute, device, images)
-    slope, bias = _pixel_row(size, device)
+    encoder = load_encoder(weights, stage=stage)
+    forward = fast_forward(encoder, size, compute, device, images)
+    slope, bias = _pixel_row(encoder, size, device)
 
     @torch.inference_mode()
     def run(pictures: npt.NDArray[np.uint8]) -> npt.NDArray[Any]:
@@ -63,31 +67,31 @@ def load_network(
     return run
 
 
-def _pixel_row(size: int, device: str) -> tuple[Tensor, Tensor]:
+def _pixel_row(encoder: GridEncoder, size: int, device: str) -> tuple[Tensor, Tensor]:
     """(slope, bias), each [S * 3], of `normalise` over a row of RGB pixels: three times as fast as over channels."""
     black_and_white = torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1).expand(2, 3, 1, 1)
-    black, white = normalise(black_and_white).flatten(1).to(device)  # [3] each
+    black, white = encoder.normalise(black_and_white).flatten(1).to(device)  # [3] each
     return ((white - black) / 255).repeat(size), black.repeat(size)
 
 
-def fast_forward(encoder: Encoder, size: int, compute: str, device: str, images: int) -> Callable[[Tensor], Tensor]:
+def fast_forward(encoder: GridEncoder, size: int, compute: str, device: str, images: int) -> Callable[[Tensor], Tensor]:
     """The encoder's forward pass for pictures of one size: [B, 3, S, S] channels_last in `compute` -> [B, L, D]."""
     folded = fold_batchnorm(encoder).to(device, COMPUTE[compute]).to(memory_format=torch.channels_last)
     if torch.device(device).type == "cpu" and _has_onednn():
-        return FusedResNet(folded, size)
+        return FusedResNet(folded, size) if isinstance(folded, ResNet) else folded
     return torch.compile(folded) if images >= COMPILE_IMAGES else folded
 
 
 class FusedResNet:
-    """A folded ResNet-50 in oneDNN's fused convolutions; [B, 3, S, S] channels_last -> [B, L, D] like `Encoder`."""
+    """A folded ResNet in oneDNN's fused convolutions; [B, 3, S, S] channels_last -> [B, L, D] like `ResNet`."""
 
-    def __init__(self, folded: Encoder, size: int):
+    def __init__(self, folded: ResNet, size: int):
         self.folded = folded
         self.packed = {module: _pack(module, shape) for module, shape in _input_shapes(folded, size).items()}
 
     def __call__(self, images: Tensor) -> Tensor:
         x = self.folded.maxpool(self._convolve(self.folded.conv1, images, "relu"))
-        for number in STAGES[: self.folded.stage]:
+        for number in self.folded.stages:
             for block in self.folded.stage_module(number):
                 first, second, third = (_convolution(block, name) for name in ("conv1", "conv2", "conv3"))
                 on_shortcut = None if block.downsample is None else _convolution(block, "downsample.0")

@@ -14,11 +14,14 @@ import numpy as np
 import numpy.typing as npt
 
 from preprocessing.features.extractor import Extractor
-from preprocessing.features.recipe import FeatureOptions, FeatureRecipe, feature_spec
+from preprocessing.features.recipe import FeatureOptions, FeatureRecipe
 from preprocessing.features.statistics import calibrate
 from preprocessing.sharding.plan import FeatureSettings, Plan, PlannedShard, publish_plan, standing_plan
 from sat import files
+from sat.model.encoders.weights import named_stage, read_about
+from sat.shards.features import FeatureSpec, Transform
 from sat.shards.manifest import Manifest, load_manifest
+from sat.shards.pictures import RESIZE
 
 CALIBRATION_IMAGES = 256
 """Pictures from which the int8 scales are taken."""
@@ -33,7 +36,7 @@ def plan_features(images: Path, out: Path, weights: Path, options: FeatureOption
     if source.kind != "images":
         raise ValueError(f"{images} holds {source.kind}, expected image shards")
     splits = _statistics_splits(source, options.statistics_splits)
-    spec = feature_spec(options, files.sha256(weights))
+    spec = _spec(out, weights, options)
     recipe = FeatureRecipe(source.digest, spec, _resolve_compute(out, options.compute), splits)
     settings = FeatureSettings(os.path.abspath(images), os.path.abspath(weights), options.batch_size)
     shards = tuple(PlannedShard(s.name, s.split, s.samples, s.sha256) for s in source.shards)
@@ -70,6 +73,24 @@ def source_of(plan: Plan) -> Manifest:
             "run the plan step again with --overwrite"
         )
     return source
+
+
+def _spec(out: Path, weights: Path, options: FeatureOptions) -> FeatureSpec:
+    """What an encoder of these weights gives: as the plan that stands says of the same one, else seen now (by torch).
+
+    ValueError for weights, a stage or a size that do not fit each other.
+    """
+    digest, stage = files.sha256(weights), named_stage(read_about(weights).architecture, options.stage)
+    standing = _standing_recipe(out)
+    if standing is not None and standing[1].reads(digest, stage, options.size):
+        encoder, transform = standing[1].encoder, replace(standing[1].transform, geometry=options.geometry)
+    else:
+        from sat.model.encoders.table import blueprint
+
+        plan = blueprint(weights, stage, options.size)
+        encoder, pixels = replace(plan.spec, weights_sha256=digest), plan.pixels
+        transform = Transform(options.size, options.geometry, RESIZE, pixels.interpolation, pixels.mean, pixels.std)
+    return FeatureSpec("grid", encoder.cells(options.size), encoder.dim, options.dtype, encoder, transform)
 
 
 def _statistics_splits(source: Manifest, named: tuple[str, ...]) -> tuple[str, ...]:

@@ -6,11 +6,10 @@ from typing import Any
 
 from sat.settings import check, setting
 from sat.shards.features import STORAGE, EncoderSpec, FeatureSpec, Transform
-from sat.shards.pictures import GEOMETRIES, RESIZE
+from sat.shards.pictures import GEOMETRIES
 
-WRITER = 1
+WRITER = 2
 """Version of what is written for given inputs; part of the fingerprint."""
-ARCHITECTURE = "resnet50"
 
 
 @dataclass(frozen=True)
@@ -18,9 +17,9 @@ class FeatureOptions:
     """What a user may choose about features. Raises ValueError, naming the choices, for what does not exist."""
 
     size: int = setting(224, at_least=1)
-    """Side of the encoder's input in pixels: 224 gives 7x7 cells, 448 gives 14x14."""
-    stage: int = setting(4, choices=(1, 2, 3, 4))
-    """ResNet stage whose output is kept."""
+    """Side of the encoder's input in pixels: with a stride of 32, 224 gives 7x7 cells, 448 gives 14x14."""
+    stage: int = setting(0, at_least=0)
+    """Stage of the encoder whose output is kept; 0: its last features."""
     dtype: str = setting("bf16", choices=tuple(STORAGE))
     """Format on disk."""
     geometry: str = setting("squash", choices=GEOMETRIES)
@@ -60,6 +59,11 @@ class FeatureRecipe:
         assert self.spec.transform is not None, "features are extracted from pictures"
         return self.spec.transform
 
+    def reads(self, weights_sha256: str, stage: int, size: int) -> bool:
+        """Whether these are features of that stage of that encoder, of pictures of that size."""
+        wanted = (weights_sha256, stage, size)
+        return wanted == (self.encoder.weights_sha256, self.encoder.stage, self.transform.size)
+
     def to_fingerprint(self) -> dict[str, Any]:
         """The document on disk."""
         document = {"writer": self.writer, "source": self.source, "compute": self.compute}
@@ -75,10 +79,3 @@ class FeatureRecipe:
             statistics_splits=tuple(fingerprint["statistics_splits"]),
             writer=fingerprint["writer"],
         )
-
-
-def feature_spec(options: FeatureOptions, weights_sha256: str) -> FeatureSpec:
-    """What an encoder of these weights gives; ValueError for a size that its cells do not cover exactly."""
-    encoder = EncoderSpec(ARCHITECTURE, options.stage, weights_sha256)
-    transform = Transform(options.size, options.geometry, RESIZE, "imagenet")
-    return FeatureSpec("grid", encoder.cells(options.size), encoder.dim, options.dtype, encoder, transform)

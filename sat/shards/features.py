@@ -1,4 +1,4 @@
-"""What a feature is: the one table of storage types, the one npy header, the one geometry of an encoder.
+"""What a feature is: the one table of storage types, the one npy header, the one view of a fingerprint.
 
 A FeatureSpec is a typed view of a data set's fingerprint, the document on disk. bfloat16 has no npy type: it is stored
 as its uint16 bit pattern, and the fingerprint's `dtype` says so.
@@ -6,7 +6,7 @@ as its uint16 bit pattern, and the fingerprint's `dtype` says so.
 
 import io
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from typing import Any, TypeVar
 
 import numpy as np
@@ -36,9 +36,6 @@ STORAGE = {
 }
 """Storage types by the fingerprint's name."""
 
-GEOMETRY = {"resnet50": {1: (4, 256), 2: (8, 512), 3: (16, 1024), 4: (32, 2048)}}
-"""Pixels between two cells and width of a cell's features, by architecture and stage."""
-
 
 def storage_type(dtype: str) -> StorageType:
     """The storage type of this name. ValueError, listing the choices, for one that does not exist."""
@@ -49,42 +46,36 @@ def storage_type(dtype: str) -> StorageType:
 
 @dataclass(frozen=True)
 class EncoderSpec:
-    """The network in front of the features, and the stage of it that they are taken from."""
+    """The network in front of the features, the stage of it that they are taken from, and where its cells look.
+
+    Written down as a whole, so that reading a data set needs no network; `sat.model.encoders` fills it.
+    """
 
     architecture: str
+    """`resnet50`, `resnet101`, `resnet152` or `timm/NAME`."""
     stage: int
+    """0: the network's last features, else its n-th stage, counted from 1."""
+    dim: int
+    """Width D of a cell's features."""
+    stride: float
+    """Pixels of the encoder's input between two neighbouring cells, down and across."""
+    first_centre: float
+    """Pixel (0 is the middle of the first one) at the centre of the first cell's receptive field, down and across."""
     weights_sha256: str = ""
     """SHA-256 of the frozen weights' file."""
     trained_from: str = ""
     """Instead of it, for an encoder that is trained with the captioner: SHA-256 of the weights it began from."""
 
-    @property
-    def stride(self) -> int:
-        """Pixels between two cells. ValueError for an encoder whose geometry this program does not know."""
-        return self._geometry()[0]
-
-    @property
-    def dim(self) -> int:
-        """Width D of a cell's features. ValueError as `stride`."""
-        return self._geometry()[1]
-
     def cells(self, size: int) -> tuple[int, int]:
         """Cells (rows, columns) of a picture of `size` x `size` pixels. ValueError unless they cover it exactly."""
-        stride = self.stride
-        if size < stride or size % stride:
+        if size < self.stride or size % self.stride:
+            near = [round(max(1, round(wanted / self.stride)) * self.stride) for wanted in (224, 448)]
             raise ValueError(
-                f"size {size} is not a multiple of {stride}, the stride of stage {self.stage}; use e.g. 224 or 448"
+                f"size {size} is not a multiple of {self.stride:g}, the stride of {self.architecture}'s stage "
+                f"{self.stage}; use e.g. {' or '.join(map(str, near))}"
             )
-        return size // stride, size // stride
-
-    def _geometry(self) -> tuple[int, int]:
-        for name, value, choices in (
-            ("encoder architecture", self.architecture, list(GEOMETRY)),
-            ("stage", self.stage, list(GEOMETRY.get(self.architecture, {}))),
-        ):
-            if value not in choices:
-                raise ValueError(f"{name} {value!r} is unknown; choose one of {', '.join(map(str, choices))}")
-        return GEOMETRY[self.architecture][self.stage]
+        side = round(size / self.stride)
+        return side, side
 
 
 @dataclass(frozen=True)
@@ -97,8 +88,12 @@ class Transform:
     """`squash` or `center_crop`, see `pictures.fit`."""
     resize: str = ""
     """How `pictures.fit` computes."""
-    normalise: str = ""
-    """The statistics by which pixels are standardised."""
+    interpolation: str = ""
+    """`bicubic` or `bilinear`, see `pictures.fit`."""
+    mean: tuple[float, ...] = ()
+    """Of the pixels in 0..1 per RGB channel: subtracted from them,"""
+    std: tuple[float, ...] = ()
+    """and what they are divided by then."""
 
 
 @dataclass(frozen=True)
@@ -127,6 +122,19 @@ class FeatureSpec:
     def locations(self) -> int:
         """L: the cells of a grid, or the most regions of a picture."""
         return self.cells[0] * self.cells[1] if self.kind == "grid" else self.max_regions
+
+    def centres(self) -> npt.NDArray[np.float64]:
+        """float64 [L, 2]: (x, y) of each cell's receptive field's centre in pixels of the encoder's input.
+
+        0 is the middle of the first pixel. ValueError for features without cells or of an unknown encoder.
+        """
+        if self.kind != "grid" or self.encoder is None:
+            raise ValueError(
+                f"where these features ({self.kind}) look is not known; only a grid made by an encoder says it"
+            )
+        rows, columns = (self.encoder.first_centre + self.encoder.stride * np.arange(count) for count in self.cells)
+        y, x = np.meshgrid(rows, columns, indexing="ij")
+        return np.stack([x.ravel(), y.ravel()], axis=1).astype(np.float64)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -219,21 +227,22 @@ def npy_header(stored: np.dtype[Any], shape: tuple[int, ...]) -> bytes:
     return buffer.getvalue()
 
 
-def end_to_end_features(size: int, trained_from: str) -> FeatureSpec:
-    """What a captioner sees whose ResNet-50 is trained too, from the weights of this SHA-256, on squashed pictures."""
-    encoder = EncoderSpec("resnet50", 4, trained_from=trained_from)
-    return FeatureSpec("grid", encoder.cells(size), encoder.dim, "", encoder, Transform(size, "squash"))
-
-
 def _part(made_of: type[Part], name: str, document: Mapping[str, Any] | None) -> Part | None:
     if document is None:
         return None
-    known = {field.name for field in fields(made_of)}
-    unknown = sorted(document.keys() - known)
+    known = {field.name: field.default is MISSING for field in fields(made_of)}
+    unknown = sorted(document.keys() - known.keys())
     if unknown:
         raise ValueError(f"the fingerprint's {name} says {', '.join(unknown)}, which this program does not know")
-    return made_of(**document)
+    missing = [field for field, required in known.items() if required and field not in document]
+    if missing:
+        raise ValueError(f"the fingerprint's {name} does not say {', '.join(missing)}; extract the features again")
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in document.items()}
+    return made_of(**values)
 
 
 def _document(part: EncoderSpec | Transform | None) -> dict[str, Any] | None:
-    return None if part is None else {name: value for name, value in vars(part).items() if value != ""}
+    if part is None:
+        return None
+    entries = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(part).items()}
+    return {name: value for name, value in entries.items() if value not in ("", [])}

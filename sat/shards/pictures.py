@@ -21,8 +21,9 @@ MAX_BYTES = 256 << 20
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
 """Formats tried (JPEG includes MPO, of cameras with two lenses); not those that start other programs (EPS)."""
 GEOMETRIES = ("squash", "center_crop")
-RESIZE = "bicubic, antialiased, by torch"
-"""How `fit` computes, for the fingerprint of features: change it with every change of the values `fit` gives."""
+RESIZE = "antialiased, by torch"
+"""How `fit` computes beside its interpolation, for the fingerprint of features: change it with every change of the
+values `fit` gives."""
 EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "TIFF": "tif"}
 """File name extension by format, where it is not the format's name in lower case."""
 NOTE = "note"
@@ -94,8 +95,8 @@ def _decode(data: bytes) -> Image.Image:
     return rgb
 
 
-def fit(image: Image.Image, size: int, geometry: str = "squash") -> np.ndarray:
-    """RGB picture -> uint8 [size, size, 3], bicubic with antialiasing.
+def fit(image: Image.Image, size: int, geometry: str = "squash", interpolation: str = "bicubic") -> np.ndarray:
+    """RGB picture -> uint8 [size, size, 3], with antialiasing; `interpolation` is bicubic or bilinear.
 
     `squash` keeps the whole picture and not its proportions; `center_crop` keeps the largest square in its middle.
     Raises ValueError for another geometry.
@@ -107,15 +108,15 @@ def fit(image: Image.Image, size: int, geometry: str = "squash") -> np.ndarray:
         side = min(image.size)
         left, top = (image.width - side) // 2, (image.height - side) // 2
         pixels = np.ascontiguousarray(pixels[top : top + side, left : left + side])
-    return pixels if pixels.shape[:2] == (size, size) else _resize(pixels, size)
+    return pixels if pixels.shape[:2] == (size, size) else _resize(pixels, size, interpolation)
 
 
-def _resize(pixels: np.ndarray, size: int) -> np.ndarray:
+def _resize(pixels: np.ndarray, size: int, interpolation: str) -> np.ndarray:
     """By PyTorch, single-threaded: four times as fast as Pillow, whose values it gives but for rounding."""
     import torch  # here, as cutting image shards does without
 
     planes = torch.from_numpy(pixels).permute(2, 0, 1)[None]  # channels_last, which its fast path wants
-    planes = torch.nn.functional.interpolate(planes, (size, size), mode="bicubic", antialias=True)
+    planes = torch.nn.functional.interpolate(planes, (size, size), mode=interpolation, antialias=True)
     return planes[0].permute(1, 2, 0).contiguous().numpy()
 
 

@@ -1,0 +1,107 @@
+"""Where the cells of an encoder look: stride and first centre of their receptive fields, computed and not assumed.
+
+A stride-2, padding-1 network's cell i sees around pixel 32 i, TensorFlow's "same" padding around 32 i + 31, a ViT's
+patches of 32 around 32 i + 15.5. One pass over a picture without values (PyTorch's meta device) follows every
+convolution, pooling and padding: a kernel of k pixels, s apart, d between its taps, p of padding before, moves the
+first centre by ((k - 1) d / 2 - p) cells of its input and multiplies the stride by s. All else keeps the place; where
+that does not explain the number of cells (patches merged by slicing), they are centred in the picture.
+"""
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sat.model.encoders.encoder import GridEncoder
+from sat.shards.features import EncoderSpec
+
+PROBE = 448
+"""Pixels per side of the picture that is followed: a multiple of every usual stride."""
+
+
+def spec_of(encoder: GridEncoder) -> EncoderSpec:
+    """What an encoder's features are and where its cells look. ValueError where it does not give a square grid."""
+    size = encoder.pixels.size if encoder.fixed_size else PROBE
+    network = copy.deepcopy(encoder).eval().to("meta")
+    with torch.no_grad(), _Follow() as follow:
+        picture = follow.begin_with(torch.empty(1, 3, size, size, device="meta"))
+        grid = network(picture)
+    _, cells, dim = grid.shape
+    side = math.isqrt(cells)
+    if side * side != cells:
+        raise ValueError(f"{encoder.architecture} gives {cells} cells of {size} x {size} pixels, which is no square")
+    place = follow.place_of(grid)
+    if place is None or place.stride * side != size:
+        place = _Place(size / side, (size / side - 1) / 2)
+    return EncoderSpec(encoder.architecture, encoder.stage, dim, float(place.stride), float(place.first))
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where the cells of a feature map look: pixels between two, pixel of the first."""
+
+    stride: float
+    first: float
+
+    def through(self, kernel: int, stride: int, before: float, dilation: int = 1) -> "_Place":
+        """The cells of a window of `kernel` taps that moves by `stride` over a map with `before` cells of padding."""
+        return _Place(self.stride * stride, self.first + self.stride * ((kernel - 1) * dilation / 2 - before))
+
+
+class _Follow(TorchDispatchMode):
+    """Notes for each tensor where its cells look; holds all tensors, so that no identity is used twice."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch has no types here
+        self.places: dict[int, tuple[Tensor, _Place]] = {}
+
+    def begin_with(self, picture: Tensor) -> Tensor:
+        self.places[id(picture)] = (picture, _Place(1, 0))
+        return picture
+
+    def place_of(self, tensor: Any) -> _Place | None:
+        return self.places[id(tensor)][1] if id(tensor) in self.places else None
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        results = func(*args, **(kwargs or {}))
+        sources = [place for tensor in pytree.tree_leaves(args) if (place := self.place_of(tensor)) is not None]
+        if sources:
+            place = max(sources, key=lambda source: source.stride)
+            step = _STEPS.get(str(func.overloadpacket))
+            moved = place if step is None else step(place, *args)
+            for tensor in pytree.tree_leaves(results):
+                if isinstance(tensor, Tensor):
+                    self.places[id(tensor)] = (tensor, moved)
+        return results
+
+
+def _convolution(place: _Place, x: Tensor, weight: Tensor, bias: Any, *geometry: Any) -> _Place:
+    stride, padding, dilation, transposed = geometry[:4]
+    assert not transposed, "a backbone does not enlarge its maps"
+    return place.through(weight.shape[-1], stride[-1], padding[-1], dilation[-1]) if weight.ndim == 4 else place
+
+
+def _pooling(place: _Place, x: Tensor, kernel: Sequence[int], *geometry: Any) -> _Place:
+    stride, padding = ([*geometry, [], [0]] if not geometry else [*geometry, [0]])[:2]
+    return place.through(kernel[-1], (stride or kernel)[-1], padding[-1])
+
+
+def _padding(place: _Place, x: Tensor, pad: Sequence[int], *value: Any) -> _Place:
+    return place.through(1, 1, pad[0]) if x.ndim == 4 else place
+
+
+_STEPS: dict[str, Callable[..., _Place]] = {
+    "aten.convolution": _convolution,
+    "aten.max_pool2d_with_indices": _pooling,
+    "aten.max_pool2d": _pooling,
+    "aten.avg_pool2d": _pooling,
+    "aten.constant_pad_nd": _padding,
+    "aten.pad": _padding,
+}
+"""The operations that move the centre."""
