@@ -66,10 +66,11 @@ def main(
         scores = {name: score(references, captions, tuple(METRICS)) for name, captions in blind.items()}
         unfinished, step = result.unfinished, trained[0].step
         scores = {"model": result.scores} | scores
-        found = Report(split, len(result.predictions), unfinished, search.beam_size, step, scores)
+        found = Report(split, len(result.predictions), unfinished, search.beam_size, step, scores, attention)
         keep(run, found, {"model": result.captions} | blind)
         print(json.dumps(found.to_document(), indent=1))
 
+    attention = result.attention.values() if any(each.attends for each in trained) else {}
     processes.run_on_main(report)
     processes.leave()
 
@@ -111,7 +112,10 @@ def keep(run: Path, report: Report, captions: Mapping[str, Mapping[str, str]]) -
     with attach(run) as tracker:
         for name, scores in report.scores.items():
             label = report.split if name == "model" else f"{report.split}_{name}"
-            tracker.log(report.step, {f"{label}/{metric}": value for metric, value in scores.values.items()})
+            spread = report.attention if name == "model" else {}
+            tracker.log(
+                report.step, {f"{label}/{metric}": value for metric, value in {**scores.values, **spread}.items()}
+            )
         tracker.artifact(path, "captions")
 
 

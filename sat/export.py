@@ -42,6 +42,11 @@ class TrainedModel:
     step: int
     """Of the training, when it was exported."""
 
+    @property
+    def attends(self) -> bool:
+        """Whether it looks at the picture before every word."""
+        return self.config.model.attention != "none"
+
     def refuse_unfit(self, manifest: Manifest) -> None:
         """Raise ValueError, naming what differs, unless the model reads what `manifest` holds."""
         if not self.config.encoder.train:

@@ -9,7 +9,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TypeVar
 
 import torch
@@ -21,6 +21,31 @@ from sat.engine.processes import Processes
 T = TypeVar("T")
 OVERFLOWS_ALLOWED = 40
 """Steps in a row that fp16 may take to find its loss scale, beside those that may be skipped: 2^40 is none."""
+
+
+@dataclass(frozen=True)
+class AttentionUse:
+    """How widely attention is spread, as sums over words."""
+
+    words: float = 0.0
+    entropy: float = 0.0
+    """Of alpha, in nats."""
+    top: float = 0.0
+    """The greatest weight of alpha."""
+
+    def __add__(self, other: "AttentionUse") -> "AttentionUse":
+        return AttentionUse(self.words + other.words, self.entropy + other.entropy, self.top + other.top)
+
+    @property
+    def effective_cells(self) -> float:
+        """Exp of the mean entropy: L where alpha is even, 1 where it is one cell; NaN where there were no words."""
+        return math.exp(self.entropy / self.words) if self.words else math.nan
+
+    def values(self) -> dict[str, float]:
+        """By name, as the journal holds them, the second is the mean weight of the first cell; none without words."""
+        if not self.words:
+            return {}
+        return {"effective_cells": self.effective_cells, "top_cell": self.top / self.words}
 
 
 @dataclass(frozen=True)
@@ -46,11 +71,16 @@ class JournalLine:
     """Steps whose loss or gradient was not finite."""
     overflowed_steps: int = 0
     """Steps that only set fp16's loss scale right."""
+    attention: "AttentionUse | None" = None
+    """Of the steps that were not skipped; None without attention."""
 
     def values(self) -> dict[str, float]:
         """By name, as the journal holds them: what is rare only where it is not zero."""
         rare = ("bad_samples", "skipped_steps", "overflowed_steps")
-        return {name: value for name, value in asdict(self).items() if value or name not in rare}
+        numbers = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "attention"}
+        numbers = {name: value for name, value in numbers.items() if value or name not in rare}
+        spread = self.attention.values() if self.attention else {}
+        return numbers | {f"attention/{name}": value for name, value in spread.items()}
 
 
 @dataclass(frozen=True)
@@ -117,6 +147,7 @@ class Meter:
             bad_samples=int(bad),
             skipped_steps=sum(skipped) - overflowed,
             overflowed_steps=overflowed,
+            attention=AttentionUse(tokens, total["entropy"], total["top"]) if "entropy" in total else None,
         )
 
 

@@ -35,7 +35,8 @@ def main(
     if not {"scores", "missing", "images", "beam_size"} <= report.keys():
         raise ValueError(f"{path} is no report of an evaluation; run `sat evaluate {run} --split {split}` again")
     truth = read_truth(run, split)
-    files.write_json(run / "summary.json", {"minutes": round(minutes, 2), "scores": report["scores"]} | truth)
+    looked = {"attention": report["attention"] | truth.get("attention", {})} if report.get("attention") else {}
+    files.write_json(run / "summary.json", {"minutes": round(minutes, 2), "scores": report["scores"]} | truth | looked)
     print_scores(report, split)
     if truth:
         print_truth(report["scores"], truth)
@@ -62,6 +63,10 @@ def print_scores(report: Mapping[str, Any], split: str) -> None:
     for name, title in ROWS.items():
         if name in report["scores"]:
             print(f"{title:26}" + _cells(report["scores"][name].get(column) for column in COLUMNS))
+    if spread := report.get("attention"):
+        print(
+            f"attention: {spread['effective_cells']:.1f} cells in effect, {spread['top_cell']:.2f} on the first of them"
+        )
     for name, reasons in report["missing"].items():
         for metric, reason in reasons.items():
             print(f"{name}: {metric} is missing: {reason}")

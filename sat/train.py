@@ -30,11 +30,14 @@ from sat.evaluation.split import evaluate
 from sat.export import save_model
 from sat.learner import Learner, build_learner
 from sat.machine import speed_up
-from sat.meter import Meter, Step, Watch
+from sat.meter import AttentionUse, Meter, Step, Watch
 from sat.optim import learning_rate
 from sat.run_folder import CONFIG_FILE, Run, Status, open_run, read_status
 from sat.train_state import Identity, Progress, TrainState, finished_before
 from sat.training_data import TrainingData, open_data
+
+FLAT_SHARE = 0.8
+"""Attention over more than this share of the cells, in effect, is flat."""
 
 
 def train(config: Config, engine: Engine) -> Progress:
@@ -54,7 +57,7 @@ def train(config: Config, engine: Engine) -> Progress:
                 bar.update()
                 last, diverged = progress.step == data.total_steps, watch.see(result)
                 if progress.step % config.train.log_every == 0 or last or diverged:
-                    log_step(progress.step, meter, run, bar)
+                    log_step(progress.step, meter, learner, run, bar)
                 if diverged:
                     raise ValueError(divergence(config, progress.step, watch, run))
                 if progress.step % data.eval_every == 0 or last:
@@ -198,11 +201,28 @@ def progress_bar(data: TrainingData, progress: Progress, run: Run) -> "tqdm[obje
     )
 
 
-def log_step(step: int, meter: Meter, run: Run, bar: "tqdm[object]") -> None:
+def log_step(step: int, meter: Meter, learner: Learner, run: Run, bar: "tqdm[object]") -> None:
     """One line of the journal. All ranks enter."""
     line = meter.line(run.processes)
     run.log(step, line.values())
+    if line.attention and run.processes.is_main and (said := flat_attention(step, line.attention, learner)):
+        tqdm.write(said)
     bar.set_postfix_str(f"nll {line.nll_per_token:.3f}, {line.captions_per_s:.0f} captions/s", refresh=False)
+
+
+def flat_attention(step: int, use: AttentionUse, learner: Learner) -> str:
+    """A warning at the first line of the journal after a fifth of the training, if soft attention is flat; else ""."""
+    config, cells = learner.config, learner.model.captioner.sizes.grid_size
+    due = step >= learner.total_steps / 5 > step - config.train.log_every
+    if not (due and config.model.attention == "soft" and cells > 1 and use.effective_cells > FLAT_SHARE * cells):
+        return ""
+    way_out = "model.penalty_weight is 0 already; try a higher train.learning_rate, or model.weight_init=uniform"
+    if weight := config.model.penalty_weight:
+        way_out = f"the regulariser holds it even: lower model.penalty_weight, now {weight:g} (0 sets attention free)"
+    return (
+        f"warning: step {step} of {learner.total_steps}: attention is flat, {use.effective_cells:.1f} of {cells} cells "
+        f"in effect, so the captions hardly depend on where the model looks; {way_out}"
+    )
 
 
 def divergence(config: Config, step: int, watch: Watch, run: Run) -> str:
@@ -224,7 +244,8 @@ def score_and_keep_best(config: Config, data: TrainingData, learner: Learner, pr
     split = config.data.eval_split
     result = evaluate([model], data.main, split, data.tokenizer, config.eval, data.reading, run.processes)
     learner.objective.train()
-    scores = {f"{split}/{name}": value for name, value in result.scores.values.items() if value is not None}
+    values = result.scores.values | (result.attention.values() if config.model.attention != "none" else {})
+    scores = {f"{split}/{name}": value for name, value in values.items() if value is not None}
     run.log(progress.step, scores | {f"{split}/unfinished": result.unfinished})
     cider = result.scores.values["CIDEr"]
     if cider is None:
@@ -236,7 +257,7 @@ def score_and_keep_best(config: Config, data: TrainingData, learner: Learner, pr
             f"step {progress.step}: " + ", ".join(f"{name} {value:.4f}" for name, value in sorted(scores.items()))
         )
         captions = run.folder / "captions" / f"step-{progress.step:08d}.json"
-        write_captions(captions, result.predictions)
+        write_captions(captions, result.captions)
         run.keep_artifact(captions, "captions")
         if better:
             save_model(run.best, model.state_dict(), data.tokenizer, config, data.features, progress.step)

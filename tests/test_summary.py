@@ -42,6 +42,19 @@ def test_shares_of_truth_are_kept_and_shown_beside_the_cider(run, capsys):
     assert reference.split()[4:] == ["-", "0.610", "0.900", "0.800", "0.700", "0.500"]
 
 
+def test_how_widely_attention_is_spread_is_kept_and_shown(run, capsys):
+    spread = {"effective_cells": 12.25, "top_cell": 0.375}
+    files.write_json(
+        run / "evaluation-test.json", files.read_json(run / "evaluation-test.json") | {"attention": spread}
+    )
+    summary.main(run, "test", 1.0)
+    assert files.read_json(run / "summary.json")["attention"] == spread
+    assert "attention: 12.2 cells in effect, 0.38 on the first of them" in capsys.readouterr().out
+    measured(run, attention={"times": 5.0})
+    summary.main(run, "test", 1.0)
+    assert files.read_json(run / "summary.json")["attention"] == spread | {"times": 5.0}
+
+
 def test_truth_of_other_captions_and_a_broken_report_are_refused(run):
     measured(run)
     files.write_json(run / "captions-test.json", [{"image_id": "1", "caption": "a"}])

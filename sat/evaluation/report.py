@@ -1,7 +1,7 @@
 """What is left of an evaluation: the captions in COCO's format, and the scores of the model and its baselines."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ class Report:
     """Of the training, when the model was exported."""
     scores: Mapping[str, Scores]
     """Of `model` and of each baseline."""
+    attention: Mapping[str, float] = field(default_factory=dict)
+    """How widely the model's attention is spread, see `sat.meter.AttentionUse`; empty without attention."""
 
     def to_document(self) -> dict[str, Any]:
         """The report as JSON; what could not be computed is null and has its reason under `missing`."""
@@ -33,6 +35,7 @@ class Report:
             "step": self.step,
             "scores": {name: each.values for name, each in self.scores.items()},
             "missing": {name: each.reasons for name, each in self.scores.items() if each.reasons},
+            "attention": dict(self.attention),
         }
 
 

@@ -1,7 +1,7 @@
 """Score a split: every image once over all ranks, decoded freely, scored once on rank 0."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -9,10 +9,12 @@ from sat.data.loader import Reading, evaluation_batches, read_references
 from sat.data.options import CacheOptions
 from sat.data.plan import Share
 from sat.engine.processes import Processes
-from sat.evaluation.decoding import Decodable, decode
+from sat.evaluation.decoding import Decodable, Hypothesis, decode
 from sat.evaluation.metrics import Scores, score
 from sat.evaluation.options import EvaluationOptions
 from sat.evaluation.prediction import Prediction, predict
+from sat.meter import AttentionUse
+from sat.model.objectives.teacher_forcing import attention_counts
 from sat.shards.manifest import Manifest
 from sat.text import CaptionTokenizer, normalise
 
@@ -24,6 +26,8 @@ class Evaluation:
     scores: Scores
     predictions: tuple[Prediction, ...]
     """Of every image, sorted by image_id."""
+    attention: AttentionUse
+    """At the words of the captions, their ends included; without attention it is even."""
 
     @property
     def captions(self) -> dict[str, str]:
@@ -51,8 +55,9 @@ def evaluate(
     ValueError where the split is empty or the captions do not cover it exactly.
     """
     local = decode_split(models, manifest, split, tokenizer, options, reading, processes)
-    gathered = [prediction for part in processes.gather(local) for prediction in part]
-    predictions = tuple(sorted(gathered, key=lambda each: each.image_id))
+    gathered = [pair for part in processes.gather(local) for pair in part]
+    gathered.sort(key=lambda pair: pair[0].image_id)  # sums too are the same for any number of ranks
+    predictions = tuple(prediction for prediction, _ in gathered)
     captions = {each.image_id: each.caption for each in predictions}
     if len(captions) != len(predictions):
         raise ValueError(f"split {split!r} of {manifest.root}: an image was decoded twice; image ids must be unique")
@@ -61,7 +66,8 @@ def evaluate(
         references = scored_references(manifest, split, tokenizer.word_rule, reading.options)
         return score(references, captions, tuple(options.metrics))
 
-    return Evaluation(processes.run_on_main(score_once), predictions)
+    attention = sum((use for _, use in gathered), AttentionUse())
+    return Evaluation(processes.run_on_main(score_once), predictions, attention)
 
 
 def scored_references(
@@ -88,19 +94,37 @@ def decode_split(
     options: EvaluationOptions,
     reading: Reading,
     processes: Processes,
-) -> list[Prediction]:
-    """This rank's images of the split, captioned; a progress line on rank 0."""
+) -> list[tuple[Prediction, AttentionUse]]:
+    """This rank's images of the split, captioned, and where the captions looked; a progress line on rank 0.
+
+    The predictions hold their attention only where `options` asks for it.
+    """
     from tqdm import tqdm
 
     share = Share(processes.rank, processes.world_size)
     batches = evaluation_batches(manifest, split, reading, batch_size=options.batch_size, share=share)
-    found: list[Prediction] = []
+    looking = replace(options, keep_attention=True)
+    found: list[tuple[Prediction, AttentionUse]] = []
     images = manifest.splits.get(split, 0)
     with tqdm(total=images, desc=f"decode {split}", unit="image", disable=not processes.is_main, leave=False) as bar:
         for batch in batches:
             with processes.autocast():
-                hypotheses = decode(models, batch.grid.to(processes.device), options, batch.image_ids)
+                hypotheses = decode(models, batch.grid.to(processes.device), looking, batch.image_ids)
             for image_id, best in zip(batch.image_ids, hypotheses, strict=True):
-                found.append(predict(image_id, best, tokenizer, options.length_penalty))
+                use = _attention_use(best[0])
+                kept = best if options.keep_attention else [_without_trace(each) for each in best]
+                found.append((predict(image_id, kept, tokenizer, options.length_penalty), use))
             bar.update(min(len(batch.image_ids) * processes.world_size, images - bar.n))
     return found
+
+
+def _without_trace(hypothesis: Hypothesis) -> Hypothesis:
+    return replace(hypothesis, alphas=None, probabilities=None, gates=None)
+
+
+def _attention_use(hypothesis: Hypothesis) -> AttentionUse:
+    alphas = hypothesis.alphas  # [steps, L]
+    if alphas is None or not len(alphas):
+        return AttentionUse()
+    counts = attention_counts(alphas)
+    return AttentionUse(len(alphas), float(counts["entropy"]), float(counts["top"]))

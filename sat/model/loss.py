@@ -28,7 +28,8 @@ class LossSums(NamedTuple):
 
     `nll`: negative log-likelihood of the target tokens, in nats, without smoothing; `penalty`: attention regulariser,
     weight included; `tokens`: predicted tokens; `captions`: captions that have at least one token; `correct`: tokens
-    whose most probable prediction is right.
+    whose most probable prediction is right. Where there is attention also `entropy`, of alpha in nats, and `top`, the
+    greatest weight of alpha, summed over the tokens.
     """
 
 

@@ -52,10 +52,13 @@ class Weights(NamedTuple):
     """[A]"""
 
 
-def recur(loop: Loop, inputs: Inputs, weights: Weights) -> tuple[Tensor, Tensor, Tensor]:
-    """Run the loop; returns hidden states [M, H], gated contexts [M, D] and alpha summed per row [N, L], wide."""
-    hidden, gated, alpha_sum = _Recurrence.apply(loop, *inputs, *weights)
-    return hidden, gated, alpha_sum
+def recur(loop: Loop, inputs: Inputs, weights: Weights) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Run the loop; returns hidden states [M, H], gated contexts [M, D], alpha summed per row [N, L], and alpha [M, L].
+
+    Both alphas are wide; the latter is to be looked at and passes no gradient.
+    """
+    hidden, gated, alpha_sum, alphas = _Recurrence.apply(loop, *inputs, *weights)
+    return hidden, gated, alpha_sum, alphas
 
 
 class _Words(NamedTuple):
@@ -115,7 +118,7 @@ class _Recurrence(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, loop: Loop, *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, loop: Loop, *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         inputs, weights = Inputs(*tensors[:5]), Weights(*tensors[5:])
         kernels, packing, tanh = loop
         H, A = inputs.h.shape[1], len(weights.score)
@@ -139,14 +142,15 @@ class _Recurrence(torch.autograd.Function):
         ctx.save_for_backward(*kept, *words)
         ctx.loop, ctx.gate_width = loop, len(weights.gate_bias)
         ctx.set_materialize_grads(False)
-        return words.hidden, words.gated, alpha_sum
+        ctx.mark_non_differentiable(words.alphas)
+        return words.hidden, words.gated, alpha_sum, words.alphas
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         grid, projection, h_first, c_first, state_weight, context_weight, score, *kept = ctx.saved_tensors
         (kernels, packing, tanh), words = ctx.loop, _Words(*kept)
         H, A = words.hidden.shape[1], len(score)
-        grad_hidden, grad_gated, grad_alpha_sum = grads
+        grad_hidden, grad_gated, grad_alpha_sum, _ = grads
         seen = Seen(packing, grid, projection, score, tanh)
         grad_states, grad_scores = torch.empty_like(words.states), torch.empty_like(words.alphas)
         grad_contexts = torch.empty_like(words.contexts)

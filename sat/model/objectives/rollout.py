@@ -29,7 +29,7 @@ class Rollout(NamedTuple):
     alpha_sum: Tensor | None
     """[N, L] attention of each caption summed over its words; None without attention."""
     alpha: Tensor | None
-    """[M, L] attention of each word; None without attention, and where `fast` served."""
+    """[M, L] attention of each word, without gradient where `fast` served; None without attention."""
     chosen: Tensor | None
     """[M] locations drawn by hard attention (-1: alpha itself was used), else None."""
 
@@ -61,8 +61,8 @@ def fast(model: Captioner, memory: Memory, packing: Packing) -> Rollout:
     h, c = (state[:, 0][packing.row_image] for state in model.init_state(memory))
     inputs = Inputs(memory.grid, memory.projection, embedding(place, model.word_gates(vectors)), h.to(dtype), c)
     loop = Loop(choose_kernels(model.kernels, memory.grid), packing, model.attention.tanh)
-    hidden, context, alpha_sum = recur(loop, inputs, weights)
-    return Rollout(embedding(place, vectors), hidden, context, alpha_sum, None, None)
+    hidden, context, alpha_sum, alpha = recur(loop, inputs, weights)
+    return Rollout(embedding(place, vectors), hidden, context, alpha_sum, alpha, None)
 
 
 class _Step(NamedTuple):

@@ -84,8 +84,16 @@ class TeacherForcing(nn.Module):
             "captions": words.correct.new_tensor(packing.rows[0]),
             "correct": words.correct,
         }
+        if rollout.alpha is not None:
+            counts |= attention_counts(rollout.alpha.detach())
         by_token = spec.penalty == "sum"
         return LossSums(per_token + penalty if by_token else per_token, zero if by_token else penalty, counts)
+
+
+def attention_counts(alpha: Tensor) -> dict[str, Tensor]:
+    """How sharp attention is, summed over the words of `alpha` [M, L]: `entropy` in nats, `top` the greatest weight."""
+    log_alpha = alpha.clamp_min(torch.finfo(alpha.dtype).tiny).log_()
+    return {"entropy": -(alpha * log_alpha).sum(), "top": alpha.amax(1).sum()}
 
 
 def doubly_stochastic_penalty(alpha_sum: Tensor, kind: str) -> Tensor:
