@@ -5,6 +5,7 @@
 reads RUN/captions-SPLIT.json, those of the blind baseline beside it (`sat evaluate --baselines` writes both) and the
 scenes' truth; prints the shares and writes RUN/truth-SPLIT.json, which `sat summary` shows beside the scores. The row
 `reference` checks one of each scene's own captions in the same way: what falls short of 1 there is the checker's.
+Where `sat evaluate --attention` has kept the attention, it is held against the objects too.
 """
 
 import json
@@ -16,12 +17,12 @@ from typing import Annotated
 import typer
 
 from preprocessing.console import run
+from preprocessing.scenes.attention import Looking, measure_looking, read_attention
 from preprocessing.scenes.scenes import Scene
 from preprocessing.scenes.truth import Truth, measure
 from preprocessing.synthetic import load_truth
 from sat import files
 
-FORMAT = 1
 TRUTH_FILE = "truth.jsonl"
 
 
@@ -64,6 +65,23 @@ def check(captions: Mapping[str, Mapping[str, str]], scenes: Mapping[str, Scene]
     return {name: measure(each, scenes) for name, each in captions.items()}
 
 
+def check_attention(run_folder: Path, split: str, captions: Mapping[str, str], scenes: Path) -> Looking | None:
+    """Where the model looked at its shape words; None where the attention was not kept or no object is named.
+
+    ValueError where it is the attention of other captions.
+    """
+    path = run_folder / f"attention-{split}.npz"
+    if not path.is_file():
+        return None
+    found = read_attention(path)
+    if {image: " ".join(seen.words) for image, seen in found.captions.items()} != captions:
+        raise ValueError(
+            f"{path} is of another evaluation than the captions; "
+            f"run `sat evaluate {run_folder} --split {split} --baselines --attention` again, or remove it"
+        )
+    return measure_looking(found, read_scenes(scenes))
+
+
 def main(
     run_folder: Annotated[Path, typer.Argument(help="run folder, evaluated with --baselines")],
     scenes: Annotated[Path, typer.Option(help="folder of the scene set")],
@@ -79,12 +97,20 @@ def main(
         )
     references = read_references(scenes, split)
     captions["reference"] = {image: references[image][0] for image in captions["model"] if image in references}
-    found = {name: asdict(truth) for name, truth in check(captions, read_scenes(scenes)).items()}
-    document = {"format": FORMAT, "captions_sha256": files.sha256(path), "truth": found}
+    truth = {name: asdict(each) for name, each in check(captions, read_scenes(scenes)).items()}
+    document = {"captions_sha256": files.sha256(path), "truth": truth}
+    looking = check_attention(run_folder, split, captions["model"], scenes)
+    if looking:
+        document["attention"] = asdict(looking)
     files.write_json(run_folder / f"truth-{split}.json", document)
-    print(f"{'share true of':12}" + "".join(f"{column:>11}" for column in found["model"]))
-    for name, shares in found.items():
+    print(f"{'share true of':12}" + "".join(f"{column:>11}" for column in truth["model"]))
+    for name, shares in truth.items():
         print(f"{name:13}" + "".join(f"{value:11.3f}" for value in shares.values()))
+    if looking:
+        print(
+            f"attention at {looking.words} shape words: {looking.mass:.2f} on the object's cells, "
+            f"{looking.times_area:.1f} times its share of the picture, {looking.times_cells:.1f} times its cells' share"
+        )
 
 
 if __name__ == "__main__":

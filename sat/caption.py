@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -11,10 +12,12 @@ import typer
 from sat import files
 from sat.captioning import Captioning
 from sat.cli import run_program
-from sat.evaluation.attention_plot import plot_attention
-from sat.shards.pictures import BadPicture
+from sat.evaluation.attention_file import is_attention, write_attention
+from sat.evaluation.attention_map import cells_over
+from sat.evaluation.attention_plot import Drawing, plot_attention
+from sat.shards.pictures import BadPicture, decode
 
-CAPTIONS = "captions.json"
+CAPTIONS, ATTENTION = "captions.json", "attention.npz"
 
 
 def main(
@@ -24,28 +27,55 @@ def main(
     out: Annotated[Path, typer.Option(help="where captions.json and the attention pictures go")] = Path("captions"),
     beam_size: Annotated[int, typer.Option(help="beams per picture; default: the run's setting")] = 0,
     limit: Annotated[int, typer.Option(help="caption at most so many pictures; 0: all")] = 0,
+    recursive: Annotated[bool, typer.Option("--recursive", help="caption the pictures in sub-folders too")] = False,
+    format: Annotated[str, typer.Option(help="of the attention pictures: png, svg or pdf")] = "png",
+    all_words: Annotated[bool, typer.Option("--all-words", help="draw a, of, the ... too")] = False,
+    references: Annotated[Path | None, typer.Option(help="JSON {file: [captions]}, shown with the pictures")] = None,
+    attention: Annotated[
+        bool, typer.Option("--attention", help="write the attention to OUT/attention.npz too")
+    ] = False,
 ) -> None:
-    """Caption picture files; one PNG each shows the attention of every word."""
+    """Caption picture files; a picture of each shows the attention of every word."""
+    drawing, known = Drawing(format, all_words), read_references(references)
     ours = {out / CAPTIONS, *earlier_plots(out)}
-    paths = expand(pictures, leave_out=ours)[: limit or None]
+    paths = expand(pictures, ours, recursive)[: limit or None]
     captioning = Captioning.from_pretrained(model, weights)
     captioning = captioning.with_options(beam_size=beam_size or captioning.options.beam_size, keep_attention=True)
-    plots = plot_names(paths, out, taken={path for path in out.glob("*") if path not in ours} | set(paths))
-    written, unreadable = [], []
-    for path, plot, found in zip(paths, plots, captioning.stream(paths), strict=True):
+    taken = {path for path in out.glob("*") if path not in ours} | set(paths)
+    written: list[dict[str, object]] = []
+    captioned, unreadable = [], []
+    for path, plot, found in zip(paths, plot_names(paths, out, taken, format), captioning.stream(paths), strict=True):
         if isinstance(found, BadPicture):
             unreadable.append(str(found))
             continue
         print(f"{path}: {found.caption}", flush=True)
         written.append({"file": str(path), "caption": found.caption, "score": found.score, "plot": plot.name})
-        assert found.picture is not None and found.attention is not None
-        plot_attention(found.picture, found.words, found.attention, plot)
+        captioned.append(replace(found, picture=None))
+        picture = decode(path.read_bytes())
+        where = cells_over(captioning.trained.features, *picture.size)
+        plot_attention(picture, found, where, plot, drawing, known.get(str(path), known.get(path.name, ())))
     files.write_json(out / CAPTIONS, written)
+    if attention:
+        write_attention(out / ATTENTION, captioned, captioning.trained.features)
     if unreadable:
         raise ValueError("not captioned: " + "; ".join(unreadable))
 
 
-def expand(pictures: Sequence[Path], leave_out: Iterable[Path] = ()) -> list[Path]:
+def read_references(path: Path | None) -> dict[str, list[str]]:
+    """Captions that are known, by file. ValueError for a file that holds something else."""
+    if path is None:
+        return {}
+    try:
+        known = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from None
+    of_files = known.items() if isinstance(known, dict) else [("", None)]
+    if not all(isinstance(texts, list) and all(isinstance(text, str) for text in texts) for _, texts in of_files):
+        raise ValueError(f"{path} is no object of the form {{file: [captions]}}")
+    return dict(of_files)
+
+
+def expand(pictures: Sequence[Path], leave_out: Iterable[Path] = (), recursive: bool = False) -> list[Path]:
     """Files as given; folders as the files in them, by name, but for what we put there ourselves.
 
     Raises ValueError for what does not exist and for a folder without files.
@@ -57,35 +87,46 @@ def expand(pictures: Sequence[Path], leave_out: Iterable[Path] = ()) -> list[Pat
         if not path.is_dir():
             found.append(path)
             continue
-        inside = [each for each in sorted(path.iterdir()) if each.is_file() and each.resolve() not in ours]
-        below = [each.name for each in sorted(path.iterdir()) if each.is_dir()]
-        if below:
-            print(f"{path}: its sub-folders are not captioned: {', '.join(below[:5])}", file=sys.stderr)
+        entries = sorted(path.rglob("*") if recursive else path.iterdir())
+        inside = [each for each in entries if each.is_file() and each.resolve() not in ours]
+        below = [] if recursive else [each.name for each in entries if each.is_dir()]
         if not inside:
-            raise ValueError(f"no pictures in the folder {path}")
+            hint = f"; its sub-folders are captioned with --recursive: {', '.join(below[:5])}" if below else ""
+            raise ValueError(f"no pictures in the folder {path}{hint}")
+        if below:
+            print(f"{path}: not captioned without --recursive: its sub-folders {', '.join(below[:5])}", file=sys.stderr)
         found += inside
     return found
 
 
-def plot_names(pictures: Sequence[Path], out: Path, taken: set[Path]) -> list[Path]:
-    """`out`/STEM.png for every picture, numbered where that is taken by a file of the user's or by another picture."""
+def plot_names(pictures: Sequence[Path], out: Path, taken: set[Path], suffix: str) -> list[Path]:
+    """`out`/STEM.SUFFIX for every picture, numbered where that is taken by a user's file or by another picture."""
     used = {path.resolve() for path in taken}
     names = []
     for picture in pictures:
-        number, name = 1, out / f"{picture.stem}.png"
+        number, name = 1, out / f"{picture.stem}.{suffix}"
         while name.resolve() in used:
-            number, name = number + 1, out / f"{picture.stem}-{number + 1}.png"
+            number, name = number + 1, out / f"{picture.stem}-{number + 1}.{suffix}"
         used.add(name.resolve())
         names.append(name)
     return names
 
 
 def earlier_plots(out: Path) -> set[Path]:
-    """The attention pictures that an earlier call has put there, as its captions say."""
+    """The attention pictures that an earlier call has put there, as its captions say.
+
+    Raises ValueError where a file of the user's has the name of one that this call would write.
+    """
+    path = out / CAPTIONS
     try:
-        return {out / Path(row["plot"]).name for row in json.loads((out / CAPTIONS).read_text())}
-    except (OSError, ValueError, TypeError, KeyError):
-        return set()
+        plots = {out / Path(row["plot"]).name for row in json.loads(path.read_text())} if path.exists() else set()
+    except (ValueError, TypeError, KeyError):
+        raise ValueError(f"{path} is not of an earlier `sat caption`; choose another --out, it would be lost") from None
+    if (out / ATTENTION).exists() and not is_attention(out / ATTENTION):
+        raise ValueError(
+            f"{out / ATTENTION} is not of an earlier `sat caption`; choose another --out, it would be lost"
+        )
+    return plots | {out / ATTENTION}
 
 
 if __name__ == "__main__":

@@ -14,8 +14,9 @@ from sat.cli import run_program
 from sat.config import Config
 from sat.data.loader import read_references
 from sat.engine.start import start
+from sat.evaluation.attention_file import write_attention
 from sat.evaluation.baselines import baselines
-from sat.evaluation.metrics import score
+from sat.evaluation.metrics import Scores, score
 from sat.evaluation.options import METRICS
 from sat.evaluation.report import Report, captions_file, write_captions
 from sat.evaluation.split import Evaluation, evaluate, scored_references
@@ -34,6 +35,7 @@ def main(
     features: Annotated[str, typer.Option(help="feature folder or URL; default: the one trained on")] = "",
     beam_size: Annotated[int, typer.Option(help="beams per image; default: the run's setting")] = 0,
     with_baselines: Annotated[bool, typer.Option("--baselines", help="score the two blind baselines too")] = False,
+    keep_attention: Annotated[bool, typer.Option("--attention", help="write RUN/attention-SPLIT.npz too")] = False,
     also: Annotated[
         list[Path] | None, typer.Option("--ensemble", help="further run folders, averaged word by word")
     ] = None,
@@ -45,8 +47,8 @@ def main(
     """
     trained = load_ensemble([run, *(also or [])])
     config = trained[0].config
-    search = replace(config.eval, metrics=list(METRICS), beam_size=beam_size or config.eval.beam_size)
-    config = replace(config, eval=search)
+    beams = beam_size or config.eval.beam_size
+    search = replace(config.eval, metrics=list(METRICS), beam_size=beams, keep_attention=keep_attention)
     manifest = load_manifest(features or config.data.features)
     for model in trained:
         model.refuse_unfit(manifest)
@@ -56,18 +58,17 @@ def main(
     if processes.is_main:
         print(kernels, flush=True)
     models = [each.model.to(processes.device) for each in trained]
-    reading = reading_options(config)
-    result = evaluate(models, manifest, split, trained[0].tokenizer, search, reading, processes)
+    result = evaluate(models, manifest, split, trained[0].tokenizer, search, reading_options(config), processes)
 
     def report() -> None:
         words = trained[0].tokenizer.word_rule
         blind = baseline_captions(result, manifest, config, words) if with_baselines else {}
-        references = scored_references(manifest, split, words, config.data) if blind else {}
-        scores = {name: score(references, captions, tuple(METRICS)) for name, captions in blind.items()}
+        scores = {"model": result.scores} | score_baselines(blind, manifest, split, config, words)
         unfinished, step = result.unfinished, trained[0].step
-        scores = {"model": result.scores} | scores
         found = Report(split, len(result.predictions), unfinished, search.beam_size, step, scores, attention)
         keep(run, found, {"model": result.captions} | blind)
+        if keep_attention:
+            write_attention(run / f"attention-{split}.npz", result.predictions, trained[0].features)
         print(json.dumps(found.to_document(), indent=1))
 
     attention = result.attention.values() if any(each.attends for each in trained) else {}
@@ -96,6 +97,14 @@ def baseline_captions(result: Evaluation, manifest: Manifest, config: Config, wo
         for caption in captions
     ]
     return baselines(result.captions, training, words)
+
+
+def score_baselines(
+    captions: Mapping[str, Mapping[str, str]], manifest: Manifest, split: str, config: Config, words: str
+) -> dict[str, Scores]:
+    """Scores of each baseline's captions."""
+    references = scored_references(manifest, split, words, config.data) if captions else {}
+    return {name: score(references, each, tuple(METRICS)) for name, each in captions.items()}
 
 
 def keep(run: Path, report: Report, captions: Mapping[str, Mapping[str, str]]) -> None:

@@ -80,6 +80,11 @@ def print_truth(scores: Mapping[str, Any], truth: Mapping[str, Any]) -> None:
         shares = truth["truth"][name]
         row = (scores.get(name, {}).get("CIDEr"), *(shares[column] for column in TRUTH_COLUMNS))
         print(f"{title:26}" + _cells(row, 11))
+    if looking := truth.get("attention"):
+        print(
+            f"attention at a shape word: {looking['times_area']:.1f} times the object's share of the picture", end=" "
+        )
+        print(f"(even attention: {looking['cells'] / looking['area']:.1f} times)")
 
 
 def _cells(values: Iterable[float | None], width: int = 9) -> str:

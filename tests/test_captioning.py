@@ -123,9 +123,11 @@ def test_the_encoder_is_found_by_its_digest_or_missed_by_name(pretrained, tmp_pa
 # ------------------------------------------------------------------ the program
 
 
-def run(pretrained: Path, given: list[Path], out: Path, limit: int = 0) -> dict[str, dict]:
+def run(pretrained: Path, given: list[Path], out: Path, **options) -> dict[str, dict]:
     """`sat caption`; what it wrote by file."""
-    caption.main(given, model=pretrained, weights=pretrained, out=out, beam_size=0, limit=limit)
+    options = {"beam_size": 0, "limit": 0, "recursive": False, "format": "png", "all_words": False} | options
+    options = {"references": None, "attention": False} | options
+    caption.main(given, model=pretrained, weights=pretrained, out=out, **options)
     return {row["file"]: row for row in json.loads((out / "captions.json").read_text())}
 
 
@@ -166,7 +168,63 @@ def test_an_empty_folder_and_a_missing_picture_are_said(pretrained, tmp_path, ca
     (tmp_path / "folder/below").mkdir(parents=True)
     Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save(tmp_path / "folder/a.png")
     run(pretrained, [tmp_path / "folder"], tmp_path / "out")
-    assert "sub-folders are not captioned: below" in capsys.readouterr().err
+    assert "not captioned without --recursive: its sub-folders below" in capsys.readouterr().err
+
+
+def test_sub_folders_are_captioned_when_asked_for(pretrained, pictures, tmp_path):
+    for name in ("a/x.png", "a/b/x.png", "c/x.png"):
+        (tmp_path / "folder" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.open(pictures[0]).save(tmp_path / "folder" / name)
+    with pytest.raises(ValueError, match="its sub-folders are captioned with --recursive: a, c"):
+        run(pretrained, [tmp_path / "folder"], tmp_path / "out")
+    out = tmp_path / "folder/out"
+    rows = run(pretrained, [tmp_path / "folder"], out, recursive=True)
+    assert sorted(rows) == sorted(str(tmp_path / "folder" / name) for name in ("a/x.png", "a/b/x.png", "c/x.png"))
+    assert len({row["plot"] for row in rows.values()}) == 3
+    assert run(pretrained, [tmp_path / "folder"], out, recursive=True) == rows, "our own plots are not captioned"
+
+
+def test_the_attention_is_kept_for_programs_outside(pretrained, captioning, pictures, tmp_path):
+    run(pretrained, pictures[:3], tmp_path / "out", attention=True)
+    expected = captioning.with_options(keep_attention=True)(pictures[:3])
+    with np.load(tmp_path / "out/attention.npz", allow_pickle=False) as found:
+        assert found["image_ids"].tolist() == [str(path) for path in pictures[:3]]
+        assert found["words"].tolist() == [word for each in expected for word in each.words]
+        assert np.diff(found["starts"]).tolist() == [len(each.words) for each in expected]
+        np.testing.assert_allclose(found["attention"], np.concatenate([each.attention for each in expected]), rtol=1e-4)
+        for name in ("probabilities", "gates"):
+            values = np.concatenate([getattr(each, name) for each in expected])
+            np.testing.assert_allclose(found[name], values, rtol=1e-4)
+        assert found["centres"].shape == (64, 2) and found["geometry"] == "squash"
+
+
+def test_files_of_the_users_with_our_names_are_not_overwritten(pretrained, pictures, tmp_path):
+    for name, content in (("captions.json", b'{"images": []}'), ("captions.json", b"mine"), ("attention.npz", b"mine")):
+        out = tmp_path / f"{len(content)}-{name}"
+        out.mkdir()
+        (out / name).write_bytes(content)
+        with pytest.raises(ValueError, match=f"{name} is not of an earlier `sat caption`; choose another --out"):
+            run(pretrained, pictures[:1], out, attention=True)
+        assert [path.read_bytes() for path in out.iterdir()] == [content]
+
+
+def test_format_and_references_are_the_users(pretrained, pictures, tmp_path):
+    known = {"0.png": ["what a person says"], str(pictures[1]): ["what another says"]}
+    files.write_json(tmp_path / "references.json", known)
+    rows = run(pretrained, pictures[:3], tmp_path / "out", format="svg", references=tmp_path / "references.json")
+    pages = [(tmp_path / "out" / rows[str(path)]["plot"]).read_text() for path in pictures[:3]]
+    assert ["reference: what a person says" in page for page in pages] == [True, False, False]
+    assert "reference: what another says" in pages[1] and "reference" not in pages[2]
+    for content, wrong in (
+        ("[", "is no JSON"),
+        ("[]", "no object of the form"),
+        ('{"a": "b"}', "no object of the form"),
+    ):
+        (tmp_path / "references.json").write_text(content)
+        with pytest.raises(ValueError, match=f"references.json {'is ' * wrong.startswith('no ')}{wrong}"):
+            run(pretrained, pictures[:1], tmp_path / "out", references=tmp_path / "references.json")
+    with pytest.raises(ValueError, match="format 'jpg' cannot be drawn"):
+        run(pretrained, pictures[:1], tmp_path / "out", format="jpg")
 
 
 def test_pictures_that_cannot_be_read_are_named_after_the_others_are_captioned(pretrained, pictures, tmp_path):

@@ -1,11 +1,14 @@
 """The shares of what captions say that is true: exact on cases counted by hand, low for other scenes' captions."""
 
 import json
+import math
 from random import Random
 
+import numpy as np
 import pytest
 
 from preprocessing.check_scenes import main, read_references
+from preprocessing.scenes.attention import CaptionAttention, SeenWords, cells_of, measure_looking
 from preprocessing.scenes.captions import check_claims, describe, objects_named
 from preprocessing.scenes.scenes import Scene, SceneObject, sample_scene
 from preprocessing.scenes.truth import Truth, is_wholly_true, measure
@@ -110,6 +113,50 @@ def test_a_shape_word_is_found_with_the_object_it_stands_for():
         objects_named(["a", "red circle"], PAIR)
 
 
+# ------------------------------------------------------------------ where the model looked
+
+
+def centres(side: int) -> np.ndarray:
+    even = (np.arange(side) + 0.5) / side
+    return np.stack(np.meshgrid(even, even), axis=-1).reshape(-1, 2)
+
+
+def looking(attention: np.ndarray, caption: str, side: int, shown: Scene = PAIR):
+    words = tuple(caption.split())
+    kept = CaptionAttention(centres(side), {"1": SeenWords(words, np.tile(attention, (len(words), 1)))})
+    return measure_looking(kept, {"1": shown})
+
+
+def test_an_objects_cells_are_those_its_disc_touches():
+    """Against every pixel of the disc, one by one."""
+    for shown, side in ((PAIR, 7), (PAIR, 14), (ALONE, 7)):
+        for each in shown.objects:
+            x, y = np.meshgrid(np.arange(224) + 0.5, np.arange(224) + 0.5)
+            inside = np.hypot(x - each.x, y - each.y) < each.radius
+            touched = {(int(py * side // 224), int(px * side // 224)) for px, py in zip(x[inside], y[inside])}
+            expected = [(row, column) in touched for row in range(side) for column in range(side)]
+            assert cells_of(each, centres(side)).tolist() == expected
+
+
+@pytest.mark.parametrize("side", [7, 14])
+def test_even_attention_looks_once_at_the_cells_and_sharp_attention_many_times(side):
+    even = looking(np.full(side**2, side**-2), "a red circle", side)
+    assert even.words == 1 and even.times_cells == pytest.approx(1)
+    assert even.area == pytest.approx(math.pi * 34**2 / 224**2)
+    on = cells_of(PAIR.objects[0], centres(side))
+    sharp = looking(on / on.sum(), "a red circle", side)
+    assert sharp.mass == pytest.approx(1) and sharp.times_cells == pytest.approx(side**2 / on.sum())
+    elsewhere = looking(on / on.sum(), "a blue square", side)
+    assert elsewhere.mass == 0 == elsewhere.times_area
+    both = looking(on / on.sum(), "a red circle left of a blue square", side)
+    assert both.words == 2 and both.mass == pytest.approx(0.5)
+
+
+def test_words_for_what_is_not_there_are_not_counted():
+    assert looking(np.full(49, 1 / 49), "a pink star and a red square", 7) is None
+    assert looking(np.full(49, 1 / 49), "a red circle and a red square", 7).words == 1
+
+
 # ------------------------------------------------------------------ the program
 
 
@@ -140,6 +187,36 @@ def test_the_program_writes_and_prints_the_shares(evaluated, capsys):
     assert found["captions_sha256"] == files.sha256(evaluated / "run/captions-test.json")
     printed = capsys.readouterr().out
     assert "model" in printed and "0.600" in printed
+
+
+def keep_attention(run, words: dict[str, str], cells: int = 49) -> None:
+    """attention.npz as `sat evaluate --attention` writes it, of even attention."""
+    said = [text.split() for text in words.values()]
+    starts = np.cumsum([0, *map(len, said)])
+    attention = np.full((starts[-1], cells), 1 / cells, np.float32)
+    flat = np.array([word for each in said for word in each], dtype=np.str_)
+    ids = np.array(list(words), dtype=np.str_)
+    run = run / "attention-test.npz"
+    np.savez(run, image_ids=ids, starts=starts, words=flat, attention=attention, centres=centres(7))
+
+
+def test_the_attention_is_measured_where_it_was_kept(evaluated, capsys):
+    run = evaluated / "run"
+    said = {row["image_id"]: row["caption"] for row in json.loads((run / "captions-test.json").read_text())}
+    keep_attention(run, said)
+    main(run, evaluated / "scenes", "test")
+    found = files.read_json(run / "truth-test.json")["attention"]
+    assert found["words"] >= 3 and found["times_cells"] == pytest.approx(1, rel=1e-3)
+    assert "1.0 times its cells' share" in capsys.readouterr().out
+    keep_attention(run, said | {next(iter(said)): "a red circle"})
+    with pytest.raises(ValueError, match=r"attention-test\.npz is of another evaluation than the captions"):
+        main(run, evaluated / "scenes", "test")
+    keep_attention(run, said, cells=36)
+    with pytest.raises(ValueError, match="36 locations, 49 of them known places"):
+        main(run, evaluated / "scenes", "test")
+    (run / "attention-test.npz").write_bytes(b"mine")
+    with pytest.raises(ValueError, match="is no file of attention"):
+        main(run, evaluated / "scenes", "test")
 
 
 def test_a_users_mistake_is_named(evaluated):

@@ -30,7 +30,7 @@ def test_without_truth_the_summary_is_the_scores(run, capsys):
 
 
 def test_shares_of_truth_are_kept_and_shown_beside_the_cider(run, capsys):
-    measured(run, attention={"times": 5.0})
+    measured(run, attention={"times_area": 5.0, "cells": 0.3, "area": 0.1})
     summary.main(run, "test", 1.0)
     found = files.read_json(run / "summary.json")
     assert found.keys() == {"minutes", "scores", "truth", "attention"}
@@ -38,6 +38,7 @@ def test_shares_of_truth_are_kept_and_shown_beside_the_cider(run, capsys):
     rows = capsys.readouterr().out.splitlines()
     (model,) = [row for row in rows if row.startswith("model ") and "0.610" in row]
     assert model.split()[1:] == ["1.500", "0.610", "0.900", "0.800", "0.700", "0.500"]
+    assert "5.0 times the object's share of the picture (even attention: 3.0 times)" in "\n".join(rows)
     (reference,) = [row for row in rows if row.startswith("a reference left out")]
     assert reference.split()[4:] == ["-", "0.610", "0.900", "0.800", "0.700", "0.500"]
 
