@@ -62,7 +62,7 @@ run python -m preprocessing.build_vocab --features "$features" --out "$tokenizer
 run accelerate launch "${processes[@]}" -m sat.train configs/demo.yaml \
   "data.features=$features" "data.tokenizer=$tokenizer" "train.run_dir=$run" \
   ${EPOCHS:+"train.epochs=$EPOCHS"} ${SCENES:+train.warmup_steps=0}
-run_unless_newer "$run/evaluation-test.json" accelerate launch "${processes[@]}" -m sat.evaluate "$run" \
+run_unless_newer "$run/attention-test.npz" accelerate launch "${processes[@]}" -m sat.evaluate "$run" \
   --split test --baselines --attention
 run python -m preprocessing.check_scenes "$run" --scenes "$data/scenes" --split test
 run_unless_newer "$run/pictures/captions.json" \

@@ -51,9 +51,10 @@ def test_how_widely_attention_is_spread_is_kept_and_shown(run, capsys):
     summary.main(run, "test", 1.0)
     assert files.read_json(run / "summary.json")["attention"] == spread
     assert "attention: 12.2 cells in effect, 0.38 on the first of them" in capsys.readouterr().out
-    measured(run, attention={"times": 5.0})
+    looked = {"times_area": 5.0, "cells": 0.3, "area": 0.1}
+    measured(run, attention=looked)
     summary.main(run, "test", 1.0)
-    assert files.read_json(run / "summary.json")["attention"] == spread | {"times": 5.0}
+    assert files.read_json(run / "summary.json")["attention"] == spread | looked
 
 
 def test_truth_of_other_captions_and_a_broken_report_are_refused(run):
