@@ -59,6 +59,11 @@ def latest(folder: Path) -> Path | None:
     return None
 
 
+def begun(folder: Path) -> bool:
+    """Whether there is any checkpoint, whole or not."""
+    return bool(_checkpoints(folder))
+
+
 def damage(path: Path) -> str | None:
     """Why the checkpoint `path` must not be used, or None when every byte is as it was written."""
     try:

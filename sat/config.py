@@ -78,6 +78,8 @@ class TrainConfig:
     """Folder of this run: config, metrics, checkpoints, best model."""
     seed: int = setting(1)
     """Seeds the weights, the sample order and dropout."""
+    start_from: str = setting("")
+    """Run folder whose best model's weights this training begins with, its vocabulary may be another; empty: anew."""
     epochs: int = setting(20, above=0, may_change=True)
     """Passes over the training images; a finished run goes on when it is given more."""
     global_batch: int = setting(64, above=0)
@@ -263,6 +265,10 @@ def _check(config: Config) -> None:
         check(extra, "data.extra")
         if not extra.features:
             raise ValueError("each entry of data.extra needs `features`, a folder or URL")
+    if train.start_from and Path(train.start_from).resolve() == Path(train.run_dir).resolve():
+        raise ValueError(
+            f"train.start_from is train.run_dir {train.run_dir}: a run goes on by itself; name another train.run_dir"
+        )
     if train.accumulation_steps > train.global_batch:
         raise ValueError(
             f"train.accumulation_steps {train.accumulation_steps} exceeds train.global_batch {train.global_batch}: "

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sat import files
+from sat import checkpoint, files
 from sat.config import Config
 from sat.data.batch import CaptionBatch
 from sat.data.loader import evaluation_batches
@@ -22,8 +22,10 @@ from sat.model.objectives.objective import Objective
 from sat.model.objectives.teacher_forcing import TeacherForcing
 from sat.model.spec import Sizes
 from sat.optim import WeightAverage, build_optimizer, learning_rate
+from sat.shards.features import FeatureSpec
 from sat.shards.manifest import load_statistics
 from sat.training_data import TrainingData
+from sat.warm_start import start_from
 from sat.word_vectors import load_word_vectors
 
 AVERAGE = "average.safetensors"
@@ -155,7 +157,14 @@ def build_model(config: Config, data: TrainingData, processes: Processes) -> Cap
         coverage = load_word_vectors(vectors, data.tokenizer, captioner.embedding, config.model.tune_word_vectors)
         if processes.is_main:
             print(f"{vectors}: {coverage}", flush=True)
-    return EndToEnd(encoder, captioner) if encoder is not None else captioner
+    model = EndToEnd(encoder, captioner) if encoder is not None else captioner
+    begins = processes.run_on_main(lambda: not checkpoint.begun(Path(config.train.run_dir) / "checkpoints"))
+    if config.train.start_from and begins:
+        spec = FeatureSpec.from_fingerprint(data.features)
+        carried = start_from(config.train.start_from, model, config, data.tokenizer, spec)
+        if processes.is_main:
+            print(f"{config.train.start_from}: {carried}", flush=True)
+    return model
 
 
 def _some_pictures(config: Config, data: TrainingData) -> Tensor:
