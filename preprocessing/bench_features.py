@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
-from preprocessing.annotations import Records
+from preprocessing.annotations.read import Records
 from preprocessing.console import run
 from preprocessing.extract_features import extract_stripe, finalize_features
 from preprocessing.features.plan import plan_features

@@ -14,7 +14,7 @@ from typing import Annotated
 import numpy as np
 import typer
 
-from preprocessing.annotations import read_annotations
+from preprocessing.annotations.read import read_annotations
 from preprocessing.console import run
 from sat import files
 from sat.shards.manifest import load_manifest

@@ -16,7 +16,7 @@ from typing import Annotated
 
 import typer
 
-from preprocessing.annotations import read_annotations
+from preprocessing.annotations.read import read_annotations
 from preprocessing.console import Step, progress_line, run
 from preprocessing.features.statistics import ChannelSums, merge_statistics
 from preprocessing.importing.arrays import BadFeatures

@@ -16,7 +16,9 @@ from typing import Annotated
 
 import typer
 
-from preprocessing.annotations import RULES, Records, read_annotations
+from preprocessing.annotations.clean import RULES
+from preprocessing.annotations.formats import AUTO, FORMATS
+from preprocessing.annotations.read import Records, read_annotations
 from preprocessing.console import Step, progress_line, run
 from preprocessing.sharding.finalize import finalize
 from preprocessing.sharding.jobs import Summary, parse_stripe, process_pool, run_shards
@@ -27,6 +29,8 @@ from sat.machine import available_cores
 from sat.shards.pictures import MAX_BYTES, NOTE, BadPicture, decode, extension_of
 from sat.shards.schema import LeftOut, Sidecar
 
+UNPACKED = "unpacked"
+"""Folder, inside that of the shards, for the pictures of containers (Parquet, tar)."""
 WRITER = 1
 """Version of what is written for given inputs; part of the fingerprint."""
 
@@ -132,17 +136,28 @@ def _about(plan: Plan) -> str:
     return f"plan of {plan.samples} pictures in {len(plan.shards)} shards, {len(plan.left_out)} left out{notes}"
 
 
+def _planned(records: Records, out: Path, shard_size: int, seed: int, max_bad: float, overwrite: bool) -> Plan:
+    if records.root is None:
+        raise ValueError("planning needs --annotations and --images, the folder that the file names are relative to")
+    return plan_images(
+        records, records.root, out, shard_size=shard_size, seed=seed, max_bad_fraction=max_bad, overwrite=overwrite
+    )
+
+
 def main(
     out: Annotated[Path, typer.Option(help="folder of the image shards")],
     annotations: Annotated[
-        list[str] | None, typer.Option(help="SPLIT=FILE (COCO captions JSON) or FILE (Karpathy, Flickr)")
+        list[str] | None, typer.Option(help="SPLIT=FILE, or FILE that says its splits or is all train; or a folder")
     ] = None,
     images: Annotated[Path | None, typer.Option(help="folder the file names are relative to")] = None,
-    split: Annotated[list[str] | None, typer.Option(help="SPLIT=FILE, a list of file names (Flickr)")] = None,
-    format: Annotated[str, typer.Option(help="auto, coco, karpathy or flickr")] = "auto",
+    split: Annotated[list[str] | None, typer.Option(help="SPLIT=FILE, a list of file names")] = None,
+    format: Annotated[str, typer.Option(help=f"{AUTO}, or one of {', '.join(FORMATS)}")] = AUTO,
     val_fraction: Annotated[
         float, typer.Option(help="share of a lone training set that becomes val, by hash of its id")
     ] = 0.0,
+    keep_rejected: Annotated[
+        bool, typer.Option(help="keep VizWiz's rejected and pre-canned captions; without it they are left out")
+    ] = False,
     shard_size: Annotated[int, typer.Option(min=1, help="pictures per shard")] = 1000,
     seed: Annotated[int, typer.Option(help="orders the samples inside the shards")] = 1,
     num_workers: Annotated[int, typer.Option(min=0, help="processes; 0: one per available core")] = 0,
@@ -155,20 +170,16 @@ def main(
 ) -> None:
     """Pack pictures and captions into shards; a second run reuses what is whole and goes on where a first one ended."""
     if step in (Step.ALL, Step.PLAN):
-        if images is None or not annotations:
-            raise ValueError("planning needs --annotations and --images")
         records = read_annotations(
-            annotations, format, image_root=images, split_lists=split or (), val_fraction=val_fraction
+            annotations or (),
+            format,
+            image_root=images,
+            split_lists=split or (),
+            val_fraction=val_fraction,
+            unpack_to=out / UNPACKED,
+            keep_rejected=keep_rejected,
         )
-        plan = plan_images(
-            records,
-            images,
-            out,
-            shard_size=shard_size,
-            seed=seed,
-            max_bad_fraction=max_bad_fraction,
-            overwrite=overwrite,
-        )
+        plan = _planned(records, out, shard_size, seed, max_bad_fraction, overwrite)
         print(f"{out}: {_about(plan)}")
     if step in (Step.ALL, Step.SHARDS):
         summary = shard_stripe(

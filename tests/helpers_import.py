@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from preprocessing.annotations import read_annotations
+from preprocessing.annotations.read import read_annotations
 from preprocessing.import_features import finalize_import, import_stripe
 from preprocessing.importing.plan import ImportOptions, import_settings, plan_import
 from sat.shards.manifest import Manifest

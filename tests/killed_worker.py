@@ -15,7 +15,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from preprocessing.annotations import read_annotations
+from preprocessing.annotations.read import read_annotations
 from preprocessing.extract_features import extract_stripe, finalize_features
 from preprocessing.features import network as network  # imported once
 from preprocessing.features.plan import plan_features

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from preprocessing.annotations import MAX_CHARACTERS, MAX_WORDS, clean_caption, read_annotations
+from preprocessing.annotations.clean import MAX_CHARACTERS, MAX_WORDS, clean_caption
+from preprocessing.annotations.read import read_annotations
 from preprocessing.sharding.plan import ImageRecord
 from tests.helpers_shards import real_data
 
@@ -137,7 +138,7 @@ def test_a_picture_listed_twice_counts_once_and_is_noted(coco):
         (lambda d: d["images"][0].update(file_name="/etc/passwd"), "outside the image root"),
         (lambda d: d["images"][0].update(file_name="a\ud800.jpg"), "Unicode"),
         (lambda d: d["images"][0].pop("file_name"), "not in coco format"),
-        (lambda d: d.pop("annotations"), "neither COCO"),
+        (lambda d: [d.pop("images"), d.pop("annotations")], "none of the known layouts"),
     ],
 )
 @pytest.mark.faults
@@ -172,8 +173,10 @@ def test_unreadable_files_are_named(tmp_path):
     for content, message in (
         (b"{", "JSON"),
         (b"\xff\xfe", "UTF-8"),
-        (b"name without number\n", "line 1"),
-        (b"[1]", "neither"),
+        (b"name without number\n", "none of the known layouts .*coco: .*flickr: .*table: "),
+        (b"[1]", "none of the known layouts"),
+        (b"[" * 200_000, "nested too deeply"),
+        (b"\x00\x01", "no text"),
     ):
         (tmp_path / "file").write_bytes(content)
         with pytest.raises(ValueError, match=f"file.*{message}"):

@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from preprocessing import fetch_weights
-from preprocessing.annotations import read_annotations
+from preprocessing.annotations.read import read_annotations
 from preprocessing.extract_features import extract_stripe, finalize_features
 from preprocessing.extract_features import main as extract_program
 from preprocessing.features import network

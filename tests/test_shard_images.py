@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import webdataset
 
-from preprocessing.annotations import read_annotations
+from preprocessing.annotations.read import read_annotations
 from preprocessing.shard_images import main, plan_images, shard_stripe
 from preprocessing.sharding.finalize import finalize
 from preprocessing.sharding.jobs import parse_stripe

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from preprocessing.annotations import RULES, Records
+from preprocessing.annotations.clean import RULES
+from preprocessing.annotations.read import Records
 from preprocessing.features.statistics import Floats, calibrate
 from preprocessing.importing.arrays import BadFeatures
 from preprocessing.importing.fitting import Rows, fit, grid_of, rows_of
