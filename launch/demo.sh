@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole pipeline on rendered scenes, from an empty machine to a table of scores.
+# The whole pipeline on rendered scenes, from an empty machine to a table of scores and a page of captioned pictures.
 #
 #   bash launch/demo.sh                        with EfficientNet-Lite0, whose ImageNet weights set-up brings
 #   WEIGHTS=imagenet bash launch/demo.sh       with ImageNet weights (python -m preprocessing.fetch_weights), or WEIGHTS=FILE
@@ -10,6 +10,8 @@
 # interrupted demonstration goes on where it was. Its minutes count from the first start to the first table, pauses left out.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+extraction=(--size 224) # what the encoder sees, and where it is cut: --stage N
 
 out=${OUT:+$OUT/}
 name=demo${SCENES:+-scenes$SCENES}
@@ -56,7 +58,8 @@ run python -m preprocessing.synthetic --out "$data/scenes" "${scenes[@]}"
 annotations=()
 for split in train val test; do annotations+=(--annotations "$split=$data/scenes/annotations/captions_$split.json"); done
 run python -m preprocessing.shard_images "${annotations[@]}" --images "$data/scenes/images" --out "$data/images"
-run python -m preprocessing.extract_features --images "$data/images" --weights "$weights" --weights-dir "$folder" --out "$features"
+run python -m preprocessing.extract_features --images "$data/images" --weights "$weights" --weights-dir "$folder" \
+  "${extraction[@]}" --out "$features"
 run python -m preprocessing.build_vocab --features "$features" --out "$tokenizer"
 
 run accelerate launch "${processes[@]}" -m sat.train configs/demo.yaml \
@@ -67,13 +70,15 @@ run_unless_newer "$run/attention-test.npz" accelerate launch "${processes[@]}" -
 run python -m preprocessing.check_scenes "$run" --scenes "$data/scenes" --split test
 run_unless_newer "$run/pictures/captions.json" \
   python -m sat.caption "$data/scenes/images/test" --limit 8 --model "$run" --weights "$encoder" --out "$run/pictures"
+run python -m preprocessing.show_scenes "$run" --scenes "$data/scenes" --split test
 
 keep_time
 minutes=$(awk '{ printf "%.2f", $1 / 60 }' "$run/seconds")
 run python -m sat.summary "$run" --split test --minutes "$minutes"
 echo
 run=$(realpath "$run")
-echo "captions and attention pictures  $run/pictures"
-echo "run folder                       $run"
-echo "checkpoints                      $run/checkpoints (the best model: $run/best)"
-echo "compare runs                     $(command -v mlflow) ui --backend-store-uri sqlite:///$(dirname "$run")/mlflow.db"
+echo "all test scenes on one page       $run/page.html"
+echo "captions and attention pictures   $run/pictures"
+echo "run folder                        $run"
+echo "checkpoints                       $run/checkpoints (the best model: $run/best)"
+echo "compare runs                      $(command -v mlflow) ui --backend-store-uri sqlite:///$(dirname "$run")/mlflow.db"

@@ -123,7 +123,9 @@ def centres(side: int) -> np.ndarray:
 
 def looking(attention: np.ndarray, caption: str, side: int, shown: Scene = PAIR):
     words = tuple(caption.split())
-    kept = CaptionAttention(centres(side), {"1": SeenWords(words, np.tile(attention, (len(words), 1)))})
+    ones = np.ones(len(words))
+    seen = SeenWords(words, np.tile(attention, (len(words), 1)), ones, ones)
+    kept = CaptionAttention(centres(side), {"1": seen})
     return measure_looking(kept, {"1": shown})
 
 
@@ -196,8 +198,9 @@ def keep_attention(run, words: dict[str, str], cells: int = 49) -> None:
     attention = np.full((starts[-1], cells), 1 / cells, np.float32)
     flat = np.array([word for each in said for word in each], dtype=np.str_)
     ids = np.array(list(words), dtype=np.str_)
-    run = run / "attention-test.npz"
-    np.savez(run, image_ids=ids, starts=starts, words=flat, attention=attention, centres=centres(7))
+    numbers = {"probabilities": np.full(len(flat), 0.5), "gates": np.full(len(flat), np.nan)}
+    arrays = {"image_ids": ids, "starts": starts, "words": flat, "attention": attention, "centres": centres(7)}
+    np.savez(run / "attention-test.npz", **arrays | numbers)
 
 
 def test_the_attention_is_measured_where_it_was_kept(evaluated, capsys):

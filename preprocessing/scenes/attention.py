@@ -27,6 +27,10 @@ class SeenWords:
     words: tuple[str, ...]
     attention: Floats
     """[words, L]"""
+    probabilities: Floats
+    """[words] of each word after those before it."""
+    gates: Floats
+    """[words] how far the gate on what is seen was open, 0 to 1; NaN without a gate."""
 
 
 @dataclass(frozen=True)
@@ -61,15 +65,17 @@ def read_attention(path: Path) -> CaptionAttention:
     """The attention of captions of whole pictures. ValueError for a file that is damaged or of something else."""
     try:
         with np.load(path, allow_pickle=False) as found:
-            names = ("image_ids", "starts", "words", "attention", "centres")
-            image_ids, starts, words, attention, centres = (found[name] for name in names)
+            names = ("image_ids", "starts", "words", "attention", "centres", "probabilities", "gates")
+            image_ids, starts, words, attention, centres, probabilities, gates = (found[name] for name in names)
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} is no file of attention: {error}; run `sat evaluate --attention` again") from None
     if len(centres) != attention.shape[1]:
         raise ValueError(f"{path}: attention over {attention.shape[1]} locations, {len(centres)} of them known places")
     captions = {}
     for image_id, start, end in zip(image_ids, starts, starts[1:], strict=False):
-        captions[str(image_id)] = SeenWords(tuple(map(str, words[start:end])), attention[start:end])
+        its = slice(start, end)
+        said = tuple(map(str, words[its]))
+        captions[str(image_id)] = SeenWords(said, attention[its], probabilities[its], gates[its])
     return CaptionAttention(centres, captions)
 
 
@@ -92,14 +98,14 @@ def _shape_words(seen: SeenWords, centres: Floats, scene: Scene) -> Iterator[tup
 def cells_of(thing: SceneObject, centres: Floats) -> npt.NDArray[np.bool_]:
     """[L] which cells' squares hold a part of the object's disc; the nearest one at least."""
     positions = centres * SIZE  # [L, 2]
-    half = _spacing(positions) / 2
+    half = spacing(positions) / 2
     away = np.maximum(np.abs(positions - (thing.x, thing.y)) - half, 0)  # from the square's nearest point
     distance = np.hypot(*away.T)
     on: npt.NDArray[np.bool_] = distance < max(thing.radius, distance.min() + 1e-9)
     return on
 
 
-def _spacing(positions: Floats) -> npt.NDArray[np.float64]:
-    """[2] between neighbours across and down; the whole picture where there is one cell."""
+def spacing(positions: Floats) -> npt.NDArray[np.float64]:
+    """[2] between neighbours of `positions` [L, 2] across and down; the greatest position where there is but one."""
     steps = [np.diff(np.unique(positions[:, axis].round(6))) for axis in (0, 1)]
-    return np.array([step.min() if len(step) else float(SIZE) for step in steps])
+    return np.array([step.min() if len(step) else float(positions.max()) for step in steps])
