@@ -246,11 +246,12 @@ def score_and_keep_best(config: Config, data: TrainingData, learner: Learner, pr
     learner.objective.train()
     values = result.scores.values | (result.attention.values() if config.model.attention != "none" else {})
     scores = {f"{split}/{name}": value for name, value in values.items() if value is not None}
-    run.log(progress.step, scores | {f"{split}/unfinished": result.unfinished})
     cider = result.scores.values["CIDEr"]
+    better = cider is not None and cider > progress.best_cider
+    best = {f"best/{name}": value for name, value in values.items() if better and value is not None}
+    run.log(progress.step, scores | best | {f"{split}/unfinished": result.unfinished})
     if cider is None:
         raise ValueError(f"CIDEr could not be computed: {result.scores.reasons.get('CIDEr')}")
-    better = cider > progress.best_cider
 
     def keep() -> None:
         tqdm.write(

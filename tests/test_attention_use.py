@@ -110,6 +110,19 @@ def test_training_and_evaluation_write_it_down(features, alone, tmp_path, capsys
         assert 1 <= cells <= 4.001 and 0.249 <= top <= 1, label
 
 
+def test_the_scores_of_the_best_step_stand_beside_the_last_ones(features, alone, tmp_path, capsys):
+    lines, _ = run(features, tmp_path / "run", alone, capsys)
+    best = -1.0
+    for line in (line for line in lines if "val/CIDEr" in line):
+        better = line["val/CIDEr"] > best
+        best = max(best, line["val/CIDEr"])
+        assert ("best/CIDEr" in line) == better
+        if better:
+            assert {n: v for n, v in line.items() if n.startswith("best/")} == {
+                n.replace("val/", "best/"): v for n, v in line.items() if n.startswith("val/") and n != "val/unfinished"
+            }
+
+
 def test_flat_soft_attention_is_warned_of_once_and_after_a_fifth_of_the_training(features, alone, tmp_path, capsys):
     _, said = run(features, tmp_path / "run", alone, capsys)  # N(0, 0.01) begins flat
     assert len(said) == 1 and "step 3 of 12" in said[0] and "model.penalty_weight, now 1" in said[0]

@@ -39,6 +39,18 @@ def test_the_reward_baseline_moves_a_tenth_of_the_way():
     assert model.reward_baseline.item() == pytest.approx(0.9 * 0.4 + 0.1 * 2.0)
 
 
+@pytest.mark.parametrize("same_length", [3, 5])
+def test_the_mean_of_weight_w_is_the_sum_of_w_words_over_cells(same_length):
+    grid, captions, lengths = make_batch()
+    lengths = torch.full_like(lengths, same_length)
+    captions[..., : same_length + 1] = captions[..., : same_length + 1].clamp_min(4)
+    losses = []
+    for penalty, weight in (("mean", 0.7), ("sum", 0.7 * same_length / L)):
+        sums = loss_sums(make_model(**PAPER | {"penalty": penalty, "penalty_weight": weight}), grid, captions, lengths)
+        losses.append(total_loss(sums, sums.counts["tokens"], sums.counts["captions"]).item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-9)
+
+
 def named(sums):
     return sums.counts | {"per_token": sums.per_token, "per_caption": sums.per_caption}
 
