@@ -74,7 +74,8 @@ class Learner:
         batch = batch.to(processes.device)
         with self.stepper.micro_batch(last):
             with processes.autocast():
-                sums = self.stepper(batch.grid, batch.captions, batch.lengths, self.sampling_probability(step))
+                probability = self.sampling_probability(step)
+                sums = self.stepper(batch.grid, batch.captions, batch.lengths, probability, batch.regions)
             self.stepper.backward(total_loss(sums, tokens, captions))
         return sums.counts
 
@@ -142,8 +143,8 @@ def build_model(config: Config, data: TrainingData, processes: Processes) -> Cap
         )
     else:
         statistics = {name: torch.as_tensor(value) for name, value in load_statistics(data.main).items()}
-    cells = data.features["grid"][0] * data.features["grid"][1]
-    sizes = Sizes(data.tokenizer.vocab_size, cells, data.features["dim"])
+    features = FeatureSpec.from_fingerprint(data.features)
+    sizes = Sizes(data.tokenizer.vocab_size, features.locations, features.dim)
     captioner = Captioner(config.model, sizes, config.train.kernels)
     with torch.no_grad():
         for name, buffer in (

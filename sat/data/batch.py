@@ -33,7 +33,8 @@ class CaptionBatch:
     """B images and their captions. A padding or quarantined row has a zero grid, lengths 0 and weighs nothing."""
 
     grid: Tensor
-    """[B, L, D] in the stored dtype (bfloat16, float16, float32, int8); from image shards uint8 [B, 3, S, S]."""
+    """[B, L, D] in the stored dtype (bfloat16, float16, float32, int8); from image shards uint8 [B, 3, S, S]. Of region
+    features L is that of the image that has most, and the others end in zeros."""
     captions: Tensor
     """int64 [B, K, T], T >= 2: <start> w1 .. wn <end> <pad> ...; all <pad> where there is no caption."""
     lengths: Tensor
@@ -50,6 +51,11 @@ class CaptionBatch:
     """What was wrong with each quarantined sample."""
     retries: int
     """I/O errors that another attempt overcame while this batch was read."""
+    regions: Tensor | None = None
+    """int64 [B]: regions of each image, 0 in padding rows; None where every image has the same grid."""
+    boxes: Tensor | None = None
+    """float32 [B, L, 4]: x0 y0 x1 y1 of the regions in 0..1, zeros behind them; None where there are none. Stays on the
+    CPU."""
 
     @property
     def bad(self) -> int:
@@ -66,6 +72,12 @@ class CaptionBatch:
         """Captions, an int64 scalar."""
         return (self.lengths > 0).sum()
 
+    def boxes_of(self, row: int) -> npt.NDArray[np.float32] | None:
+        """float32 [L_i, 4]: the boxes of the regions of one image; None where there are none."""
+        if self.boxes is None or self.regions is None:
+            return None
+        return self.boxes[row, : int(self.regions[row])].numpy()
+
     def to(self, device: torch.device | str) -> "CaptionBatch":
         """The same batch with its tensors on `device`; from pinned memory without waiting for the copy."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
@@ -75,7 +87,9 @@ class CaptionBatch:
         return self._map(Tensor.pin_memory)
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> "CaptionBatch":
-        return replace(self, grid=function(self.grid), captions=function(self.captions), lengths=function(self.lengths))
+        regions = None if self.regions is None else function(self.regions)
+        grid, captions, lengths = function(self.grid), function(self.captions), function(self.lengths)
+        return replace(self, grid=grid, captions=captions, lengths=lengths, regions=regions)
 
 
 @dataclass(frozen=True)
@@ -85,18 +99,32 @@ class InTransit:
     batch: CaptionBatch
     ring: int
     slot: int
+    shape: tuple[int, ...]
+    """Of what lies in the slot; the grid is its beginning along the locations."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         rest = {field.name: getattr(self.batch, field.name) for field in fields(self.batch)}
         grid = rest.pop("grid")
         # Small tensors as plain arrays: torch would open a file in shared memory for each.
-        rest |= {"captions": rest["captions"].numpy(), "lengths": rest["lengths"].numpy()}
-        return _arrive, (rest, self.ring, self.slot, tuple(grid.shape), grid.dtype)
+        arrays = {name: rest.pop(name).numpy() for name in SMALL if rest[name] is not None}
+        return _arrive, (rest, arrays, self.ring, self.slot, self.shape, grid.shape[1], grid.dtype)
 
 
-def _arrive(rest: dict[str, Any], ring: int, slot: int, shape: tuple[int, ...], dtype: torch.dtype) -> CaptionBatch:
-    rest |= {"captions": torch.from_numpy(rest["captions"]), "lengths": torch.from_numpy(rest["lengths"])}
-    return CaptionBatch(grid=attach(ring, slot, shape, dtype), **rest)
+SMALL = ("captions", "lengths", "regions", "boxes")
+"""Tensors of a batch beside its grid."""
+
+
+def _arrive(
+    rest: dict[str, Any],
+    arrays: dict[str, npt.NDArray[Any]],
+    ring: int,
+    slot: int,
+    shape: tuple[int, ...],
+    locations: int,
+    dtype: torch.dtype,
+) -> CaptionBatch:
+    rest |= {name: torch.from_numpy(array) for name, array in arrays.items()}
+    return CaptionBatch(grid=attach(ring, slot, shape, dtype)[:, :locations], **rest)
 
 
 class Stretch(NamedTuple):
@@ -139,11 +167,15 @@ class GridRow:
 
     shape: tuple[int, ...]
     dtype: torch.dtype
+    regions: bool = False
+    """The shape is that of the image that has most."""
+    boxes: bool = False
+    """Each region has its box."""
 
     @classmethod
     def of_features(cls, spec: FeatureSpec) -> "GridRow":
         """[L, D], as they are stored."""
-        return cls(spec.shape, getattr(torch, spec.torch))
+        return cls(spec.shape, getattr(torch, spec.torch), spec.kind == "regions", spec.boxes)
 
     @classmethod
     def of_pictures(cls, size: int) -> "GridRow":
@@ -153,6 +185,45 @@ class GridRow:
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class _Target:
+    """What a batch's samples are read into."""
+
+    grid: Tensor
+    raw: memoryview
+    """The grid's bytes."""
+    size: int
+    """Bytes of a row."""
+    regions: npt.NDArray[np.int64]
+    """[B], zeros but where images have regions."""
+    boxes: npt.NDArray[np.float32] | None
+    """[B, L, 4]"""
+    has_regions: bool
+
+    @classmethod
+    def of(cls, grid: Tensor, row: GridRow) -> "_Target":
+        raw, rows = grid.view(torch.uint8).numpy().reshape(-1).data, len(grid)
+        boxes = np.zeros((rows, row.shape[0], 4), np.float32) if row.boxes else None
+        return cls(grid, raw, len(raw) // max(rows, 1), np.zeros(rows, np.int64), boxes, row.regions)
+
+    def row(self, row: int) -> memoryview:
+        return self.raw[row * self.size : (row + 1) * self.size]
+
+    def clear(self, rows: list[int]) -> None:
+        """Zeros for rows without a sample."""
+        self.grid[rows], self.regions[rows] = 0, 0
+        if self.boxes is not None:
+            self.boxes[rows] = 0
+
+    def finished(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Grid, regions and boxes of the batch, no longer than the image with most regions."""
+        if not self.has_regions:
+            return self.grid, None, None
+        longest = max(1, int(self.regions.max(initial=0)))
+        boxes = None if self.boxes is None else torch.from_numpy(np.ascontiguousarray(self.boxes[:, :longest]))
+        return self.grid[:, :longest], torch.from_numpy(self.regions), boxes
 
 
 @dataclass(frozen=True)
@@ -176,8 +247,10 @@ class BatchReader:
         Raises BadSample, unless bad samples are quarantined, and OSError.
         """
         retries = sum(reader.retries for reader in self.readers)
-        grid, slot = self._allocate(slots.rows)
-        found, problems = self._fill(grid, stretches)
+        whole, slot = self._allocate(slots.rows)
+        target = _Target.of(whole, self.row)
+        found, problems = self._fill(target, stretches)
+        grid, regions, boxes = target.finished()
         captions, lengths = self._captions_of(found, slots.epoch)
         batch = CaptionBatch(
             grid=grid,
@@ -190,9 +263,12 @@ class BatchReader:
             samples_done=slots.samples_done,
             problems=problems,
             retries=sum(reader.retries for reader in self.readers) - retries,
+            regions=regions,
+            boxes=boxes,
         )
-        in_worker = torch.utils.data.get_worker_info() is not None
-        return InTransit(batch, self.ring.number, slot) if in_worker and slot is not None else batch
+        if slot is None or torch.utils.data.get_worker_info() is None:
+            return batch
+        return InTransit(batch, self.ring.number, slot, tuple(whole.shape))
 
     def expect(self, stretches: Sequence[Stretch]) -> None:
         """Say that these samples are needed soon."""
@@ -210,40 +286,44 @@ class BatchReader:
         # A slot that is sent is released by the process that receives it.
         return self.ring.tensor(slot, shape, dtype, release=worker is None), slot
 
-    def _fill(self, grid: Tensor, stretches: Sequence[Stretch]) -> tuple[list[tuple[Rows | None, int]], list[str]]:
-        """Read every sample into its row of the grid; zeros where there is none.
+    def _fill(self, target: "_Target", stretches: Sequence[Stretch]) -> tuple[list[tuple[Rows | None, int]], list[str]]:
+        """Read every sample into its row of the target; zeros where there is none.
 
         Returns the manifest's rows and the sample's place in them for each row, and what was wrong with those left out.
         """
-        store = self._store_features if self.decode is None else self._store_picture
-        raw = grid.view(torch.uint8).numpy().reshape(-1).data
-        size = len(raw) // max(len(grid), 1)
-        found: list[tuple[Rows | None, int]] = [(None, 0)] * len(grid)
+        of_features = self._store_regions if self.row.regions else self._store_features
+        store = of_features if self.decode is None else self._store_picture
+        found: list[tuple[Rows | None, int]] = [(None, 0)] * len(target.grid)
         problems: list[str] = []
         for source, shard, first, places in stretches:
             for sample, row in enumerate(places, first):
                 try:
-                    found[row] = store(self.readers[source], shard, sample, raw[row * size : (row + 1) * size]), sample
+                    found[row] = store(self.readers[source], shard, sample, target, row), sample
                 except BadSample as error:
                     if not self.quarantine:
                         raise
                     problems.append(str(error))
         empty = [row for row, (rows, _) in enumerate(found) if rows is None]
         if empty:
-            grid[empty] = 0
+            target.clear(empty)
         return found, problems
 
-    def _store_features(self, reader: SampleReader, shard: int, sample: int, out: memoryview) -> Rows:
-        return reader.read_grid(shard, sample, out)
+    def _store_features(self, reader: SampleReader, shard: int, sample: int, target: "_Target", row: int) -> Rows:
+        return reader.read_grid(shard, sample, target.row(row))
 
-    def _store_picture(self, reader: SampleReader, shard: int, sample: int, out: memoryview) -> Rows:
+    def _store_regions(self, reader: SampleReader, shard: int, sample: int, target: "_Target", row: int) -> Rows:
+        boxes = None if target.boxes is None else target.boxes[row]
+        rows, target.regions[row] = reader.read_regions(shard, sample, target.row(row), boxes)
+        return rows
+
+    def _store_picture(self, reader: SampleReader, shard: int, sample: int, target: "_Target", row: int) -> Rows:
         assert self.decode is not None
         rows, blob = reader.rows(shard), reader.read_picture(shard, sample)
         try:
             picture = self.decode(blob)
         except (ValueError, OSError) as error:
             raise reader.bad(rows, sample, f"its picture cannot be decoded: {error}") from error
-        out[:] = picture.numpy().reshape(-1).data
+        target.row(row)[:] = picture.numpy().reshape(-1).data
         return rows
 
     def _captions_of(self, found: Sequence[tuple[Rows | None, int]], epoch: int) -> tuple[Tensor, Tensor]:

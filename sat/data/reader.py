@@ -6,17 +6,19 @@ process. Nothing of a tar is interpreted: the manifest says where a sample lies,
 they must be.
 """
 
+import math
 import os
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import xxhash
 
-from sat.shards.features import NPY_HEADER
+from sat.shards.features import NPY_HEADER, npy_header
 from sat.shards.manifest import Manifest
 from sat.shards.retry import Result, io_error, retrying
 from sat.shards.store import RemoteStore, ShardStore
@@ -61,6 +63,8 @@ class SampleReader:
         self.spec = manifest.spec
         self._npy_header = b"" if self.spec is None else self.spec.npy_header
         """Comparing it spares parsing it (24 us a sample)."""
+        self._whole = bytearray()
+        """Room for a sample whose parts' sizes are not known beforehand."""
 
     def __reduce__(self) -> tuple[type["SampleReader"], tuple[Manifest, ShardStore]]:
         return SampleReader, (self.manifest, self.store)
@@ -114,6 +118,53 @@ class SampleReader:
             assert self.spec is not None, "images have no grid"
             raise self.bad(rows, sample, f"its array is not a {self.spec.stored} array of shape {self.spec.shape}")
         return rows
+
+    def read_regions(
+        self, shard: int, sample: int, out: memoryview, boxes: npt.NDArray[np.float32] | None
+    ) -> tuple[Rows, int]:
+        """Read and verify one sample of region features; returns the rows of its shard, and how many regions it has.
+
+        Their bytes (as stored) go to the beginning of `out`, the boxes to that of `boxes` [L, 4], zeros behind them.
+        Raises as `read_grid` does.
+        """
+        rows, spec = self.rows(shard), self.spec
+        assert spec is not None and spec.kind == "regions"
+        if len(self._whole) < rows.nbytes[sample]:
+            self._whole = bytearray(rows.nbytes[sample])
+        blob = memoryview(self._whole)[: rows.nbytes[sample]]
+        self._read(shard, rows, sample, [blob])
+        digits = bytes(blob[124:135])
+        size = int(digits, 8) if digits.isdigit() else 0
+        count = (size - NPY_HEADER) // (spec.dim * spec.stored.itemsize)
+        if not 0 < count <= spec.max_regions:
+            raise self.bad(rows, sample, f"an array of {size} bytes; expected 1 to {spec.max_regions} regions")
+        end = self._check_array(rows, sample, blob, "npy", spec.stored, (count, spec.dim))
+        data = end - count * spec.dim * spec.stored.itemsize
+        out[: end - data], out[end - data :] = blob[data:end], bytes(len(out) - (end - data))
+        if boxes is not None:
+            begin = end + -end % TAR_BLOCK
+            end = begin + self._check_array(rows, sample, blob[begin:], "boxes.npy", np.dtype("<f4"), (count, 4))
+            boxes[:count] = np.frombuffer(blob[end - 16 * count : end], "<f4").reshape(count, 4)
+            boxes[count:] = 0
+        return rows, count
+
+    def _check_array(
+        self,
+        rows: Rows,
+        sample: int,
+        blob: memoryview,
+        extension: str,
+        dtype: np.dtype[Any],
+        shape: tuple[int, int],
+    ) -> int:
+        """Where the array of this type and shape ends that the member at the beginning of `blob` holds, and is."""
+        size = NPY_HEADER + math.prod(shape) * dtype.itemsize
+        if TAR_BLOCK + size > len(blob):
+            raise self.bad(rows, sample, f"{len(blob)} bytes cannot hold a .{extension} of {size} bytes")
+        self._check_member(rows, sample, f"{rows.keys[sample]}.{extension}".encode(), blob, size)
+        if blob[TAR_BLOCK:PAYLOAD] != npy_header(dtype, shape):
+            raise self.bad(rows, sample, f"its .{extension} is not a {dtype} array of shape {shape}")
+        return TAR_BLOCK + size
 
     def read_picture(self, shard: int, sample: int) -> bytes:
         """Read and verify one image sample; the bytes of its picture file. Raises as `read_grid` does."""

@@ -34,7 +34,7 @@ class Decodable(Protocol):
 
     training: bool
 
-    def encode(self, grid: Tensor) -> Memory:
+    def encode(self, grid: Tensor, order: Tensor | None = None, regions: Tensor | None = None) -> Memory:
         """What is computed once per image; of every tensor the first dimension is the image."""
 
     def init_state(self, memory: Memory) -> State:
@@ -94,10 +94,12 @@ def decode(
     grid: Tensor,
     options: DecodeOptions = BEAM_SEARCH,
     image_ids: Sequence[str] | None = None,
+    regions: Tensor | None = None,
 ) -> list[list[Hypothesis]]:
     """The `n_best` captions of every image of `grid` [B, L, D], best first: finished ones, then unfinished ones.
 
-    `grid` is what `models` encode: features as stored, or uint8 pictures [B, 3, S, S] for `EndToEnd`. Several models
+    `grid` is what `models` encode: features as stored, or uint8 pictures [B, 3, S, S] for `EndToEnd`; with `regions`
+    int64 [B] only the first so many locations of an image are real, and the others get no attention. Several models
     vote by the mean of their probabilities (float32); alphas are averaged too. An image gets fewer captions only where
     fewer exist. `<pad>` and `<start>` are never chosen, blocked words keep their share of the probability: scores are
     true log-probabilities. Equal scores go to the lower slot, then the lower word id, so captions do not depend on
@@ -109,7 +111,8 @@ def decode(
     models = list(models) if isinstance(models, Sequence) else [models]
     _check(models, grid)
     uniforms = _uniforms(options, image_ids, len(grid)).to(grid.device) if options.method == "sample" else None
-    memories = [model.encode(grid) for model in models]  # once per image, not per word
+    more = {} if regions is None else {"regions": regions}
+    memories = [model.encode(grid, **more) for model in models]  # once per image, not per word
     size = _images_per_chunk(memories, options.width)
     captions: list[list[Hypothesis]] = []
     for start in range(0, len(grid), size):
@@ -204,7 +207,7 @@ def _record(trace: _Trace, step: int, images: Tensor, alphas: list[Tensor], gate
 
 
 def _index(tensors: Rows, where: slice | Tensor | tuple[Tensor, Tensor]) -> Rows:
-    return tensors._make(tensor[where] for tensor in tensors)
+    return tensors._make(None if tensor is None else tensor[where] for tensor in tensors)
 
 
 def _log_probs(outputs: list[Tensor]) -> Tensor:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from sat.data.batch import CaptionBatch
 from sat.data.loader import Reading, evaluation_batches, read_references
 from sat.data.options import CacheOptions
 from sat.data.plan import Share
@@ -108,14 +109,23 @@ def decode_split(
     images = manifest.splits.get(split, 0)
     with tqdm(total=images, desc=f"decode {split}", unit="image", disable=not processes.is_main, leave=False) as bar:
         for batch in batches:
+            there = batch.to(processes.device)
             with processes.autocast():
-                hypotheses = decode(models, batch.grid.to(processes.device), looking, batch.image_ids)
-            for image_id, best in zip(batch.image_ids, hypotheses, strict=True):
-                use = _attention_use(best[0])
+                hypotheses = decode(models, there.grid, looking, batch.image_ids, there.regions)
+            for row, best in enumerate(hypotheses):
                 kept = best if options.keep_attention else [_without_trace(each) for each in best]
-                found.append((predict(image_id, kept, tokenizer, options.length_penalty), use))
+                found.append((_predict(batch, row, kept, tokenizer, options), _attention_use(best[0])))
             bar.update(min(len(batch.image_ids) * processes.world_size, images - bar.n))
     return found
+
+
+def _predict(
+    batch: CaptionBatch, row: int, best: list[Hypothesis], tokenizer: CaptionTokenizer, options: EvaluationOptions
+) -> Prediction:
+    """What is said of the image in one row of the batch."""
+    regions = None if batch.regions is None else int(batch.regions[row])
+    boxes = batch.boxes_of(row) if options.keep_attention else None
+    return predict(batch.image_ids[row], best, tokenizer, options.length_penalty, regions=regions, boxes=boxes)
 
 
 def _without_trace(hypothesis: Hypothesis) -> Hypothesis:

@@ -16,7 +16,7 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
-from sat.model.attention import Attended, Attention, attend_for_inference
+from sat.model.attention import Attended, Attention, attend_for_inference, beyond
 from sat.model.initialise import initialise
 from sat.model.kernels.choose import choose_beam_kernels
 from sat.model.spec import CaptionerSpec, Sizes
@@ -38,6 +38,8 @@ class Memory(NamedTuple):
     """[B, L, A] its part of the attention score; A = 0 without attention."""
     prepared: Tensor
     """[B, L, A] the same as the native kernels want it; A = 0 where they do not serve."""
+    regions: Tensor | None = None
+    """int64 [B] how many of the L locations are real, the others being zeros; None: all are."""
 
 
 class State(NamedTuple):
@@ -110,21 +112,33 @@ class Captioner(nn.Module):
 
     # ------------------------------------------------------------------ decoding
 
-    def encode(self, grid: Tensor, order: Tensor | None = None) -> Memory:
+    def encode(self, grid: Tensor, order: Tensor | None = None, regions: Tensor | None = None) -> Memory:
         """Standardise `grid` [B, L, D] (as stored: any float type or int8) and project it, once per image.
 
-        `order` int64 [B'] picks and orders the images. Raises ValueError where L or D are not the model's.
+        `order` int64 [B'] picks and orders the images. With `regions` int64 [B] only the first so many locations of an
+        image are looked at (at least one), and L may be below the model's. Raises ValueError where L, D or `regions` do
+        not fit the model.
         """
-        expected = [self.sizes.grid_size, self.sizes.feature_dim]
-        if list(grid.shape[1:]) != expected:
-            raise ValueError(f"grid [B, {expected[0]}, {expected[1]}] expected, got {list(grid.shape)}")
-        grid = self._standardised(grid, order)
+        self._refuse(grid, regions)
+        if regions is not None:
+            regions = (regions if order is None else regions[order]).clamp(min=1)  # padding rows have none
+        grid = self._standardised(grid, order, regions)
         projection = self.attention.project(grid) if self.attention else grid[:, :, :0]
         prepared = grid[:, :, :0]
         if self.attention and self.expects and not torch.is_grad_enabled():
             kernels = choose_beam_kernels(self.kernels, grid)
             prepared = kernels.prepare(projection, self.attention.tanh) if kernels else prepared
-        return Memory(grid, projection, prepared)
+        return Memory(grid, projection, prepared, regions)
+
+    def _refuse(self, grid: Tensor, regions: Tensor | None) -> None:
+        L, D = self.sizes.grid_size, self.sizes.feature_dim
+        if regions is None:
+            if list(grid.shape[1:]) != [L, D]:
+                raise ValueError(f"grid [B, {L}, {D}] expected, got {list(grid.shape)}")
+        elif grid.dim() != 3 or grid.shape[1] > L or grid.shape[2] != D:
+            raise ValueError(f"regions [B, at most {L}, {D}] expected, got {list(grid.shape)}")
+        elif regions.shape != grid.shape[:1] or (regions.device.type == "cpu" and (regions > grid.shape[1]).any()):
+            raise ValueError(f"regions must say how many of the {grid.shape[1]} locations of each image are real")
 
     @property
     def expects(self) -> bool:
@@ -133,7 +147,7 @@ class Captioner(nn.Module):
 
     def init_state(self, memory: Memory) -> State:
         """LSTM state before the first word, h and c: [B, 1, H]. Show and Tell reads the image as a first word."""
-        mean = memory.grid.mean(1, keepdim=True, dtype=_wide(memory.grid.dtype)).to(memory.grid.dtype)  # [B, 1, D]
+        mean = _mean(memory)  # [B, 1, D]
         if self.init_h and self.init_c:
             return State(self.init_h(mean).to(_wide(mean.dtype)), self.init_c(mean).to(_wide(mean.dtype)))
         assert self.image_word
@@ -150,9 +164,7 @@ class Captioner(nn.Module):
             words, state.h, state.c, lambda attention, query: self._attend_for_inference(attention, memory, query)
         )
         logits = self.vocabulary(self.output_features(words, h, context)).to(h.dtype)
-        L = self.sizes.grid_size
-        alpha = attended.alpha if attended else h.new_full((), 1 / L).expand(*tokens.shape, L)
-        return logits, State(h, c), alpha
+        return logits, State(h, c), attended.alpha if attended else _uniform(memory, h).expand(*tokens.shape, -1)
 
     def gate_mean(self, state: State) -> Tensor | None:
         """How far the gate on the context is open in the step from `state`, [B, k] in 0..1, the mean of its components.
@@ -170,9 +182,10 @@ class Captioner(nn.Module):
             kernels = choose_beam_kernels(self.kernels, memory.grid)
         if kernels is None:
             how = "expectation" if self.expects else self.spec.hard_inference
-            return attend_for_inference(attention, memory.grid, memory.projection, query, how)
+            return attend_for_inference(attention, memory.grid, memory.projection, query, how, memory.regions)
         score = attention.score.weight[0].to(query.dtype)
-        return Attended(*kernels.attend_beams(memory.grid, memory.prepared, query, score, attention.tanh), None)
+        seen = kernels.attend_beams(memory.grid, memory.prepared, query, score, attention.tanh, memory.regions)
+        return Attended(*seen, None)
 
     # ------------------------------------------------------------------ parts of one step, for any leading dimensions
 
@@ -214,17 +227,24 @@ class Captioner(nn.Module):
                 features = features + self.output_context(context)
         return self.output_dropout(features) if dropout else features
 
-    def _standardised(self, grid: Tensor, order: Tensor | None) -> Tensor:
-        """Image by image on a CPU, where passes over the whole batch would each go to memory and back."""
+    def _standardised(self, grid: Tensor, order: Tensor | None, regions: Tensor | None) -> Tensor:
+        """Image by image on a CPU, where passes over the whole batch would each go to memory and back.
+
+        `regions` are those of the images in their order; what lies beyond them becomes zero, whatever it was.
+        """
         scale = self.feature_scale / self.feature_std
         shift, dtype = -self.feature_mean / self.feature_std, self._matmul_dtype()
         if grid.requires_grad or grid.device.type != "cpu":
             grid = grid if order is None else grid[order]
-            return torch.addcmul(shift, grid.to(scale.dtype), scale).clamp(-CLAMP, CLAMP).to(dtype)
+            every = torch.addcmul(shift, grid.to(scale.dtype), scale).clamp(-CLAMP, CLAMP).to(dtype)
+            return every if regions is None else every.masked_fill(beyond(regions, every.shape[1])[..., None], 0)
         images = range(len(grid)) if order is None else order.tolist()
+        counts = [grid.shape[1]] * len(images) if regions is None else regions.tolist()
         result = torch.empty(len(images), *grid.shape[1:], dtype=dtype)
-        for image, out in zip(images, result, strict=True):
-            out.copy_(torch.addcmul(shift, grid[image].to(scale.dtype), scale).clamp_(-CLAMP, CLAMP))
+        for image, out, count in zip(images, result, counts, strict=True):
+            real = grid[image][:count].to(scale.dtype)
+            out[:count].copy_(torch.addcmul(shift, real, scale).clamp_(-CLAMP, CLAMP))
+            out[count:].zero_()
         return result
 
     def _matmul_dtype(self) -> torch.dtype:
@@ -234,6 +254,24 @@ class Captioner(nn.Module):
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
+
+
+def _mean(memory: Memory) -> Tensor:
+    """The mean location [B, 1, D], summed in float32 or wider."""
+    wide = _wide(memory.grid.dtype)
+    if memory.regions is None:
+        return memory.grid.mean(1, keepdim=True, dtype=wide).to(memory.grid.dtype)
+    total = memory.grid.sum(1, keepdim=True, dtype=wide)  # zeros beyond the regions
+    return (total / memory.regions[:, None, None]).to(memory.grid.dtype)
+
+
+def _uniform(memory: Memory, like: Tensor) -> Tensor:
+    """Equal attention to every location that is one, [B, 1, L], or [L] where all are."""
+    L = memory.grid.shape[1]
+    if memory.regions is None:
+        return like.new_full((L,), 1 / L)
+    weight = (1 / memory.regions.to(like.dtype))[:, None].expand(-1, L)
+    return weight.masked_fill(beyond(memory.regions, L), 0)[:, None]
 
 
 def _state_initialiser(spec: CaptionerSpec, feature_dim: int) -> nn.Module:

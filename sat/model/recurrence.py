@@ -22,6 +22,8 @@ class Loop(NamedTuple):
     packing: Packing
     tanh: bool
     """The score's non-linearity: tanh or ReLU."""
+    regions: Tensor | None = None
+    """int64 [B] locations that are real, the first ones of each image; None: all."""
 
 
 class Inputs(NamedTuple):
@@ -120,9 +122,10 @@ class _Recurrence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, loop: Loop, *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         inputs, weights = Inputs(*tensors[:5]), Weights(*tensors[5:])
-        kernels, packing, tanh = loop
+        kernels, packing, tanh, regions = loop
         H, A = inputs.h.shape[1], len(weights.score)
-        seen = Seen(packing, inputs.grid.contiguous(), kernels.prepare(inputs.projection, tanh), weights.score, tanh)
+        projection = kernels.prepare(inputs.projection, tanh)
+        seen = Seen(packing, inputs.grid.contiguous(), projection, weights.score, tanh, regions)
         words = _Words.empty(inputs, weights)
         alpha_sum = inputs.c.new_zeros(len(inputs.c), inputs.grid.shape[1])
         h, c = inputs.h, inputs.c
@@ -148,10 +151,10 @@ class _Recurrence(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         grid, projection, h_first, c_first, state_weight, context_weight, score, *kept = ctx.saved_tensors
-        (kernels, packing, tanh), words = ctx.loop, _Words(*kept)
+        (kernels, packing, tanh, regions), words = ctx.loop, _Words(*kept)
         H, A = words.hidden.shape[1], len(score)
         grad_hidden, grad_gated, grad_alpha_sum, _ = grads
-        seen = Seen(packing, grid, projection, score, tanh)
+        seen = Seen(packing, grid, projection, score, tanh, regions)
         grad_states, grad_scores = torch.empty_like(words.states), torch.empty_like(words.alphas)
         grad_contexts = torch.empty_like(words.contexts)
         grad_h, grad_c = torch.zeros_like(c_first), torch.zeros_like(c_first)

@@ -26,8 +26,9 @@ class EndToEnd(nn.Module):
         grid: Tensor = self.encoder(self.encoder.normalise(images).to(dtype, memory_format=torch.channels_last))
         return grid
 
-    def encode(self, images: Tensor, order: Tensor | None = None) -> Memory:
+    def encode(self, images: Tensor, order: Tensor | None = None, regions: Tensor | None = None) -> Memory:
         """As `Captioner.encode`, from `images` uint8 [B, 3, S, S]; those that `order` leaves out are not looked at."""
+        assert regions is None, "an encoder of our own gives a grid"
         if order is None:
             return self.captioner.encode(self.grid(images))
         seen, place = order.unique(return_inverse=True)  # in the batch's own order, so that sums over it stay the same

@@ -25,6 +25,8 @@ class Seen(NamedTuple):
     """[A]"""
     tanh: bool
     """The score's non-linearity: tanh or ReLU."""
+    regions: Tensor | None = None
+    """int64 [B] locations that are real, the first ones of each image; None: all. The others get no attention."""
 
 
 class Kernels(Protocol):
@@ -82,10 +84,10 @@ class BeamKernels(Kernels, Protocol):
     """Kernels that attend in decoding too."""
 
     def attend_beams(
-        self, grid: Tensor, prepared: Tensor, query: Tensor, score: Tensor, tanh: bool
+        self, grid: Tensor, prepared: Tensor, query: Tensor, score: Tensor, tanh: bool, regions: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Context [B, k, D] and alpha [B, k, L] of `query` [B, k, A], k beams per image of `grid` [B, L, D].
 
         `prepared` [B, L, A] is the projection as `prepare` left it, `score` [A] the score vector, `tanh` its
-        non-linearity. No gradients.
+        non-linearity, `regions` as in `Seen`. No gradients.
         """

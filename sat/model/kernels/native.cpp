@@ -4,6 +4,9 @@
 // so building takes seconds. Inner loops are written for the compiler's vectoriser. Every image (or row) belongs to one
 // thread and sums run in a fixed order, so results do not depend on the number of threads.
 //
+// Where `regions` is no null pointer, only the first regions[b] of the L locations of image b are real: the others get no
+// attention, pass no gradient and are not looked at.
+//
 // B images, L locations, D features, A attention width, H LSTM width. T is the type of the matrix products (float,
 // double or bf16), W the type of sums (float, or double for double). Rows of an image: rows[ptr[b]] ..
 // rows[ptr[b + 1] - 1], ascending; those below n take part. The tanh score uses
@@ -115,13 +118,13 @@ void with_constant(int64_t n, F f) {
   if (n == 1) f(std::integral_constant<int, 1>());
 }
 
-// out[j][d] = sum_l weight[row[j] L + l] grid[l D + d] for k rows: the grid streams by once.
+// out[j][d] = sum over l < real of weight[row[j] L + l] grid[l D + d] for k rows: the grid streams by once.
 template <class T>
-void weighted_sums(int64_t k, int64_t L, int64_t D, const T* grid, const Wide<T>* weight, const int64_t* row,
-                   Wide<T>* out) {
+void weighted_sums(int64_t k, int64_t real, int64_t L, int64_t D, const T* grid, const Wide<T>* weight,
+                   const int64_t* row, Wide<T>* out) {
   std::fill_n(out, k * D, Wide<T>(0));
-  for (int64_t l = 0; l < L; l += TILE)
-    with_constant(std::min(TILE, L - l), [=](auto count) {
+  for (int64_t l = 0; l < real; l += TILE)
+    with_constant(std::min(TILE, real - l), [=](auto count) {
       constexpr int P = decltype(count)::value;
       for (int64_t begin = 0; begin < D; begin += STRIP)
         for (int64_t j = 0; j < k; ++j) {
@@ -156,12 +159,13 @@ void dot_tile(int64_t D, const T* grid, const Wide<T>* x, Wide<T>* const* out) {
     }
 }
 
-// out[row[j] L + l] += grid[l D ...] . x[j D ...] for k rows: the grid streams by once.
+// out[row[j] L + l] += grid[l D ...] . x[j D ...] for k rows and l < real: the grid streams by once.
 template <class T>
-void dot_products(int64_t k, int64_t L, int64_t D, const T* grid, const Wide<T>* x, const int64_t* row, Wide<T>* out) {
-  for (int64_t l = 0; l < L; l += TILE)
+void dot_products(int64_t k, int64_t real, int64_t L, int64_t D, const T* grid, const Wide<T>* x, const int64_t* row,
+                  Wide<T>* out) {
+  for (int64_t l = 0; l < real; l += TILE)
     for (int64_t j = 0; j < k; j += TILE) {
-      const int64_t rows = std::min(TILE, k - j), locations = std::min(TILE, L - l);
+      const int64_t rows = std::min(TILE, k - j), locations = std::min(TILE, real - l);
       Wide<T>* to[TILE];
       for (int64_t r = 0; r < rows; ++r) to[r] = out + row[j + r] * L + l;
       with_constant(rows, [&](auto R) {
@@ -174,19 +178,19 @@ void dot_products(int64_t k, int64_t L, int64_t D, const T* grid, const Wide<T>*
 
 template <bool TANH, class T>
 void attend(int64_t n, int64_t B, int64_t L, int64_t A, int64_t D, const int64_t* ptr, const int64_t* rows,
-            const T* grid, const T* projection, const T* query, int64_t query_stride, const T* score, Wide<T>* alpha,
-            T* context, int64_t threads) {
+            const int64_t* regions, const T* grid, const T* projection, const T* query, int64_t query_stride,
+            const T* score, Wide<T>* alpha, T* context, int64_t threads) {
   using W = Wide<T>;
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
   for (int64_t b = 0; b < B; ++b) {
     const int64_t* row = rows + ptr[b];
-    const int64_t k = count_below(row, rows + ptr[b + 1], n);
+    const int64_t k = count_below(row, rows + ptr[b + 1], n), real = regions ? regions[b] : L;
     if (!k) continue;
     std::vector<W> q(k * A), u(A), sums(k * D);
     for (int64_t a = 0; a < A; ++a) u[a] = wide(score[a]);
     for (int64_t j = 0; j < k; ++j) prepare_query<TANH>(A, query + row[j] * query_stride, &q[j * A]);
 
-    for (int64_t l = 0; l < L; ++l) {
+    for (int64_t l = 0; l < real; ++l) {
       const T* p = projection + (b * L + l) * A;
       for (int64_t j = 0; j < k; ++j) {
         const W* qj = &q[j * A];
@@ -198,13 +202,14 @@ void attend(int64_t n, int64_t B, int64_t L, int64_t A, int64_t D, const int64_t
     }
     for (int64_t j = 0; j < k; ++j) {
       W* e = alpha + row[j] * L;
-      const W top = *std::max_element(e, e + L);
+      const W top = *std::max_element(e, e + real);
       W sum = 0;
 #pragma omp simd reduction(+ : sum)
-      for (int64_t l = 0; l < L; ++l) sum += e[l] = exponential(e[l] - top);
-      for (int64_t l = 0; l < L; ++l) e[l] /= sum;
+      for (int64_t l = 0; l < real; ++l) sum += e[l] = exponential(e[l] - top);
+      for (int64_t l = 0; l < real; ++l) e[l] /= sum;
+      std::fill(e + real, e + L, W(0));
     }
-    weighted_sums(k, L, D, grid + b * L * D, alpha, row, sums.data());
+    weighted_sums(k, real, L, D, grid + b * L * D, alpha, row, sums.data());
     for (int64_t j = 0; j < k; ++j)
       for (int64_t d = 0; d < D; ++d) narrow(sums[j * D + d], context[row[j] * D + d]);
   }
@@ -213,31 +218,32 @@ void attend(int64_t n, int64_t B, int64_t L, int64_t A, int64_t D, const int64_t
 // From d context and d alpha (of the regulariser) to d score and d query of the rows of one step.
 template <bool TANH, class T>
 void attend_backward(int64_t n, int64_t B, int64_t L, int64_t A, int64_t D, const int64_t* ptr, const int64_t* rows,
-                     const T* grid, const T* projection, const T* query, int64_t query_stride, const T* score,
-                     const Wide<T>* alpha, const T* grad_context, const Wide<T>* grad_alpha, Wide<T>* grad_scores,
+                     const int64_t* regions, const T* grid, const T* projection, const T* query, int64_t query_stride,
+                     const T* score, const Wide<T>* alpha, const T* grad_context, const Wide<T>* grad_alpha, Wide<T>* grad_scores,
                      T* grad_query, int64_t grad_query_stride, int64_t threads) {
   using W = Wide<T>;
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
   for (int64_t b = 0; b < B; ++b) {
     const int64_t* row = rows + ptr[b];
-    const int64_t k = count_below(row, rows + ptr[b + 1], n);
+    const int64_t k = count_below(row, rows + ptr[b + 1], n), real = regions ? regions[b] : L;
     if (!k) continue;
     std::vector<W> x(k * D), q(k * A), u(A), sum(k * A, W(0));
     for (int64_t a = 0; a < A; ++a) u[a] = wide(score[a]);
     for (int64_t j = 0; j < k; ++j) {
       prepare_query<TANH>(A, query + row[j] * query_stride, &q[j * A]);
       for (int64_t d = 0; d < D; ++d) x[j * D + d] = wide(grad_context[row[j] * D + d]);
-      std::copy_n(grad_alpha + row[j] * L, L, grad_scores + row[j] * L);
+      std::copy_n(grad_alpha + row[j] * L, real, grad_scores + row[j] * L);
+      std::fill(grad_scores + row[j] * L + real, grad_scores + (row[j] + 1) * L, W(0));
     }
-    dot_products(k, L, D, grid + b * L * D, x.data(), row, grad_scores);
+    dot_products(k, real, L, D, grid + b * L * D, x.data(), row, grad_scores);
     for (int64_t j = 0; j < k; ++j) {  // softmax: d e = alpha (d alpha - sum alpha d alpha)
       const W* al = alpha + row[j] * L;
       W* g = grad_scores + row[j] * L;
       W mean = 0;
-      for (int64_t l = 0; l < L; ++l) mean += al[l] * g[l];
-      for (int64_t l = 0; l < L; ++l) g[l] = al[l] * (g[l] - mean);
+      for (int64_t l = 0; l < real; ++l) mean += al[l] * g[l];
+      for (int64_t l = 0; l < real; ++l) g[l] = al[l] * (g[l] - mean);
     }
-    for (int64_t l = 0; l < L; ++l) {
+    for (int64_t l = 0; l < real; ++l) {
       const T* p = projection + (b * L + l) * A;
       for (int64_t j = 0; j < k; ++j) {
         const W g = grad_scores[row[j] * L + l];
@@ -256,16 +262,16 @@ void attend_backward(int64_t n, int64_t B, int64_t L, int64_t A, int64_t D, cons
 // [B, A].
 template <bool TANH, class T>
 void attend_backward_shared(int64_t B, int64_t L, int64_t A, const int64_t* ptr, const int64_t* rows,
-                            const T* projection, const T* query, int64_t query_stride, const T* score,
+                            const int64_t* regions, const T* projection, const T* query, int64_t query_stride, const T* score,
                             const Wide<T>* grad_scores, T* grad_projection, Wide<T>* grad_score, int64_t threads) {
   using W = Wide<T>;
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
   for (int64_t b = 0; b < B; ++b) {
     const int64_t* row = rows + ptr[b];
-    const int64_t k = ptr[b + 1] - ptr[b];
+    const int64_t k = ptr[b + 1] - ptr[b], real = regions ? regions[b] : L;
     std::vector<W> q(k * A), p(A), sum(A), grad_u(A, W(0));
     for (int64_t j = 0; j < k; ++j) prepare_query<TANH>(A, query + row[j] * query_stride, &q[j * A]);
-    for (int64_t l = 0; l < L; ++l) {
+    for (int64_t l = 0; l < real; ++l) {
       for (int64_t a = 0; a < A; ++a) p[a] = wide(projection[(b * L + l) * A + a]), sum[a] = 0;
       for (int64_t j = 0; j < k; ++j) {
         const W g = grad_scores[row[j] * L + l];
@@ -278,6 +284,7 @@ void attend_backward_shared(int64_t B, int64_t L, int64_t A, const int64_t* ptr,
       }
       for (int64_t a = 0; a < A; ++a) narrow(sum[a] * wide(score[a]), grad_projection[(b * L + l) * A + a]);
     }
+    for (int64_t i = (b * L + real) * A; i < (b + 1) * L * A; ++i) narrow(W(0), grad_projection[i]);
     std::copy(grad_u.begin(), grad_u.end(), grad_score + b * A);
   }
 }

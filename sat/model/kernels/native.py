@@ -76,6 +76,7 @@ def attend(seen: Seen, t: int, query: Tensor, alpha: Tensor, context: Tensor) ->
         query.shape[1],
         D,
         *seen.packing.rows_by_image,
+        _regions(seen.regions),
         seen.grid,
         seen.projection,
         query,
@@ -86,16 +87,20 @@ def attend(seen: Seen, t: int, query: Tensor, alpha: Tensor, context: Tensor) ->
     )
 
 
-def attend_beams(grid: Tensor, prepared: Tensor, query: Tensor, score: Tensor, tanh: bool) -> tuple[Tensor, Tensor]:
+def attend_beams(
+    grid: Tensor, prepared: Tensor, query: Tensor, score: Tensor, tanh: bool, regions: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Context [B, k, D] and alpha [B, k, L] of `query` [B, k, A], k beams per image of `grid` [B, L, D].
 
-    `prepared` [B, L, A] is the projection as `prepare` left it, `score` [A] the score vector, `tanh` its non-linearity.
+    `prepared` [B, L, A] is the projection as `prepare` left it, `score` [A] the score vector, `tanh` its non-linearity,
+    `regions` int64 [B] how many locations are real, None for all.
     """
     (B, L, D), (_, k, A) = grid.shape, query.shape
     alpha = query.new_empty(B, k, L, dtype=torch.promote_types(grid.dtype, torch.float32))
     context = query.new_empty(B, k, D)
     rows = torch.arange(B * k + 1)
-    tensors = (rows[::k].contiguous(), rows, grid.contiguous(), prepared.contiguous(), query.contiguous())
+    which = (rows[::k].contiguous(), rows, _regions(regions))
+    tensors = (*which, grid.contiguous(), prepared.contiguous(), query.contiguous())
     _call(f"attend_{_score(tanh)}", grid.dtype, B * k, B, L, A, D, *tensors, A, score.contiguous(), alpha, context)
     return context, alpha
 
@@ -124,6 +129,7 @@ def attend_backward(
         query.shape[1],
         D,
         *seen.packing.rows_by_image,
+        _regions(seen.regions),
         seen.grid,
         seen.projection,
         query,
@@ -150,6 +156,7 @@ def attend_backward_shared(seen: Seen, query: Tensor, grad_scores: Tensor) -> tu
         L,
         A,
         *seen.packing.words_by_image,
+        _regions(seen.regions),
         seen.projection,
         query,
         query.stride(0),
@@ -207,6 +214,11 @@ def _call(name: str, dtype: torch.dtype, *arguments: Tensor | int | float) -> No
     _function(f"{name}_{str(dtype).removeprefix('torch.')}")(
         *(ctypes.c_double(v) if isinstance(v, float) else ctypes.c_int64(v) for v in values)
     )
+
+
+def _regions(regions: Tensor | None) -> Tensor | int:
+    """The numbers of regions as the kernels take them: a null pointer means that every location is real."""
+    return 0 if regions is None else regions.contiguous()
 
 
 def _score(tanh: bool) -> str:

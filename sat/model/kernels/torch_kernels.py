@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from sat.model.attention import beyond
 from sat.model.kernels.interface import Seen
 
 CHUNK_BYTES = 4 << 20
@@ -24,8 +25,10 @@ def attend(seen: Seen, t: int, query: Tensor, alpha: Tensor, context: Tensor) ->
     """Fill `alpha` [n, L] and `context` [n, D] for the `query` [n, A] of the rows running at step t."""
     slots, B = seen.packing.slots(t), seen.packing.images_running[t]
     queries = slots.spread(query)
-    scores = [hidden @ seen.score for _, hidden in _hidden(seen, queries)]
-    alphas = torch.cat(scores).to(alpha.dtype).softmax(-1)  # [B_t, K_t, L]
+    scores = torch.cat([hidden @ seen.score for _, hidden in _hidden(seen, queries)])
+    if seen.regions is not None:
+        scores.masked_fill_(beyond(seen.regions[:B], scores.shape[2])[:, None], -torch.inf)
+    alphas = scores.to(alpha.dtype).softmax(-1)  # [B_t, K_t, L]
     alpha.copy_(slots.collect(alphas))
     context.copy_(slots.collect(alphas.to(seen.grid.dtype) @ seen.grid[:B]))
 

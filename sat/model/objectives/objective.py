@@ -18,7 +18,7 @@ class Trained(Protocol):
     def captioner(self) -> Captioner:
         """The part that says words."""
 
-    def encode(self, grid: Tensor, order: Tensor | None = None) -> Memory:
+    def encode(self, grid: Tensor, order: Tensor | None = None, regions: Tensor | None = None) -> Memory:
         """What the captioner needs of the inputs that `order` int64 [B'] picks, in that order."""
 
 
@@ -29,7 +29,14 @@ class Objective(Protocol):
     def follows(self) -> tuple[str, ...]:
         """Names of the counts whose sums over the global batch `after_step` wants."""
 
-    def __call__(self, grid: Tensor, captions: Tensor, lengths: Tensor, sampling_probability: float = 0.0) -> LossSums:
+    def __call__(
+        self,
+        grid: Tensor,
+        captions: Tensor,
+        lengths: Tensor,
+        sampling_probability: float = 0.0,
+        regions: Tensor | None = None,
+    ) -> LossSums:
         """Loss sums of one micro-batch."""
 
     def train(self) -> object:

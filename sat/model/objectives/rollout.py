@@ -60,7 +60,7 @@ def fast(model: Captioner, memory: Memory, packing: Packing) -> Rollout:
     )
     h, c = (state[:, 0][packing.row_image] for state in model.init_state(memory))
     inputs = Inputs(memory.grid, memory.projection, embedding(place, model.word_gates(vectors)), h.to(dtype), c)
-    loop = Loop(choose_kernels(model.kernels, memory.grid), packing, model.attention.tanh)
+    loop = Loop(choose_kernels(model.kernels, memory.grid), packing, model.attention.tanh, memory.regions)
     hidden, context, alpha_sum, alpha = recur(loop, inputs, weights)
     return Rollout(embedding(place, vectors), hidden, context, alpha_sum, alpha, None)
 
@@ -116,11 +116,12 @@ def _attend_rows(
     """Attend for the rows running at step t: `query` [n, A]. Rows of one image share its grid as slots [B_t, K_t]."""
     slots, B = packing.slots(t), packing.images_running[t]
     grid, projection, queries = memory.grid[:B], memory.projection[:B], slots.spread(query)
+    regions = None if memory.regions is None else memory.regions[:B]
     if model.spec.attention == "hard" and model.training:
-        attended = attend_hard(attention, grid, projection, queries, slots.spread(exact[: len(query)]))
+        attended = attend_hard(attention, grid, projection, queries, slots.spread(exact[: len(query)]), regions)
     else:
         how = "expectation" if model.expects else model.spec.hard_inference
-        attended = attend_for_inference(attention, grid, projection, queries, how)
+        attended = attend_for_inference(attention, grid, projection, queries, how, regions)
     context, alpha, chosen = attended
     return Attended(slots.collect(context), slots.collect(alpha), None if chosen is None else slots.collect(chosen))
 

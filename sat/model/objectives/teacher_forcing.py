@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
+from sat.model.attention import beyond
 from sat.model.captioner import END, START
 from sat.model.kernels.choose import choose_kernels
 from sat.model.loss import LossSums, linear_cross_entropy
@@ -26,21 +27,29 @@ class TeacherForcing(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, grid: Tensor, captions: Tensor, lengths: Tensor, sampling_probability: float = 0.0) -> LossSums:
+    def forward(
+        self,
+        grid: Tensor,
+        captions: Tensor,
+        lengths: Tensor,
+        sampling_probability: float = 0.0,
+        regions: Tensor | None = None,
+    ) -> LossSums:
         """Loss sums of `grid` [B, L, D] (as stored) with `captions` int64 [B, K, T + 1] and `lengths` int64 [B, K].
 
-        `grid` is uint8 pictures [B, 3, S, S] where an encoder stands in front. `lengths` counts predicted tokens (words
-        and `<end>`), 0 for a caption that does not exist; inputs without captions are not looked at. In train mode
-        dropout, hard attention and scheduled sampling (with `sampling_probability` the model's own last word is fed)
-        draw from the default generators. Without any caption the sums are zeros that still reach every parameter.
-        Raises ValueError for shapes and lengths that do not fit.
+        `grid` is uint8 pictures [B, 3, S, S] where an encoder stands in front. With `regions` int64 [B] only the first
+        so many locations of an image are real, and what is in the others does not matter. `lengths` counts predicted
+        tokens (words and `<end>`), 0 for a caption that does not exist; inputs without captions are not looked at. In
+        train mode dropout, hard attention and scheduled sampling (with `sampling_probability` the model's own last word
+        is fed) draw from the default generators. Without any caption the sums are zeros that still reach every
+        parameter. Raises ValueError for shapes and lengths that do not fit.
         """
         packing = pack(captions, lengths)
         if packing.rows:
-            return self._sums(grid, packing, sampling_probability)
+            return self._sums(grid, packing, sampling_probability, regions)
         made_up = pack(captions.new_tensor([[[START, END]]]), lengths.new_ones(1, 1))
         with _statistics_kept(self):
-            sums = self._sums(grid, made_up, sampling_probability)
+            sums = self._sums(grid, made_up, sampling_probability, regions)
         counts = {name: torch.zeros_like(count) for name, count in sums.counts.items()}
         return LossSums(sums.per_token * 0, sums.per_caption * 0, counts)
 
@@ -57,9 +66,9 @@ class TeacherForcing(nn.Module):
             mean = torch.as_tensor(totals["nll"] / totals["tokens"])
             baseline.lerp_(mean.to(baseline), 1 - BASELINE_DECAY)
 
-    def _sums(self, grid: Tensor, packing: Packing, sampling_probability: float) -> LossSums:
+    def _sums(self, grid: Tensor, packing: Packing, sampling_probability: float, regions: Tensor | None) -> LossSums:
         model = self.model.captioner
-        memory = self.model.encode(grid, packing.images)
+        memory = self.model.encode(grid, packing.images, regions)
         rollout = roll_out(model, memory, packing, sampling_probability)
         features = model.output_features(rollout.words, rollout.hidden, rollout.context)
         words = linear_cross_entropy(
@@ -74,7 +83,8 @@ class TeacherForcing(nn.Module):
         spec = model.spec
         if spec.attention == "soft":  # the regulariser belongs to soft attention (paper, section 4.2.1)
             assert rollout.alpha_sum is not None
-            penalty = spec.penalty_weight * doubly_stochastic_penalty(rollout.alpha_sum, spec.penalty).sum()
+            real = None if memory.regions is None else memory.regions[packing.row_image]
+            penalty = spec.penalty_weight * doubly_stochastic_penalty(rollout.alpha_sum, spec.penalty, real).sum()
         elif spec.attention == "hard" and model.training:
             per_token = per_token + hard_attention_sums(spec, rollout, packing, words.nll, model.reward_baseline)
         counts = {
@@ -96,13 +106,17 @@ def attention_counts(alpha: Tensor) -> dict[str, Tensor]:
     return {"entropy": -(alpha * log_alpha).sum(), "top": alpha.amax(1).sum()}
 
 
-def doubly_stochastic_penalty(alpha_sum: Tensor, kind: str) -> Tensor:
+def doubly_stochastic_penalty(alpha_sum: Tensor, kind: str, regions: Tensor | None = None) -> Tensor:
     """Regulariser of each caption: `sum` or `mean` over locations of (1 - sum_t alpha_ti)^2 (paper, eq. 14).
 
-    `alpha_sum` [N, L] is summed over the words that exist, so padding counts for nothing. Returns [N].
+    `alpha_sum` [N, L] is summed over the words that exist, so padding counts for nothing; with `regions` int64 [N] nor
+    do the locations behind the first so many, and the mean is over those. Returns [N].
     """
     deviation = (1 - alpha_sum).square()
-    return deviation.sum(1) if kind == "sum" else deviation.mean(1)
+    if regions is None:
+        return deviation.sum(1) if kind == "sum" else deviation.mean(1)
+    total = deviation.masked_fill(beyond(regions, alpha_sum.shape[1]), 0).sum(1)
+    return total if kind == "sum" else total / regions
 
 
 @contextlib.contextmanager
