@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NoReturn
 
 PROGRAMS = {
+    "prepare": ("preprocessing.prepare", "pictures and captions of any layout, ready to train on"),
     "train": ("sat.train", "train the captioner of a configuration, or go on with it"),
     "evaluate": ("sat.evaluate", "score a trained model on a split"),
     "caption": ("sat.caption", "caption picture files, with pictures of the attention"),

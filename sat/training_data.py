@@ -55,6 +55,7 @@ def open_data(config: Config) -> TrainingData:
     for split in [*config.data.train_splits, config.data.eval_split]:
         if not main.splits.get(split):
             raise ValueError(f"{main.root} has no split {split!r}; it has {main.splits}")
+        _refuse_without_captions(main, split)
     sources = [(main, 1.0)]
     for extra in config.data.extra:
         manifest = load_manifest(extra.features)
@@ -78,6 +79,16 @@ def open_data(config: Config) -> TrainingData:
         features=_features(config, main),
         reading=reading_options(config),
     )
+
+
+def _refuse_without_captions(manifest: Manifest, split: str) -> None:
+    """ValueError where the first shard of a split has no caption: such pictures can be captioned, not learnt from."""
+    first = manifest.shards.of_split(split)[0]
+    if not any(manifest.rows(first)["captions"].to_pylist()):
+        raise ValueError(
+            f"the pictures of the split {split!r} of {manifest.root} have no captions: they can be captioned by a "
+            "trained model, not learnt from or scored on"
+        )
 
 
 def reading_options(config: Config) -> Reading:

@@ -104,7 +104,7 @@ def test_every_sub_command_has_a_help_of_its_own(monkeypatch, capfd, name):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["nonsense"], "choose one of train, evaluate"),
+        (["nonsense"], "choose one of prepare, train, evaluate"),
         (["bench", "nonsense"], "choose one of step"),
         (["train"], "Missing argument 'CONFIG'. (see sat train --help)"),
         (["summary", "run", "--splt", "val"], "No such option: --splt"),
