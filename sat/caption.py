@@ -14,7 +14,7 @@ from sat.captioning import Captioning
 from sat.cli import run_program
 from sat.evaluation.attention_file import is_attention, write_attention
 from sat.evaluation.attention_map import cells_over
-from sat.evaluation.attention_plot import Drawing, plot_attention
+from sat.evaluation.attention_plot import Drawing, plot_attention, read_references
 from sat.shards.pictures import BadPicture, decode
 
 CAPTIONS, ATTENTION = "captions.json", "attention.npz"
@@ -59,20 +59,6 @@ def main(
         write_attention(out / ATTENTION, captioned, captioning.trained.features)
     if unreadable:
         raise ValueError("not captioned: " + "; ".join(unreadable))
-
-
-def read_references(path: Path | None) -> dict[str, list[str]]:
-    """Captions that are known, by file. ValueError for a file that holds something else."""
-    if path is None:
-        return {}
-    try:
-        known = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from None
-    of_files = known.items() if isinstance(known, dict) else [("", None)]
-    if not all(isinstance(texts, list) and all(isinstance(text, str) for text in texts) for _, texts in of_files):
-        raise ValueError(f"{path} is no object of the form {{file: [captions]}}")
-    return dict(of_files)
 
 
 def expand(pictures: Sequence[Path], leave_out: Iterable[Path] = (), recursive: bool = False) -> list[Path]:

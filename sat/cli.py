@@ -22,6 +22,7 @@ PROGRAMS = {
     "train": ("sat.train", "train the captioner of a configuration, or go on with it"),
     "evaluate": ("sat.evaluate", "score a trained model on a split"),
     "caption": ("sat.caption", "caption picture files, with pictures of the attention"),
+    "draw": ("sat.draw", "pictures of the attention over a split's pictures"),
     "sync": ("sat.tracking.mlflow", "bring a run's metrics and artifacts to MLflow"),
     "summary": ("sat.summary", "the table of a run's scores"),
 }

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from sat import caption, files
 from sat.captioning import Captioning
 from sat.config import load_config
+from sat.evaluation.attention_file import read_attention
 from sat.export import save_model
 from sat.model.captioner import Captioner
 from sat.model.encoders.resnet import ResNet
@@ -196,6 +197,9 @@ def test_the_attention_is_kept_for_programs_outside(pretrained, captioning, pict
             values = np.concatenate([getattr(each, name) for each in expected])
             np.testing.assert_allclose(found[name], values, rtol=1e-4)
         assert found["centres"].shape == (64, 2) and found["geometry"] == "squash"
+    again = read_attention(tmp_path / "out/attention.npz")
+    assert [each.words for each in again.predictions] == [each.words for each in expected]
+    assert [each.score for each in again.predictions] == pytest.approx([each.score for each in expected], rel=1e-4)
 
 
 def test_files_of_the_users_with_our_names_are_not_overwritten(pretrained, pictures, tmp_path):

@@ -42,7 +42,7 @@ LAYERS = (
     ("sat.run_folder", "sat.training_data", "sat.train_state", "sat.warm_start"),
     ("sat.learner",),
     ("sat.evaluation", "sat.captioning"),
-    ("sat.train", "sat.evaluate", "sat.caption", "sat.summary"),
+    ("sat.train", "sat.evaluate", "sat.caption", "sat.draw", "sat.summary"),
     ("sat.bench",),
 )
 """Lowest first. A module imports from lower layers and from its own room; the longest prefix says where it stands.

@@ -77,10 +77,20 @@ def cells_over(spec: FeatureSpec, width: int, height: int) -> Cells:
     """
     if spec.kind != "grid":
         raise ValueError(f"features of kind {spec.kind!r} have no cells; their boxes come with each picture")
-    centres = unit_centres(spec).reshape(*spec.cells, 2)
-    left, top, right, bottom = _seen(spec, width, height)
-    x = left + centres[0, :, 0] * (right - left)
-    y = top + centres[:, 0, 1] * (bottom - top)
+    geometry = spec.transform.geometry if spec.transform else ""
+    return cells_at(unit_centres(spec), geometry, width, height)
+
+
+def cells_at(centres: npt.NDArray[np.float64], geometry: str, width: int, height: int) -> Cells:
+    """Cells that look at `centres` [L, 2], x, y in 0..1 of what `geometry` left of a picture."""
+    left, top, right, bottom = 0.0, 0.0, float(width), float(height)
+    if geometry == "center_crop":
+        side = min(width, height)
+        left, top = (width - side) // 2, (height - side) // 2  # as `pictures.fit` cuts
+        right, bottom = left + side, top + side
+    columns = int((centres[:, 1] == centres[0, 1]).sum())
+    x = left + centres[:columns, 0] * (right - left)
+    y = top + centres[::columns, 1] * (bottom - top)
     return Cells(x, y, (left, top, right, bottom), (width, height))
 
 
@@ -98,14 +108,6 @@ def even_scale(alphas: Floats, locations: int) -> float:
     So attention that is spread evenly stays pale.
     """
     return max(float(np.max(alphas, initial=0)), min(1.0, 8 / max(locations, 1)))
-
-
-def _seen(spec: FeatureSpec, width: int, height: int) -> tuple[float, float, float, float]:
-    if spec.transform is None or spec.transform.geometry != "center_crop":
-        return 0.0, 0.0, float(width), float(height)
-    side = min(width, height)
-    left, top = (width - side) // 2, (height - side) // 2  # as `pictures.fit` cuts
-    return float(left), float(top), float(left + side), float(top + side)
 
 
 def _between(at: npt.NDArray[np.float64], nodes: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

@@ -5,6 +5,7 @@ first panel has the picture as it is. One scale, with its bar, serves all words:
 pale, and a word that looks nowhere in particular does not look as sure as one that does.
 """
 
+import json
 import math
 import textwrap
 from collections.abc import Sequence
@@ -82,6 +83,20 @@ def plot_attention(
         metadata = {"png": {}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}[drawing.format]
         with files.replacing(path) as temporary:
             figure.savefig(temporary, format=drawing.format, dpi=DPI, metadata=metadata)
+
+
+def read_references(path: Path | None) -> dict[str, list[str]]:
+    """Captions that are known, by file or image id. ValueError for a file that holds something else."""
+    if path is None:
+        return {}
+    try:
+        known = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from None
+    of_files = known.items() if isinstance(known, dict) else [("", None)]
+    if not all(isinstance(texts, list) and all(isinstance(text, str) for text in texts) for _, texts in of_files):
+        raise ValueError(f"{path} is no object of the form {{file: [captions]}}")
+    return dict(of_files)
 
 
 def shown_words(words: Sequence[str], all_words: bool = False) -> list[int]:
