@@ -11,7 +11,8 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-extraction=(--size 224) # what the encoder sees, and where it is cut: --stage N
+extraction=(--size 160 --stage 4) # 10x10 cells, from where shapes and colours still stand in the features
+if [[ -n ${WEIGHTS:-} ]]; then extraction=(--size 224); fi
 
 out=${OUT:+$OUT/}
 name=demo${SCENES:+-scenes$SCENES}

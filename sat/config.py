@@ -98,8 +98,8 @@ class TrainConfig:
     """Steps in a row that may be skipped because loss or gradient is not finite; one more ends the run."""
     ema: float = setting(0.0, below=1)
     """Decay of the exponential moving average of the weights that is evaluated and exported; 0: off."""
-    precision: str = setting("bf16", choices=("fp32", "bf16", "fp16"))
-    """`fp32`, or mixed precision `bf16` or `fp16`."""
+    precision: str = setting("auto", choices=("auto", "fp32", "bf16", "fp16"))
+    """`fp32`, or mixed precision `bf16` or `fp16`; auto: bf16 where the machine computes in it natively, else fp32."""
     kernels: str = setting("auto", choices=("auto", "native", "torch"), may_change=True)
     """Kernels of the time loop: `native` (C++, built on first use), `torch`, or `auto`: native where they can be."""
     eval_every: int = setting(0, may_change=True)

@@ -21,7 +21,7 @@ from sat.evaluation.options import METRICS
 from sat.evaluation.report import Report, captions_file, write_captions
 from sat.evaluation.split import Evaluation, evaluate, scored_references
 from sat.export import TrainedModel, best_folder, load_model
-from sat.machine import speed_up
+from sat.machine import best_precision, speed_up
 from sat.run_folder import CONFIG_FILE, attach
 from sat.shards.manifest import Manifest, load_manifest
 from sat.training_data import reading_options
@@ -52,7 +52,9 @@ def main(
     manifest = load_manifest(features or config.data.features)
     for model in trained:
         model.refuse_unfit(manifest)
-    precision = config.train.precision if torch.cuda.is_available() or config.train.precision != "fp16" else "bf16"
+    precision = config.train.precision
+    if precision != "fp32" and not torch.cuda.is_available():
+        precision = best_precision()  # what a GPU trained in, this CPU may only emulate
     processes = start(precision).processes
     kernels = speed_up(config.train.kernels, processes.device)
     if processes.is_main:

@@ -21,6 +21,19 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
+def best_precision() -> str:
+    """`bf16` where the GPU or CPU computes in it natively, else `fp32`; imports torch.
+
+    A CPU without AVX-512 or AMX emulates bf16, many times slower than it computes in fp32.
+    """
+    import torch
+
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    native = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return "bf16" if native else "fp32"
+
+
 def speed_up(kernels: str, device: object) -> str:
     """Build the kernels, route matrix products and tune malloc before the first step; returns one line for the log.
 

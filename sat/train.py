@@ -29,7 +29,7 @@ from sat.evaluation.report import write_captions
 from sat.evaluation.split import evaluate
 from sat.export import save_model
 from sat.learner import Learner, build_learner
-from sat.machine import speed_up
+from sat.machine import best_precision, speed_up
 from sat.meter import AttentionUse, Meter, Step, Watch
 from sat.optim import learning_rate
 from sat.run_folder import CONFIG_FILE, Run, Status, open_run, read_status
@@ -272,6 +272,15 @@ def score_and_keep_best(config: Config, data: TrainingData, learner: Learner, pr
 # ------------------------------------------------------------------ the program
 
 
+def with_precision(config: Config) -> Config:
+    """`train.precision=auto` as what this run began with, or else as what this machine is best at."""
+    if config.train.precision != "auto":
+        return config
+    begun = Path(config.train.run_dir) / CONFIG_FILE
+    precision = load_config(begun).train.precision if begun.is_file() else best_precision()
+    return replace(config, train=replace(config.train, precision=precision))
+
+
 def already_finished(config: Config) -> str:
     """What to say of a run that has nothing left to do; "" where it has. Raises ValueError for another training's."""
     folder = Path(config.train.run_dir)
@@ -290,12 +299,16 @@ def main(
     ] = None,
 ) -> None:
     """Train the captioner that CONFIG describes, or go on with it; under `accelerate launch` one process per rank."""
-    config = load_config(configuration, settings or ())
+    config = with_precision(load_config(configuration, settings or ()))
     if said := already_finished(config):
         if is_first_announced():
             print(said)
         return
     engine = start(config.train.precision)
+    if len(found := set(engine.processes.gather(config.train.precision))) > 1:
+        raise ValueError(
+            f"the machines differ: some are best at {' and others at '.join(sorted(found))}; set train.precision"
+        )
     kernels = speed_up(config.train.kernels, engine.processes.device)
     if engine.processes.is_main:
         print(kernels, flush=True)

@@ -10,7 +10,7 @@ from torch import nn
 
 from sat import train
 from sat.checkpoint import damage
-from sat.config import load_config
+from sat.config import config_from_dict, config_to_dict, load_config, save_config
 from sat.engine.ddp import Ddp
 from sat.engine.engine import StepResult
 from sat.engine.processes import Processes
@@ -249,3 +249,19 @@ def test_an_error_is_what_status_says(features, alone, tmp_path, monkeypatch):
         run(features, tmp_path / "run", alone)
     assert read_status(tmp_path / "run").state == "failed"
     assert read_status(tmp_path / "run").error == "the disk is gone"
+
+
+def test_an_automatic_precision_is_the_machines_best_and_stays_what_the_run_began_with(tmp_path, monkeypatch):
+    given = load_config(None, [f"train.run_dir={tmp_path / 'run'}"])
+    for best, other in (("bf16", "fp32"), ("fp32", "bf16")):
+        monkeypatch.setattr(train, "best_precision", lambda best=best: best)
+        assert train.with_precision(given).train.precision == best
+        (tmp_path / "run").mkdir(exist_ok=True)
+        save_config(
+            config_from_dict(config_to_dict(given) | {"train": vars(given.train) | {"precision": other}}),
+            tmp_path / "run/config.yaml",
+        )
+        assert train.with_precision(given).train.precision == other
+        (tmp_path / "run/config.yaml").unlink()
+    fixed = load_config(None, ["train.precision=fp16", f"train.run_dir={tmp_path / 'run'}"])
+    assert train.with_precision(fixed) == fixed
