@@ -59,6 +59,11 @@ class Captioning:
         trained = load_model(best_folder(folder), device)
         encoder = None
         if not trained.config.encoder.train:
+            if trained.features.kind == "regions":
+                raise ValueError(
+                    f"{folder}: the model looks at regions that a detector elsewhere has found, and reads no pictures; "
+                    "import those of yours (preprocessing.import_features) and run sat evaluate --features on them"
+                )
             if trained.features.encoder is None:
                 raise ValueError(
                     f"{folder}: the model does not say which encoder made its features; it reads no pictures"

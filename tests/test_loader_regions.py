@@ -11,6 +11,7 @@ import yaml
 
 from preprocessing.features.statistics import restore, store
 from sat import files
+from sat.captioning import Captioning
 from sat.config import load_config
 from sat.data.loader import Reading, evaluation_batches
 from sat.data.options import LoaderOptions
@@ -154,6 +155,8 @@ def test_a_model_learns_from_regions_and_says_where_it_looked(root, settings, at
         train(config, engine)
         trained = load_model(tmp_path / "run" / "best")
         assert trained.features.kind == "regions" and trained.features.boxes
+        with pytest.raises(ValueError, match=r"regions that a detector .* reads no pictures; import those of yours"):
+            Captioning.from_pretrained(tmp_path / "run")
         manifest = load_manifest(root / "data")
         trained.refuse_unfit(manifest)
         found = evaluate(
