@@ -37,6 +37,8 @@ from sat.text import SPECIALS, WORD_RULES, build_tokenizer, normalise
 MARK, CONFIG, TOKENIZER = "prepare.json", "config.yaml", "tokenizer.json"
 IMAGES, FEATURES = "images", "features"
 SHARD_SIZE = 1000
+SHOWN = 4
+"""Files of which --explain shows pictures."""
 FEW_SCORED = 50
 """Pictures of val below which scores mean nothing."""
 
@@ -187,7 +189,9 @@ def main(
     normalise("", words)  # an unknown rule is refused before any work
     if explained:
         found = discover(data, format) if data.is_dir() else Found((str(data),), (), format, ())
-        print("\n".join([*found.said, *(explain(path, found.format) for path in found.annotations)]))
+        shown = [explain(path, format) for path in found.annotations[:SHOWN]]
+        more = [f"and {len(found.annotations) - SHOWN} further files"] * (len(found.annotations) > SHOWN)
+        print("\n".join([*(line for line in found.said if ": taken for " not in line), *shown, *more]))
         return
     if out is None:
         raise ValueError("name the folder for what is made with --out DIR")

@@ -18,8 +18,8 @@ CHOICE = (
     *("image_info", "folder"),
 )
 """Of several formats in a folder the first is taken: those that name their splits before those that do not."""
-_PASSED_OVER = 8
-"""Files named of those that were not used."""
+_SAID = 8
+"""Files named of those that are used, and of those that are not."""
 
 
 @dataclass(frozen=True)
@@ -59,16 +59,19 @@ def discover(data: Path, format: str = AUTO) -> Found:
                 passed.append(f"{path} ({_short(str(error).removeprefix(f'{path}: '))})")
     name = next((name for name in CHOICE if name in by_format and name != "folder"), "")
     if name == "":
-        said = [f"not used: {each}" for each in passed[:_PASSED_OVER]]
+        said = [f"not used: {each}" for each in passed[:_SAID]]
         reason = recognise(Source(data))[1] if format in (AUTO, "folder") else ""
         return Found((str(data),), (), "folder", (*said, f"{data}: taken for a folder, because {reason}"))
     taken = _without_copies(by_format.pop(name))
     passed += [f"{path} ({other})" for other, paths in by_format.items() for path in paths]
     named = [(path, _split_of(path, data) if len(taken) > 1 else "") for path in taken]
-    said = [f"{path}: taken for {name} ({FORMATS[name].what}){f', split {s}' if s else ''}" for path, s in named]
+    said = [
+        f"{path}: taken for {name} ({FORMATS[name].what}){f', split {s}' if s else ''}" for path, s in named[:_SAID]
+    ]
+    said += [f"and {len(named) - _SAID} further files of that format"] * (len(named) > _SAID)
     said += [f"{path}: a list of the split {_split_of(path, data)}" for path in lists]
-    said += [f"not used: {each}; name it with --annotations if it should be" for each in passed[:_PASSED_OVER]]
-    said += [f"not used: {len(passed) - _PASSED_OVER} further files"] * (len(passed) > _PASSED_OVER)
+    said += [f"not used: {each}; name it with --annotations if it should be" for each in passed[:_SAID]]
+    said += [f"not used: {len(passed) - _SAID} further files"] * (len(passed) > _SAID)
     return Found(
         tuple(f"{split}={path}" if split else str(path) for path, split in named),
         tuple(f"{_split_of(path, data)}={path}" for path in lists),
