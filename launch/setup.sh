@@ -55,7 +55,7 @@ torch_stack='^(torch|torchvision|triton|nvidia-.*|cuda-.*)=='
 wait
 "${install[@]}" --quiet --editable "$root[deepspeed,test,dev]"
 echo "trying the environment"
-PYTHONDONTWRITEBYTECODE='' "$venv/bin/python" -c 'import torch, torchvision, accelerate, deepspeed, mlflow, pyarrow, matplotlib.pyplot, webdataset'
+PYTHONDONTWRITEBYTECODE='' "$venv/bin/python" -c 'import torch, torchvision, timm, accelerate, deepspeed, mlflow, pyarrow, matplotlib.pyplot, webdataset'
 
 echo "$wanted" >"$venv/setup-stamp"
 echo "environment ready in $SECONDS s: $venv"

@@ -25,10 +25,14 @@ from preprocessing.shard_images import plan_images, shard_stripe
 from preprocessing.sharding.finalize import finalize
 from preprocessing.sharding.plan import ImageRecord
 from preprocessing.synthetic import make_scenes
+from sat.model.encoders.weights import RESNETS, AboutWeights
 
 
 def main(
     images: Annotated[int, typer.Option(min=8, help="pictures per run of the job")] = 1024,
+    encoder: Annotated[str, typer.Option(help="architecture: resnet50, resnet101, resnet152 or timm/NAME")] = RESNETS[
+        0
+    ],
     size: Annotated[int, typer.Option(help="side of the encoder's input")] = 224,
     batch_size: Annotated[int, typer.Option(min=1, help="pictures per pass of job and bare network")] = 32,
     pictures: Annotated[Path | None, typer.Option(help="folder of picture files; default: scenes rendered now")] = None,
@@ -46,7 +50,7 @@ def main(
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         root = Path(temporary)
         files = _picture_files(root, pictures, images)
-        weights = _random_weights(root / "weights.safetensors")
+        weights = _random_weights(root / "weights.safetensors", encoder)
         naive_loop = InOwnProcess(_naive, files[: max(8, images // 32)], weights, size, device, device=device)
         contenders: dict[str, Callable[[], Any]] = {
             "job": _job(root, files, weights, size, batch_size),
@@ -59,7 +63,12 @@ def main(
                 rates[name].append(contender())
         naive_loop.close()
     job, bare, naive = (sorted(rates[name])[rounds // 2] for name in ("job", "bare", "naive"))
-    row = {"device": torch.cuda.get_device_name() if device != "cpu" else "cpu", "compute": compute, "size": size}
+    row = {
+        "encoder": encoder,
+        "device": torch.cuda.get_device_name() if device != "cpu" else "cpu",
+        "compute": compute,
+        "size": size,
+    }
     row |= {"job_images_per_s": job, "bare_images_per_s": bare, "naive_images_per_s": naive}
     rows = [row | {"job_of_bare": job / bare, "job_of_naive": job / naive}]
     report(rows, json_file)
@@ -148,15 +157,16 @@ def _picture_files(root: Path, pictures: Path | None, count: int) -> list[Path]:
     return sorted((root / "scenes" / "images" / "train").iterdir())
 
 
-def _random_weights(path: Path) -> Path:
-    """A ResNet-50 with random weights."""
+def _random_weights(path: Path, architecture: str) -> Path:
+    """An encoder with random weights."""
     import torch
-    from safetensors.torch import save_file
 
-    from sat.model.encoders.resnet import ResNet
+    from preprocessing.features.writing import write_weights
+    from sat.model.encoders.table import build_encoder, parameters_of
 
     torch.manual_seed(1)
-    save_file({name: tensor.contiguous() for name, tensor in ResNet().state_dict().items()}, path)
+    built = build_encoder(architecture)
+    write_weights(parameters_of(built), path, AboutWeights(architecture, built.pixels, "random"), "")
     return path
 
 

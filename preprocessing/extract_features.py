@@ -28,7 +28,7 @@ from preprocessing.sharding.finalize import finalize
 from preprocessing.sharding.jobs import Summary, parse_stripe, process_pool, run_shards
 from preprocessing.sharding.plan import Plan, PlannedShard, load_plan
 from preprocessing.sharding.write import is_finished
-from sat.machine import available_cores
+from sat.machine import available_cores, keep_all_freed_memory
 from sat.shards.manifest import Manifest
 from sat.shards.schema import Sidecar
 
@@ -75,6 +75,7 @@ def _extract_here(plan: Plan, stripe: str, device: str, threads: int, advance: C
     def reused(images: int, built: bool) -> None:
         advance(0 if built else images)  # the extractor has told of the built ones, batch by batch
 
+    keep_all_freed_memory()
     with (
         _extractor_of(plan, device, threads) as extractor,
         ThreadPoolExecutor(SHARDS_UNDER_WAY, thread_name_prefix="shard") as pool,
@@ -90,6 +91,7 @@ def _extractor_of(plan: Plan, device: str, threads: int) -> Extractor:
 def _start_worker(plan: Plan, places: "Queue[tuple[str, list[int]]]", threads: int) -> None:
     """Take a device and a group of cores (before torch counts them), in a worker process."""
     global _extractor
+    keep_all_freed_memory()
     device, cores = places.get()
     if device == "cpu":
         os.sched_setaffinity(0, cores)

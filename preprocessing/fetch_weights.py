@@ -15,7 +15,7 @@ et al. 2021, arXiv:2010.16402).
 import re
 import socket
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -117,6 +117,19 @@ def convert(source: Path, origin: Origin, name: str, out: Path) -> None:
         tensors = read_published(name, source)
         about = AboutWeights(name, own_pixels(name), f"{origin.url or origin.name}: {name} (timm)")
     write_weights(tensors, out, about, found)
+    if name not in RESNETS and (centres := _centres(out)):
+        write_weights(tensors, out, replace(about, centres=centres), found)
+
+
+def _centres(weights: Path) -> dict[int, float]:
+    """Where the cells of each stage look, measured for networks with one-sided padding; else none."""
+    from sat.model.encoders.geometry import measure_centre, pads_one_side
+    from sat.model.encoders.table import load_encoder
+
+    encoder = load_encoder(weights)
+    if not pads_one_side(encoder):
+        return {}
+    return {stage: measure_centre(load_encoder(weights, stage=stage)) for stage in (0, *encoder.stages)}
 
 
 def _refuse_name(name: str) -> None:

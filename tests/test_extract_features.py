@@ -342,6 +342,21 @@ def test_a_gpu_gives_the_same_grids_within_two_percent(made):
     assert np.linalg.norm(gpu - cpu) <= 0.02 * np.linalg.norm(cpu)
 
 
+@pytest.mark.faults
+def test_features_that_are_not_finite_are_refused_by_key(made, tmp_path):
+    tensors = random_encoder().state_dict()
+    tensors["layer1.2.bn3.weight"].fill_(1e6)  # beyond fp16, well within bf16
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, tmp_path / "large.safetensors")
+    options = FeatureOptions(**SMALL | {"dtype": "fp16"})
+    plan = plan_features(made / "images", tmp_path / "fp16", tmp_path / "large.safetensors", options)
+    with pytest.raises(ValueError, match=r"\.tar: the features of \d of \d pictures are not finite in fp16, .* key \d"):
+        extract_stripe(plan)
+    assert not list((tmp_path / "fp16").glob("*.tar"))
+    plan = plan_features(made / "images", tmp_path / "bf16", tmp_path / "large.safetensors", FeatureOptions(**SMALL))
+    extract_stripe(plan)
+    assert len(finalize_features(plan).shards) == 4
+
+
 def test_the_best_precision_of_this_machine_is_one_the_network_has():
     assert best_compute() in COMPUTE
 

@@ -80,11 +80,25 @@ class Extractor:
         spec, index = self.recipe.spec, self.plan.shards.index(shard)
         for rows, grids in self._grids(sample_rows(self.source.rows(index))):
             grids = self._to_stored(grids)
-            sums.add(restore(grids, spec.dtype, self.scale))
+            values = restore(grids, spec.dtype, self.scale)
+            self._refuse_infinite(shard, rows, values)
+            sums.add(values)
             for row, grid in zip(rows, grids, strict=True):
                 record = ImageRecord(row.image_id, row.file_name, row.split, row.captions, row.key)
                 yield Sample(record, spec.npy_bytes(grid), "npy", row.width, row.height)
             self.progress(len(rows))
+
+    def _refuse_infinite(self, shard: PlannedShard, rows: Sequence[SampleRow], values: Grids) -> None:
+        """ValueError, with their number, for pictures whose float32 features [B, L, D] are not finite as stored."""
+        if np.isfinite(values.sum(dtype=np.float64)):  # one pass; NaN and infinity both stay in a sum
+            return
+        bad = [row for row, grid in zip(rows, values, strict=True) if not np.isfinite(grid).all()]
+        if bad:
+            raise ValueError(
+                f"{shard.name}: the features of {len(bad)} of {len(rows)} pictures are not finite in "
+                f"{self.recipe.spec.dtype}, the first is key {bad[0].key} ({bad[0].file_name}); "
+                "extract with --dtype bf16 or fp32, or look at the weights"
+            )
 
     def _to_stored(self, grids: Grids) -> Grids:
         """What the network gave (float32, or bf16 as bits) in the format on disk."""

@@ -15,10 +15,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from preprocessing.features.fused import fuse, input_shapes
 from sat.model.encoders.encoder import GridEncoder
 from sat.model.encoders.folding import fold_batchnorm
 from sat.model.encoders.resnet import ResNet
 from sat.model.encoders.table import load_encoder
+from sat.model.encoders.timm_network import TimmNetwork
 
 COMPUTE = {"bf16": torch.bfloat16, "fp32": torch.float32}
 """Precisions of the network's arithmetic; fp16 is left out, it is many times slower on a CPU."""
@@ -74,11 +76,13 @@ def _pixel_row(encoder: GridEncoder, size: int, device: str) -> tuple[Tensor, Te
     return ((white - black) / 255).repeat(size), black.repeat(size)
 
 
-def fast_forward(encoder: GridEncoder, size: int, compute: str, device: str, images: int) -> Callable[[Tensor], Tensor]:
+def fast_forward(
+    encoder: ResNet | TimmNetwork, size: int, compute: str, device: str, images: int
+) -> Callable[[Tensor], Tensor]:
     """The encoder's forward pass for pictures of one size: [B, 3, S, S] channels_last in `compute` -> [B, L, D]."""
     folded = fold_batchnorm(encoder).to(device, COMPUTE[compute]).to(memory_format=torch.channels_last)
     if torch.device(device).type == "cpu" and _has_onednn():
-        return FusedResNet(folded, size) if isinstance(folded, ResNet) else folded
+        return FusedResNet(folded, size) if isinstance(folded, ResNet) else fuse(folded, size)
     return torch.compile(folded) if images >= COMPILE_IMAGES else folded
 
 
@@ -87,10 +91,10 @@ class FusedResNet:
 
     def __init__(self, folded: ResNet, size: int):
         self.folded = folded
-        self.packed = {module: _pack(module, shape) for module, shape in _input_shapes(folded, size).items()}
+        self.packed = {(m := _convolution(folded, name)): _pack(m, s) for name, s in input_shapes(folded, size).items()}
 
     def __call__(self, images: Tensor) -> Tensor:
-        x = self.folded.maxpool(self._convolve(self.folded.conv1, images, "relu"))
+        x = self.folded.maxpool(self._convolve(_convolution(self.folded, "conv1"), images, "relu"))
         for number in self.folded.stages:
             for block in self.folded.stage_module(number):
                 first, second, third = (_convolution(block, name) for name in ("conv1", "conv2", "conv3"))
@@ -116,22 +120,6 @@ def _convolution(block: nn.Module, name: str) -> nn.Conv2d:
     module = block.get_submodule(name)
     assert isinstance(module, nn.Conv2d)
     return module
-
-
-def _input_shapes(network: nn.Module, size: int) -> dict[nn.Conv2d, list[int]]:
-    """Shape of the input of every convolution, [B, C, H, W], for which its weights are packed best."""
-    shapes: dict[nn.Conv2d, list[int]] = {}
-    convolutions = [module for module in network.modules() if isinstance(module, nn.Conv2d)]
-    hooks = [
-        module.register_forward_pre_hook(lambda m, inputs: shapes.__setitem__(m, list(inputs[0].shape)))
-        for module in convolutions
-    ]
-    with torch.inference_mode():
-        dtype = convolutions[0].weight.dtype
-        network(torch.zeros(1, 3, size, size, dtype=dtype).contiguous(memory_format=torch.channels_last))
-    for hook in hooks:
-        hook.remove()
-    return shapes
 
 
 def _pack(module: nn.Conv2d, shape: list[int]) -> tuple[Any, ...]:

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sat.model.encoders.resnet import ResNet
 from sat.model.encoders.timm_network import TimmNetwork
 
-Network = TypeVar("Network", ResNet, TimmNetwork)
+Network = TypeVar("Network", bound=ResNet | TimmNetwork)
 
 PLAIN = ("Conv2d", "Conv2dSame")
 """Classes of convolutions whose weights are used as they are; others (standardised ones) are left alone."""
@@ -35,8 +35,8 @@ def fold_batchnorm(encoder: Network) -> Network:
     for before, name in pairs(encoder):
         convolution, norm = folded.get_submodule(before), folded.get_submodule(name)
         assert isinstance(convolution, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d)
-        _replace(folded, before, fuse_conv_bn_eval(convolution, norm))
-        _replace(folded, name, getattr(norm, "act", nn.Identity()))
+        replace_module(folded, before, fuse_conv_bn_eval(convolution, norm))
+        replace_module(folded, name, getattr(norm, "act", nn.Identity()))
     folded._frozen_norms = []
     return folded
 
@@ -89,6 +89,7 @@ def _is(encoder: nn.Module, before: str, name: str) -> bool:
     return type(convolution).__name__ in PLAIN and isinstance(norm, nn.BatchNorm2d)
 
 
-def _replace(network: nn.Module, name: str, module: nn.Module) -> None:
+def replace_module(network: nn.Module, name: str, module: nn.Module) -> None:
+    """Put `module` in the place of the one of this name."""
     parent, _, last = name.rpartition(".")
     setattr(network.get_submodule(parent), last, module)

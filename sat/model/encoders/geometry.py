@@ -5,6 +5,10 @@ patches of 32 around 32 i + 15.5. One pass over a picture without values (PyTorc
 convolution, pooling and padding: a kernel of k pixels, s apart, d between its taps, p of padding before, moves the
 first centre by ((k - 1) d / 2 - p) cells of its input and multiplies the stride by s. All else keeps the place; where
 that does not explain the number of cells (patches merged by slicing), they are centred in the picture.
+
+The surprising decision: this is where kernels of equal weights look. One-sided padding is answered by training with
+one-sided kernels: EfficientNet-Lite0's cells look around 32 i + 18, near the middle of their squares, not 32 i + 31.
+For networks with such padding `measure_centre` says where given weights look; their file carries it.
 """
 
 import copy
@@ -40,6 +44,42 @@ def spec_of(encoder: GridEncoder) -> EncoderSpec:
     if place is None or place.stride * side != size:
         place = _Place(size / side, (size / side - 1) / 2)
     return EncoderSpec(encoder.architecture, encoder.stage, dim, float(place.stride), float(place.first))
+
+
+def pads_one_side(encoder: GridEncoder) -> bool:
+    """Whether the network has TensorFlow's "same" padding, whose odd pixel comes after the picture."""
+    return any(type(module).__name__ == "Conv2dSame" for module in encoder.modules())
+
+
+def measure_centre(encoder: GridEncoder, pictures: int = 8) -> float:
+    """Where these weights look: first centre of the cells, by which pixels move the middle cell, to a 16th of a cell.
+
+    The gradient of random mixtures of its features over pictures of pink noise, the statistics of photographs, always
+    the same ones; the magnitude's centroid, of both directions. A few seconds on a CPU.
+    """
+    generator, size = torch.Generator().manual_seed(0), encoder.pixels.size
+    encoder = copy.deepcopy(encoder).eval().requires_grad_(False)
+    images = encoder.normalise(_pink_noise(pictures, size, generator)).requires_grad_()
+    with torch.enable_grad():
+        grid = encoder(images)
+        side = math.isqrt(grid.shape[1])
+        middle = side // 2
+        mixture = torch.randn(grid.shape[0], grid.shape[2], generator=generator)
+        (gradient,) = torch.autograd.grad((grid[:, middle * side + middle] * mixture).sum(), images)
+    moved = gradient.square().sum(1).mean(0).sqrt()  # [S, S]
+    place = torch.arange(size, dtype=torch.float32)
+    centroid = float(((moved.sum(0) + moved.sum(1)) * place).sum() / (2 * moved.sum()))
+    step = encoder.spec.stride / 16
+    return round((centroid - middle * encoder.spec.stride) / step) * step
+
+
+def _pink_noise(count: int, size: int, generator: torch.Generator) -> Tensor:
+    """uint8 [count, 3, size, size], with the spectrum of photographs: amplitude falls with frequency."""
+    frequency = torch.fft.fftfreq(size)
+    falling = 1 / (frequency[:, None] ** 2 + frequency[None] ** 2).sqrt().clamp_min(1 / size)
+    white = torch.randn(count, 3, size, size, generator=generator)
+    pink: Tensor = torch.fft.ifft2(torch.fft.fft2(white) * falling).real
+    return (pink / pink.std() * 50 + 118).clamp(0, 255).to(torch.uint8)
 
 
 @dataclass(frozen=True)

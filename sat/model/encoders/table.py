@@ -4,15 +4,17 @@ The file says which architecture it is of and what it expects of a picture; with
 torchvision's. Nothing is downloaded here.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import Tensor, nn
 
 from sat.model.encoders import resnet, timm_network
 from sat.model.encoders.encoder import GridEncoder, refuse_unfit
-from sat.model.encoders.weights import RESNETS, TIMM, Pixels, read_about
+from sat.model.encoders.weights import RESNETS, TIMM, AboutWeights, Pixels, read_about
 
 
 def build_encoder(
@@ -41,11 +43,12 @@ def blueprint(path: str | Path, stage: int, size: int) -> GridEncoder:
             f"{about.architecture} takes pictures of {encoder.pixels.size} x {encoder.pixels.size} pixels alone, "
             f"not {size}; choose size {encoder.pixels.size}"
         )
+    _place(encoder, about)
     encoder.spec.cells(size)
     return encoder
 
 
-def load_encoder(path: str | Path, architecture: str = "", stage: int = 0) -> GridEncoder:
+def load_encoder(path: str | Path, architecture: str = "", stage: int = 0) -> resnet.ResNet | timm_network.TimmNetwork:
     """A frozen encoder in eval mode from a weights file; `architecture` empty: the one that the file names.
 
     The classifier and the stages above `stage` may be there or not; all else has to fit exactly. ValueError naming the
@@ -58,12 +61,29 @@ def load_encoder(path: str | Path, architecture: str = "", stage: int = 0) -> Gr
         weights = load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
-    module = encoder.network if isinstance(encoder, timm_network.TimmNetwork) else encoder
-    expected = module.state_dict()
+    expected = parameters_of(encoder)
     refuse_unfit(path, weights, expected, _kind(architecture), _whole_names(architecture))
     kept = {name: tensor for name, tensor in weights.items() if name in expected}
-    module.load_state_dict(kept, strict=False)  # only num_batches_tracked may be absent
+    _named_module(encoder).load_state_dict(kept, strict=False)  # only num_batches_tracked may be absent
+    _place(encoder, about)
     return encoder.requires_grad_(False).eval()
+
+
+def _place(encoder: resnet.ResNet | timm_network.TimmNetwork, about: AboutWeights) -> None:
+    """Have the encoder say where these weights look, if they say it."""
+    if encoder.stage in about.centres and encoder.architecture == about.architecture:
+        encoder.spec = replace(encoder.spec, first_centre=about.centres[encoder.stage])
+
+
+def parameters_of(encoder: resnet.ResNet | timm_network.TimmNetwork) -> dict[str, Tensor]:
+    """The encoder's tensors under the names that a weights file has: torchvision's or timm's."""
+    tensors: dict[str, Tensor] = _named_module(encoder).state_dict()
+    return tensors
+
+
+def _named_module(encoder: resnet.ResNet | timm_network.TimmNetwork) -> nn.Module:
+    network: nn.Module = encoder.network if isinstance(encoder, timm_network.TimmNetwork) else encoder
+    return network
 
 
 def _refuse_unknown(architecture: str) -> None:

@@ -6,12 +6,14 @@ wherever an encoder is needed. A file without metadata is taken for a ResNet-50 
 
 import hashlib
 import json
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 CONTENT_KEY = "content_sha256"
 """Metadata entry with `content_digest` of the file."""
+CENTRES_KEY = "first_centres"
 RESNETS = ("resnet50", "resnet101", "resnet152")
 """Architectures of torchvision's; all others are TIMM + NAME."""
 LAST_RESNET_STAGE = 4
@@ -52,11 +54,14 @@ class AboutWeights:
     """None where the file does not say: the architecture's own."""
     source: str = ""
     """Where the weights come from, in words."""
+    centres: Mapping[int, float] = field(default_factory=dict)
+    """First centre of the cells by stage, where these weights look elsewhere than their convolutions say."""
 
     def to_metadata(self) -> dict[str, str]:
         """The entries of a safetensors file, which are strings."""
         pixels = {} if self.pixels is None else {name: json.dumps(value) for name, value in vars(self.pixels).items()}
-        return {"architecture": self.architecture, "source": self.source} | pixels
+        centres = {CENTRES_KEY: json.dumps(dict(self.centres))} if self.centres else {}
+        return {"architecture": self.architecture, "source": self.source} | pixels | centres
 
 
 def read_about(path: str | Path) -> AboutWeights:
@@ -69,10 +74,11 @@ def read_about(path: str | Path) -> AboutWeights:
         values = {name: json.loads(metadata[name]) for name in names}
         given: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
         pixels = replace(Pixels(), **given)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"encoder weights {path}: the metadata {', '.join(names)} cannot be read: {error}") from None
+        centres = {int(n): float(v) for n, v in json.loads(metadata.get(CENTRES_KEY, "{}")).items()}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"encoder weights {path}: its metadata cannot be read: {error}") from None
     own = metadata.get("architecture", RESNETS[0])
-    return AboutWeights(own, pixels if names else None, metadata.get("source", ""))
+    return AboutWeights(own, pixels if names else None, metadata.get("source", ""), centres)
 
 
 def named_stage(architecture: str, stage: int) -> int:
