@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[1]
 STARTS = ("python", "sat", "accelerate", "bash", "sbatch", "mlflow")
 PLACEHOLDERS = {
     "CONFIG": "configs/demo.yaml",
+    "data/mine/config.yaml": "configs/demo.yaml",  # made by `sat prepare`
     "R": "0",
     "HOST": "127.0.0.1",
     "PORT": "29500",

@@ -22,6 +22,8 @@ def kind(block: list[str]) -> str:
         return "settings"
     if re.match(r"[a-z_]+/", block[0]):
         return "tree"
+    if re.fullmatch(r"\w+,\w+", block[0]):
+        return "table"
     return "python" if block[0].startswith(("from ", "import ")) else "commands"
 
 
