@@ -26,7 +26,8 @@ def store(values: Floats, dtype: str, scale: Floats) -> npt.NDArray[Any]:
         values = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
     elif dtype == "int8":
         values = np.clip(np.rint(values / scale), -127, 127)
-    stored: npt.NDArray[Any] = values.astype(storage_type(dtype).numpy)
+    with np.errstate(over="ignore"):  # what fp16 cannot hold becomes infinite, which the extractor refuses by key
+        stored: npt.NDArray[Any] = values.astype(storage_type(dtype).numpy)
     return stored
 
 
