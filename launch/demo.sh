@@ -10,6 +10,7 @@
 # interrupted demonstration goes on where it was. Its minutes count from the first start to the first table, pauses left out.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+. launch/functions.sh
 
 extraction=(--size 160 --stage 4) # 10x10 cells, from where shapes and colours still stand in the features
 if [[ -n ${WEIGHTS:-} ]]; then extraction=(--size 224); fi
@@ -31,27 +32,11 @@ spent=$(cat "$run/seconds" 2>/dev/null || echo 0)
 keep_time() { if [[ ! -f $run/summary.json ]]; then echo $((spent + SECONDS)) >"$run/seconds"; fi; }
 trap keep_time EXIT
 
-run() {
-  printf '\n$ %s\n' "$*"
-  "$@"
-  keep_time
-}
-run_unless_newer() { # FILE COMMAND...: skip the command when FILE is newer than the trained model
-  local result=$1
-  shift
-  if [[ $result -nt $run/best/model.safetensors ]]; then printf '\n# %s is up to date\n' "$result"; else run "$@"; fi
-}
-
 run bash launch/setup.sh
 export PATH="${SAT_VENV:-$PWD/.venv}/bin:$PATH"
 export PYTHONDONTWRITEBYTECODE= # the first import of a module compiles it for all later ones
 
-gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
-case $gpus in
-  0) processes=(--config_file launch/cpu.yaml) ;;
-  1) processes=(--config_file launch/gpu.yaml) ;;
-  *) processes=(--config_file launch/multi_gpu.yaml --num_processes "$gpus") ;;
-esac
+processes_here
 
 scenes=()
 if [[ -n ${SCENES:-} ]]; then scenes=(--train "$SCENES" --val $((SCENES / 26 + 3)) --test $((SCENES * 3 / 26 + 6))); fi
@@ -63,10 +48,10 @@ run python -m preprocessing.extract_features --images "$data/images" --weights "
   "${extraction[@]}" --out "$features"
 run python -m preprocessing.build_vocab --features "$features" --out "$tokenizer"
 
-run accelerate launch "${processes[@]}" -m sat.train configs/demo.yaml \
+run sat train "${processes[@]}" configs/demo.yaml \
   "data.features=$features" "data.tokenizer=$tokenizer" "train.run_dir=$run" \
   ${EPOCHS:+"train.epochs=$EPOCHS"} ${SCENES:+train.warmup_steps=0}
-run_unless_newer "$run/attention-test.npz" accelerate launch "${processes[@]}" -m sat.evaluate "$run" \
+run_unless_newer "$run/attention-test.npz" sat evaluate "${processes[@]}" "$run" \
   --split test --baselines --attention
 run python -m preprocessing.check_scenes "$run" --scenes "$data/scenes" --split test
 run_unless_newer "$run/pictures/captions.json" \

@@ -1,9 +1,14 @@
-"""What the whole suite shares: the two-node Slurm, and the rule by which tests that need a GPU skip."""
+"""What the whole suite shares: an environment for scripts, the two-node Slurm, how tests that need a GPU skip."""
 
+import hashlib
+import os
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from tests.helpers_commands import ROOT
 from tests.slurm_cluster import Cluster, missing, start_cluster
 
 
@@ -22,3 +27,16 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         pytest.skip(f"no Slurm: {reason}")
     with start_cluster(tmp_path_factory.mktemp("slurm")) as cluster:
         yield cluster
+
+
+@pytest.fixture(scope="session")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """This test run's environment as launch/setup.sh leaves one for this checkout, so that it has nothing to do."""
+    venv = tmp_path_factory.mktemp("venv")
+    for entry in Path(sys.prefix).iterdir():
+        if not entry.name.startswith("setup-"):
+            (venv / entry.name).symlink_to(entry)
+    shaping = [ROOT / "launch/constraints.txt", ROOT / "pyproject.toml", ROOT / "launch/setup.sh"]
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in shaping) + f"{ROOT}\n".encode())
+    (venv / "setup-stamp").write_text(f"{digest.hexdigest()}  -\n")
+    return os.environ | {"SAT_VENV": str(venv), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

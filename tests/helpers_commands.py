@@ -117,6 +117,9 @@ def check_script(script: str, arguments: list[str], variables: list[str], open_e
         assert f"${{{variable}" in text, f"{script} knows no {variable}"
     if script in ("launch/demo.sh", "launch/setup.sh", ".ci/run"):
         assert not arguments, f"{script} takes no arguments"
+    elif script == "launch/flickr8k.sh":
+        assert "=" not in arguments[0]
+        check_overrides(arguments[1:])
     elif script == "tests/run.sh":
         check_tests(arguments)
     elif script == "slurm/preprocess.sh":

@@ -1,8 +1,6 @@
 """launch/demo.sh from an empty folder to its table of scores, as small as it gets; a second call reuses all of it."""
 
-import hashlib
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,19 +11,6 @@ from tests.helpers_commands import blocks
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.end_to_end
-
-
-@pytest.fixture(scope="module")
-def environment(tmp_path_factory):
-    """The environment of this test as launch/setup.sh leaves one for this checkout, so that it has nothing to do."""
-    venv = tmp_path_factory.mktemp("venv")
-    for entry in Path(sys.prefix).iterdir():
-        if not entry.name.startswith("setup-"):
-            (venv / entry.name).symlink_to(entry)
-    shaping = [ROOT / "launch/constraints.txt", ROOT / "pyproject.toml", ROOT / "launch/setup.sh"]
-    digest = hashlib.sha256(b"".join(path.read_bytes() for path in shaping) + f"{ROOT}\n".encode())
-    (venv / "setup-stamp").write_text(f"{digest.hexdigest()}  -\n")
-    return os.environ | {"SAT_VENV": str(venv), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
 def demo(environment: dict[str, str], out: Path) -> str:
