@@ -25,6 +25,7 @@ from preprocessing.shard_images import plan_images, shard_stripe
 from preprocessing.sharding.finalize import finalize
 from preprocessing.sharding.plan import ImageRecord
 from preprocessing.synthetic import make_scenes
+from sat.machine import best_precision
 from sat.model.encoders.weights import RESNETS, AboutWeights
 
 
@@ -43,10 +44,9 @@ def main(
     """Images/s of the whole job, the bare network at the same precision and a naive loop (PIL, batch 1, fp32)."""
     import torch
 
-    from preprocessing.features.network import best_compute
     from sat.bench.harness import InOwnProcess, report
 
-    device, compute = "cuda:0" if torch.cuda.is_available() else "cpu", best_compute()
+    device, compute = "cuda:0" if torch.cuda.is_available() else "cpu", best_precision()
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         root = Path(temporary)
         files = _picture_files(root, pictures, images)

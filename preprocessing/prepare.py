@@ -31,7 +31,7 @@ from preprocessing.shard_images import UNPACKED, plan_images, shard_stripe
 from preprocessing.sharding.finalize import finalize
 from sat import files
 from sat.machine import available_cores
-from sat.shards.manifest import Manifest, load_manifest
+from sat.shards.manifest import Manifest
 from sat.text import SPECIALS, WORD_RULES, build_tokenizer, normalise
 
 MARK, CONFIG, TOKENIZER = "prepare.json", "config.yaml", "tokenizer.json"
@@ -147,7 +147,6 @@ def make_configuration(out: Path, records: Records, splits: list[str], words: st
             captions=len(lengths),
             captions_per_image=max(len(record.captions) for record in learnt),
             longest=int(np.percentile(lengths, 95)),
-            precision=load_manifest(out / FEATURES).fingerprint["compute"],
         )
     )
     write_ours(out, CONFIG, text)

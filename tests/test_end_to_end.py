@@ -10,13 +10,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from preprocessing.features.network import best_compute
 from sat.model.encoders.resnet import ResNet
 from tests.test_two_process import launch
 
 ROOT = Path(__file__).parents[1]
-PRECISION = best_compute()
-"""bf16 where the CPU has it: emulated it takes 25 times as long as fp32."""
 pytestmark = pytest.mark.end_to_end
 
 
@@ -75,7 +72,6 @@ def settings(root: Path, run_dir: Path) -> list[str]:
         "model.embedding_dim=64",
         "model.attention_dim=64",
         "model.dropout=0.2",
-        f"train.precision={PRECISION}",
         "train.epochs=40",
         "train.global_batch=16",
         "train.learning_rate=0.003",

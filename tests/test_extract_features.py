@@ -19,7 +19,7 @@ from preprocessing.annotations.read import read_annotations
 from preprocessing.extract_features import extract_stripe, finalize_features
 from preprocessing.extract_features import main as extract_program
 from preprocessing.features import network
-from preprocessing.features.network import COMPUTE, best_compute, fast_forward, load_network
+from preprocessing.features.network import COMPUTE, fast_forward, load_network
 from preprocessing.features.plan import plan_features
 from preprocessing.features.recipe import FeatureOptions
 from preprocessing.features.statistics import restore
@@ -30,6 +30,7 @@ from preprocessing.shard_images import main as shard_images
 from preprocessing.shard_images import plan_images, shard_stripe
 from preprocessing.sharding.finalize import finalize
 from sat import files
+from sat.machine import best_precision
 from sat.model.encoders.resnet import ResNet
 from sat.model.encoders.table import load_encoder
 from sat.model.encoders.weights import CONTENT_KEY, content_digest, read_about
@@ -141,7 +142,7 @@ def test_statistics_are_those_of_the_stored_values_of_the_training_split(made, t
     assert (statistics["scale"] > 0).all() and "scale_sha256" in manifest.fingerprint
 
 
-@pytest.mark.skipif(best_compute() != "bf16", reason="this CPU does not compute in bf16")
+@pytest.mark.skipif(best_precision() != "bf16", reason="this CPU does not compute in bf16")
 def test_the_network_in_bf16_is_within_two_percent(made, tmp_path):
     grids = grids_of(extract(made, tmp_path / "bf16", compute="bf16"))
     for key, grid in expected_grids(made, grids).items():
@@ -149,7 +150,7 @@ def test_the_network_in_bf16_is_within_two_percent(made, tmp_path):
 
 
 def test_bf16_is_refused_before_the_plan_by_a_machine_that_cannot(made, tmp_path, monkeypatch):
-    monkeypatch.setattr(network, "best_compute", lambda: "fp32")
+    monkeypatch.setattr(network, "best_precision", lambda: "fp32")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="cannot compute in bf16 .*--compute fp32"):
         extract_program(tmp_path / "out", made / "images", str(made / "weights.safetensors"), size=64, compute="bf16")
@@ -358,7 +359,7 @@ def test_features_that_are_not_finite_are_refused_by_key(made, tmp_path):
 
 
 def test_the_best_precision_of_this_machine_is_one_the_network_has():
-    assert best_compute() in COMPUTE
+    assert best_precision() in COMPUTE
 
 
 def test_pixels_are_normalised_as_the_encoder_asks_for(made):

@@ -160,7 +160,7 @@ def test_how_many_pictures_are_held_out(pictures, splits, expected):
 
 @pytest.mark.parametrize("pictures", [1, 2, 24, 99, 100, 999, 6000, 49_999, 100_000, 1_000_000])
 def test_settings_of_any_size_are_a_configuration_that_can_be_trained(tmp_path, pictures):
-    prepared = Prepared(tmp_path / "it's", ("train",), pictures, 5 * pictures, 5, 15, "fp32")
+    prepared = Prepared(tmp_path / "it's", ("train",), pictures, 5 * pictures, 5, 15)
     (tmp_path / "c.yaml").write_text(configuration(prepared))
     config = load_config(tmp_path / "c.yaml")
     steps = -(-pictures // config.train.global_batch) * config.train.epochs

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from preprocessing.features.fused import fuse, input_shapes
+from sat.machine import best_precision
 from sat.model.encoders.encoder import GridEncoder
 from sat.model.encoders.folding import fold_batchnorm
 from sat.model.encoders.resnet import ResNet
@@ -28,23 +29,12 @@ COMPILE_IMAGES = 50_000
 """A GPU job of this many pictures repays the minute that torch.compile takes."""
 
 
-def best_compute() -> str:
-    """`bf16` where the GPU or CPU computes in it natively, else `fp32`."""
-    if torch.cuda.is_available():
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    return "bf16" if _has_onednn() and torch.ops.mkldnn._is_mkldnn_bf16_supported() else "fp32"
-
-
 def refuse_compute(compute: str) -> None:
     """Raise ValueError where this machine cannot compute in `compute`."""
-    if compute == "bf16" and not torch.cuda.is_available() and best_compute() != "bf16":
+    if compute == "bf16" and not torch.cuda.is_available() and best_precision() != "bf16":
         raise ValueError(
             "this CPU cannot compute in bf16 (it has neither AVX-512 nor AMX); use --compute fp32, or another machine"
         )
-
-
-def _has_onednn() -> bool:
-    return bool(torch.backends.mkldnn.is_available())
 
 
 def load_network(
@@ -81,7 +71,7 @@ def fast_forward(
 ) -> Callable[[Tensor], Tensor]:
     """The encoder's forward pass for pictures of one size: [B, 3, S, S] channels_last in `compute` -> [B, L, D]."""
     folded = fold_batchnorm(encoder).to(device, COMPUTE[compute]).to(memory_format=torch.channels_last)
-    if torch.device(device).type == "cpu" and _has_onednn():
+    if torch.device(device).type == "cpu" and torch.backends.mkldnn.is_available():
         return FusedResNet(folded, size) if isinstance(folded, ResNet) else fuse(folded, size)
     return torch.compile(folded) if images >= COMPILE_IMAGES else folded
 

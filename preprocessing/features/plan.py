@@ -18,6 +18,7 @@ from preprocessing.features.recipe import FeatureOptions, FeatureRecipe
 from preprocessing.features.statistics import calibrate
 from preprocessing.sharding.plan import FeatureSettings, Plan, PlannedShard, publish_plan, standing_plan
 from sat import files
+from sat.machine import best_precision
 from sat.model.encoders.weights import named_stage, read_about
 from sat.shards.features import FeatureSpec, Transform
 from sat.shards.manifest import Manifest, load_manifest
@@ -107,11 +108,7 @@ def _resolve_compute(out: Path, compute: str) -> str:
     if compute != "auto":
         return compute
     standing = _standing_recipe(out)
-    if standing is not None:
-        return standing[1].compute
-    from preprocessing.features.network import best_compute
-
-    return best_compute()
+    return best_precision() if standing is None else standing[1].compute
 
 
 def _standing_recipe(root: Path) -> tuple[Plan, FeatureRecipe] | None:
