@@ -129,6 +129,7 @@ def main(
     dtype: Annotated[str, typer.Option(help="format on disk: bf16, fp16, fp32 or int8")] = ImportOptions.dtype,
     kind: Annotated[str, typer.Option(help="grid, regions or auto: what the first files are")] = ImportOptions.kind,
     dim: Annotated[int, typer.Option(help="width D of the features; 0: that of the first files")] = 0,
+    name: Annotated[str, typer.Option(help="what made the features; a model refuses those of another name")] = "",
     max_regions: Annotated[int, typer.Option(help="most regions of a picture; 0: 100, or what all have")] = 0,
     statistics_split: Annotated[
         list[str] | None, typer.Option(help="split the statistics are taken from; default: train, or all without it")
@@ -148,7 +149,7 @@ def main(
         if features is None or not annotations:
             raise ValueError("planning needs --annotations and --features")
         records = read_annotations(annotations, format, split_lists=split or (), val_fraction=val_fraction)
-        options = ImportOptions(dtype, kind, dim, max_regions, shard_size, seed, tuple(statistics_split or ()))
+        options = ImportOptions(dtype, kind, dim, max_regions, shard_size, seed, tuple(statistics_split or ()), name)
         settings = import_settings(features, boxes)
         plan = plan_import(records, settings, out, options, max_bad_fraction=max_bad_fraction, overwrite=overwrite)
         print(f"{out}: {_about(plan)}")

@@ -57,6 +57,8 @@ class ImportOptions:
     """Orders the samples inside the shards."""
     statistics_splits: tuple[str, ...] = ()
     """Splits the statistics are taken from; none named: train, or all of a data set without it."""
+    name: str = setting("")
+    """What made the features; a model refuses those of another name."""
 
     def __post_init__(self) -> None:
         check(self)
@@ -87,7 +89,7 @@ def plan_import(
     shards, groups, digest = plan_records(present, options.shard_size, options.seed)
     in_order = [record for group in groups for record in group]
     seen = _look(source, [r for r in in_order if r.split in splits] or in_order, options)
-    spec = _spec_of(seen, options)
+    spec = replace(_spec_of(seen, options), name=options.name)
     if spec.dtype == "int8":
         spec, settings = _with_scale(spec, settings, seen)
     fingerprint = {"writer": WRITER, "rules": RULES, "records": digest, "shard_size": options.shard_size}
