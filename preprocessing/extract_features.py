@@ -20,9 +20,9 @@ import typer
 
 from preprocessing.console import Step, progress_line, run
 from preprocessing.features.extractor import Extractor
-from preprocessing.features.plan import plan_features, recipe_of, scale_of, source_of
+from preprocessing.features.plan import plan_features, recipe_of, source_of
 from preprocessing.features.recipe import FeatureOptions
-from preprocessing.features.statistics import merge_statistics
+from preprocessing.features.statistics import merge_statistics, scale_of
 from preprocessing.features.weights import WEIGHTS_DIR, find_weights
 from preprocessing.sharding.finalize import finalize
 from preprocessing.sharding.jobs import Summary, parse_stripe, process_pool, run_shards

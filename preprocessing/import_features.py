@@ -9,7 +9,6 @@ and counted. The shards are written as all others are: the job can be interrupte
 """
 
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -17,14 +16,14 @@ from typing import Annotated
 import typer
 
 from preprocessing.annotations.read import read_annotations
-from preprocessing.console import Step, progress_line, run
-from preprocessing.features.statistics import ChannelSums, merge_statistics
+from preprocessing.console import Step, run
+from preprocessing.features.statistics import ChannelSums, merge_statistics, scale_of
 from preprocessing.importing.arrays import BadFeatures
 from preprocessing.importing.fitting import fit
-from preprocessing.importing.plan import ImportOptions, import_settings, plan_import, scale_of, spec_of
+from preprocessing.importing.plan import ImportOptions, import_settings, plan_import, spec_of
 from preprocessing.importing.sources import open_source
 from preprocessing.sharding.finalize import finalize
-from preprocessing.sharding.jobs import Summary, parse_stripe, process_pool, run_shards
+from preprocessing.sharding.jobs import Summary, run_stripe
 from preprocessing.sharding.plan import ImportSettings, Plan, PlannedShard, load_plan
 from preprocessing.sharding.records import at_most_bad
 from preprocessing.sharding.write import Sample, write_shard
@@ -41,9 +40,7 @@ def build_imported_shard(plan: Plan, shard: PlannedShard, most_bad: Mapping[str,
     `most_bad` allows for this shard.
     """
     sums = ChannelSums(spec_of(plan).dim)
-    samples = _samples(plan, shard, sums)
-    if most_bad is not None:
-        samples = at_most_bad(samples, most_bad.get(shard.name, 0), plan.root / shard.name)
+    samples = at_most_bad(_samples(plan, shard, sums), most_bad, plan.root / shard.name)
     return write_shard(plan.root, shard, plan.digest, samples, extra=sums.to_json)
 
 
@@ -55,25 +52,14 @@ def import_stripe(
     max_bad_fraction: float = 1.0,
     most_bad: Mapping[str, int] | None = None,
 ) -> Summary:
-    """Write the shards of a stripe with `num_workers` processes; raises as `run_shards` and the build do."""
-    index, count = parse_stripe(stripe)
-    pictures = sum(shard.samples for shard in plan.shards[index::count])
-    pool = ThreadPoolExecutor(1) if num_workers <= 1 else process_pool(num_workers)
-    with progress_line(pictures, "feature shards") as advance, pool as executor:
-        return run_shards(
-            plan,
-            partial(build_imported_shard, most_bad=most_bad),
-            executor,
-            stripe=stripe,
-            slots=max(num_workers, 1),
-            max_bad_fraction=max_bad_fraction,
-            progress=lambda images, built: advance(images),
-        )
+    """Write the shards of a stripe in `num_workers` processes; raises as `run_shards` and `build_imported_shard` do."""
+    build = partial(build_imported_shard, most_bad=most_bad)
+    return run_stripe(plan, build, "feature shards", stripe, num_workers, max_bad_fraction)
 
 
 def finalize_import(plan: Plan, max_bad_fraction: float = 1.0) -> Manifest:
     """Publish the data set with its statistics; raises as `finalize`."""
-    splits, dim, scale = plan.fingerprint["statistics_splits"], spec_of(plan).dim, scale_of(plan)
+    dim, scale, splits = spec_of(plan).dim, scale_of(plan), plan.fingerprint["statistics_splits"]
     return finalize(plan, lambda sidecars: merge_statistics(sidecars, splits, dim, scale), max_bad_fraction)
 
 

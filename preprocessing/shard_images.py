@@ -9,7 +9,6 @@ Every picture is decoded to prove that it can be; its file goes into the shard u
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -19,9 +18,9 @@ import typer
 from preprocessing.annotations.clean import RULES
 from preprocessing.annotations.formats import AUTO, FORMATS
 from preprocessing.annotations.read import Records, read_annotations
-from preprocessing.console import Step, progress_line, run
+from preprocessing.console import Step, run
 from preprocessing.sharding.finalize import finalize
-from preprocessing.sharding.jobs import Summary, parse_stripe, process_pool, run_shards
+from preprocessing.sharding.jobs import Summary, run_stripe
 from preprocessing.sharding.plan import ImageSettings, Plan, PlannedShard, load_plan, publish_plan
 from preprocessing.sharding.records import at_most_bad, check_left_out, plan_records
 from preprocessing.sharding.write import Sample, write_shard
@@ -65,9 +64,7 @@ def build_image_shard(plan: Plan, shard: PlannedShard, most_bad: Mapping[str, in
     """
     check_pictures(plan)
     notes: Counter[str] = Counter()
-    samples = _samples(plan, shard, notes)
-    if most_bad is not None:
-        samples = at_most_bad(samples, most_bad.get(shard.name, 0), plan.root / shard.name)
+    samples = at_most_bad(_samples(plan, shard, notes), most_bad, plan.root / shard.name)
     return write_shard(
         plan.root, shard, plan.digest, samples, lambda: {"notes": dict(sorted(notes.items()))} if notes else {}
     )
@@ -89,19 +86,8 @@ def shard_stripe(
     most_bad: Mapping[str, int] | None = None,
 ) -> Summary:
     """Write the shards of a stripe with `num_workers` processes; raises as `run_shards` and `build_image_shard` do."""
-    index, count = parse_stripe(stripe)
-    pictures = sum(shard.samples for shard in plan.shards[index::count])
-    pool = ThreadPoolExecutor(1) if num_workers <= 1 else process_pool(num_workers)
-    with progress_line(pictures, "image shards") as advance, pool as executor:
-        return run_shards(
-            plan,
-            partial(build_image_shard, most_bad=most_bad),
-            executor,
-            stripe=stripe,
-            slots=max(num_workers, 1),
-            max_bad_fraction=max_bad_fraction,
-            progress=lambda images, built: advance(images),
-        )
+    build = partial(build_image_shard, most_bad=most_bad)
+    return run_stripe(plan, build, "image shards", stripe, num_workers, max_bad_fraction)
 
 
 def read_picture(path: Path, file_bytes: int) -> bytes:

@@ -211,7 +211,7 @@ def test_feature_repair_loses_nothing_without_the_image_shards_or_with_other_wei
     for sources, message in (
         ({"images": tmp_path / "gone"}, "gone: not a finished data set"),
         ({"images": made / "images", "weights": tmp_path / "gone"}, "encoder weights .*gone do not exist"),
-        ({"images": made / "images", "weights": made / "images" / "train-000000.tar"}, "no whole safetensors"),
+        ({"images": made / "images", "weights": made / "images" / "train-000000.tar"}, "is not a whole safetensors"),
     ):
         with pytest.raises(ValueError, match=message):
             repair(features, verify(features), **sources)

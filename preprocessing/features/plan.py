@@ -5,17 +5,15 @@ because every shard, on whichever machine, has to use the same ones. They travel
 their digest.
 """
 
-import base64
 import os
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
 from preprocessing.features.extractor import Extractor
 from preprocessing.features.recipe import FeatureOptions, FeatureRecipe
-from preprocessing.features.statistics import calibrate
+from preprocessing.features.statistics import CALIBRATION_IMAGES, calibrate, packed
 from preprocessing.sharding.plan import FeatureSettings, Plan, PlannedShard, publish_plan, standing_plan
 from sat import files
 from sat.machine import best_precision
@@ -23,9 +21,6 @@ from sat.model.encoders.weights import named_stage, read_about
 from sat.shards.features import FeatureSpec, Transform
 from sat.shards.manifest import Manifest, load_manifest
 from sat.shards.pictures import RESIZE
-
-CALIBRATION_IMAGES = 256
-"""Pictures from which the int8 scales are taken."""
 
 
 def plan_features(images: Path, out: Path, weights: Path, options: FeatureOptions, *, overwrite: bool = False) -> Plan:
@@ -54,14 +49,6 @@ def recipe_of(plan: Plan) -> FeatureRecipe:
         return FeatureRecipe.from_fingerprint(plan.fingerprint)
     except KeyError as missing:
         raise ValueError(f"{plan.root}: its plan does not say {missing}; plan the features again") from None
-
-
-def scale_of(plan: Plan) -> npt.NDArray[np.float32]:
-    """Scale per channel, float32 [D]: the plan's for int8, else ones."""
-    spec = recipe_of(plan).spec
-    if spec.dtype != "int8":
-        return np.ones(spec.dim, np.float32)
-    return np.frombuffer(base64.b64decode(plan.settings_as(FeatureSettings).scale), "<f4").copy()
 
 
 def source_of(plan: Plan) -> Manifest:
@@ -129,9 +116,9 @@ def _with_scale(plan: Plan, source: Manifest) -> Plan:
         return replace(plan, fingerprint=standing[0].fingerprint, settings=replace(settings, scale=scale))
     splits = [split for split in recipe.statistics_splits if split in source.splits] or sorted(source.splits)
     with Extractor(plan, recipe, source, np.ones(recipe.spec.dim, np.float32)) as extractor:
-        blob = calibrate(extractor.first_grids(splits[0], CALIBRATION_IMAGES)).astype("<f4").tobytes()
-    fingerprint = _scaled(recipe, files.sha256_of(blob)).to_fingerprint()
-    return replace(plan, fingerprint=fingerprint, settings=replace(settings, scale=base64.b64encode(blob).decode()))
+        scale, digest = packed(calibrate(extractor.first_grids(splits[0], CALIBRATION_IMAGES)))
+    fingerprint = _scaled(recipe, digest).to_fingerprint()
+    return replace(plan, fingerprint=fingerprint, settings=replace(settings, scale=scale))
 
 
 def _scaled(recipe: FeatureRecipe, scale_sha256: str) -> FeatureRecipe:

@@ -11,12 +11,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from preprocessing.sharding.plan import FeatureSettings, ImportSettings, Plan
+from sat import files
 from sat.shards.features import storage_type
 from sat.shards.schema import Sidecar
 
 Floats = npt.NDArray[np.float32]
 MIN_STD = 1e-6
 """Floor of the standard deviation, so that a channel that never fires stays finite when it is divided by it."""
+CALIBRATION_IMAGES = 256
+"""Pictures from which the int8 scales are taken."""
 
 
 def store(values: Floats, dtype: str, scale: Floats) -> npt.NDArray[Any]:
@@ -47,6 +51,20 @@ def calibrate(grids: Iterable[Floats]) -> Floats:
     largest = np.max([np.abs(grid).reshape(-1, grid.shape[-1]).max(axis=0) for grid in grids], axis=0)
     scale: Floats = np.where(largest > 0, largest / 127, 1).astype(np.float32)
     return scale
+
+
+def packed(scale: Floats) -> tuple[str, str]:
+    """A scale, float32 [D], as a plan's settings hold it (little-endian, in base64), and the SHA-256 of its bytes."""
+    blob = scale.astype("<f4").tobytes()
+    return base64.b64encode(blob).decode(), files.sha256_of(blob)
+
+
+def scale_of(plan: Plan) -> Floats:
+    """Scale per channel of a plan of features, float32 [D]: the plan's for int8, else ones."""
+    assert isinstance(plan.settings, FeatureSettings | ImportSettings), "pictures have no channels of features"
+    if not plan.settings.scale:
+        return np.ones(plan.fingerprint["dim"], np.float32)
+    return np.frombuffer(base64.b64decode(plan.settings.scale), "<f4").copy()
 
 
 class ChannelSums:

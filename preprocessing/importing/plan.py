@@ -5,7 +5,6 @@ the order of the shards) and then holds for all: another width or grid later is 
 set. int8 scales are taken from the same files.
 """
 
-import base64
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -18,13 +17,12 @@ import numpy.typing as npt
 
 from preprocessing.annotations.clean import RULES
 from preprocessing.annotations.read import Records
-from preprocessing.features.statistics import Floats, calibrate
+from preprocessing.features.statistics import CALIBRATION_IMAGES, calibrate, packed
 from preprocessing.importing.arrays import BadFeatures
 from preprocessing.importing.fitting import Rows, fit, grid_of, rows_of
 from preprocessing.importing.sources import Found, Source, open_source, places_of
 from preprocessing.sharding.plan import ImageRecord, ImportSettings, Plan, publish_plan
 from preprocessing.sharding.records import check_left_out, plan_records
-from sat import files
 from sat.settings import check, setting
 from sat.shards.features import STORAGE, FeatureSpec
 from sat.shards.schema import LeftOut
@@ -33,8 +31,6 @@ WRITER = 1
 """Version of what is written for given inputs; part of the fingerprint."""
 LOOKED_AT = 64
 """Pictures whose features tell what all are."""
-CALIBRATION_IMAGES = 256
-"""Pictures from which int8 scales are taken."""
 MOST_REGIONS = 100
 """Regions allowed where nothing else is said, as in the bottom-up releases (10 to 100)."""
 
@@ -98,16 +94,9 @@ def plan_import(
 
 
 def spec_of(plan: Plan) -> FeatureSpec:
-    """What the features of a plan are."""
+    """What the features of a plan are. ValueError for a plan of another kind."""
+    plan.settings_as(ImportSettings)
     return FeatureSpec.from_fingerprint(plan.fingerprint)
-
-
-def scale_of(plan: Plan) -> Floats:
-    """Scale per channel, float32 [D]: the plan's for int8, else ones."""
-    spec = spec_of(plan)
-    if spec.dtype != "int8":
-        return np.ones(spec.dim, np.float32)
-    return np.frombuffer(base64.b64decode(plan.settings_as(ImportSettings).scale), "<f4").copy()
 
 
 def _find(source: Source, records: Records) -> tuple[list[ImageRecord], list[LeftOut]]:
@@ -189,8 +178,8 @@ def _with_scale(spec: FeatureSpec, settings: ImportSettings, seen: _Seen) -> tup
             continue
     if not sound:
         raise ValueError("int8 scales need sound features, and none of those looked at are; use --dtype bf16")
-    blob = calibrate(sound).astype("<f4").tobytes()
-    return replace(spec, scale_sha256=files.sha256_of(blob)), replace(settings, scale=base64.b64encode(blob).decode())
+    scale, digest = packed(calibrate(sound))
+    return replace(spec, scale_sha256=digest), replace(settings, scale=scale)
 
 
 def import_settings(features: Path, boxes: Path | None) -> ImportSettings:

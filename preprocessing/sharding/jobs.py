@@ -16,7 +16,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,6 +25,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from preprocessing.console import progress_line
 from preprocessing.sharding.plan import WORK, Plan, PlannedShard
 from preprocessing.sharding.write import finished
 from sat import files
@@ -137,6 +138,25 @@ def run_shards(
             future.cancel()
     summary.seconds = time.monotonic() - started
     return summary
+
+
+def run_stripe(
+    plan: Plan, build: Build, label: str, stripe: str = "0/1", num_workers: int = 1, max_bad_fraction: float = 1.0
+) -> Summary:
+    """`run_shards` in `num_workers` processes (one: in a thread of this one), with a progress line called `label`."""
+    index, count = parse_stripe(stripe)
+    pictures = sum(shard.samples for shard in plan.shards[index::count])
+    pool = ThreadPoolExecutor(1) if num_workers <= 1 else process_pool(num_workers)
+    with progress_line(pictures, label) as advance, pool as executor:
+        return run_shards(
+            plan,
+            build,
+            executor,
+            stripe=stripe,
+            slots=max(num_workers, 1),
+            max_bad_fraction=max_bad_fraction,
+            progress=lambda images, built: advance(images),
+        )
 
 
 @contextmanager
