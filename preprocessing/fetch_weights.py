@@ -25,7 +25,7 @@ from preprocessing.console import run
 from preprocessing.features.lite0 import convert_lite0
 from preprocessing.features.weights import WEIGHTS_DIR, default_file, find_weights
 from sat import files
-from sat.model.encoders.weights import LITE0, RESNETS, TIMM, AboutWeights, Pixels
+from sat.model.encoders.weights import LITE0, RESNETS, TIMM, AboutWeights, Pixels, refuse_unknown
 
 URLS = {
     ("resnet50", "v1"): "https://download.pytorch.org/models/resnet50-0676ba61.pth",
@@ -55,7 +55,7 @@ def main(
     file: Annotated[Path | None, typer.Option(help="a file downloaded by other means, under its original name")] = None,
 ) -> None:
     """Fetch, verify and convert the weights; a sound file that is there already is kept."""
-    _refuse_name(name)
+    refuse_unknown(name)
     target = out or WEIGHTS_DIR / default_file(name)
     if name in RESNETS and (name, version) not in URLS:
         raise ValueError(f"version {version!r} is unknown; choose one of v1, v2")
@@ -130,13 +130,6 @@ def _centres(weights: Path) -> dict[int, float]:
     if not pads_one_side(encoder):
         return {}
     return {stage: measure_centre(load_encoder(weights, stage=stage)) for stage in (0, *encoder.stages)}
-
-
-def _refuse_name(name: str) -> None:
-    if name not in RESNETS and not name.startswith(TIMM):
-        raise ValueError(
-            f"encoder {name!r} is unknown; choose one of {', '.join(RESNETS)}, or {TIMM}NAME with a backbone of timm's"
-        )
 
 
 def _origin_of_file(name: str, file: Path) -> Origin:

@@ -4,6 +4,7 @@ Read in small pieces: a file of a gigabyte takes some hundred megabytes of memor
 """
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -11,8 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
-from preprocessing.annotations.entry import Entry, Source, captions_of, id_of, is_missing, split_named
-from preprocessing.annotations.rows import Columns, columns_of, entries_of
+from preprocessing.annotations.entry import Entry, Source, captions_of
+from preprocessing.annotations.rows import Columns, columns_of, entries_of, id_in, split_in
 from preprocessing.annotations.unpack import Embedded, unpacked
 
 ROWS_AT_ONCE = 64
@@ -81,7 +82,7 @@ def _pictures(source: Source, table: pq.ParquetFile, columns: Columns) -> Iterat
         digest = xxhash.xxh3_128_intdigest(data)
         if last is not None and last[0] == digest:
             entry = last[1].entry
-            last = (digest, Embedded(Entry(**vars(entry) | {"captions": (*entry.captions, *captions)}), data))
+            last = (digest, Embedded(replace(entry, captions=(*entry.captions, *captions)), data))
             continue
         if last is not None:
             yield last[1]
@@ -89,10 +90,8 @@ def _pictures(source: Source, table: pq.ParquetFile, columns: Columns) -> Iterat
         name = name or f"{number:09d}{_suffix(data)}"
         name = f"{number:09d}-{name}" if name in taken else name
         taken.add(name)
-        last = (
-            digest,
-            Embedded(Entry(_id(row, columns, where), name, _split(row, columns, source), tuple(captions)), data),
-        )
+        entry = Entry(id_in(row, columns, where), name, split_in(row, columns, source), tuple(captions))
+        last = (digest, Embedded(entry, data))
     if last is not None:
         yield last[1]
 
@@ -103,17 +102,6 @@ def _picture_of(value: Any, where: str) -> tuple[str, bytes]:
         more = f"; its path is {path!r}: bring the files beside it and give a table of paths" if path else ""
         raise ValueError(f"{where}: there are no bytes of a picture{more}")
     return path, data
-
-
-def _id(row: Mapping[str, Any], columns: Columns, where: str) -> str:
-    value = row.get(columns.image_id)
-    return "" if not columns.image_id or is_missing(value) else id_of(value, where)
-
-
-def _split(row: Mapping[str, Any], columns: Columns, source: Source) -> str:
-    value = row.get(columns.split)
-    named = (split_named(value) or value.strip()) if isinstance(value, str) else ""
-    return source.split or named or "train"
 
 
 def _suffix(data: bytes) -> str:

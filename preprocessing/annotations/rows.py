@@ -88,15 +88,15 @@ def entries_of(rows: Iterable[tuple[int, Mapping[str, object]]], source: Source,
         name = row[columns.image]
         if not isinstance(name, str) or not name.strip():
             name = file_name_of(_text(name), f"{source.path}, {unit} {number}")
-        split = _split(row.get(columns.split), source) if columns.split else source.split or "train"
+        split = split_in(row, columns, source)
         picture = pictures.get(name)
         if picture is None:
             picture = pictures[name] = _Picture(split)
         elif picture.split != split:
             place = f"{source.path}, {unit} {number}"
             raise ValueError(f"{place}: {name} is in the splits {picture.split} and {split}")
-        if columns.image_id and not is_missing(row[columns.image_id]) and row[columns.image_id] != "":
-            picture.ids.add(id_of(row[columns.image_id], f"{source.path}, {unit} {number}"))
+        if image_id := id_in(row, columns, f"{source.path}, {unit} {number}"):
+            picture.ids.add(image_id)
         for column in columns.captions:
             value = row.get(column)
             if isinstance(value, str) and value:
@@ -135,9 +135,14 @@ def _text(value: object) -> object:
     return value.get("path") if isinstance(value, Mapping) else value
 
 
-def _split(value: object, source: Source) -> str:
-    if source.split:
-        return source.split
-    if not isinstance(value, str) or not value.strip():
-        return "train"
-    return split_named(value) or value.strip()
+def id_in(row: Mapping[str, object], columns: Columns, where: str) -> str:
+    """The image id that a row says, empty where it says none; ValueError as `id_of`."""
+    value = row.get(columns.image_id) if columns.image_id else None
+    return "" if is_missing(value) or value == "" else id_of(value, where)
+
+
+def split_in(row: Mapping[str, object], columns: Columns, source: Source) -> str:
+    """The split of a row: the user's, else what the row says, else train."""
+    value = row.get(columns.split) if columns.split else None
+    named = (split_named(value) or value.strip()) if isinstance(value, str) else ""
+    return source.split or named or "train"

@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 
 import xxhash
 
-from preprocessing.annotations.entry import Entry
+from preprocessing.annotations.entry import Entry, Source
 from sat.shards.schema import LeftOut
 
 SAME_PICTURE = "the same picture is in another split"
@@ -24,14 +24,10 @@ _GLANCE = 4096
 
 
 def read_split_lists(lists: Iterable[tuple[str, Path]]) -> dict[str, str]:
-    """File name -> split, from lists with one file name a line. ValueError for a name in two of them."""
+    """File name -> split, from lists with one file name a line. ValueError for a name in two, or as `Source.text`."""
     found: dict[str, str] = {}
     for split, path in lists:
-        try:
-            text = path.read_text(encoding="utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path}: a split list that is not UTF-8 text ({error})") from None
-        for name in filter(None, map(str.strip, text.splitlines())):
+        for name in filter(None, map(str.strip, Source(path).text.splitlines())):
             if found.setdefault(name, split) != split:
                 raise ValueError(f"{path}: {name} is in the splits {found[name]} and {split}")
     return found

@@ -6,7 +6,7 @@ of a container that has changed since, is filled again. Names come from stranger
 
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 from preprocessing.annotations.entry import Entry, Source
@@ -51,8 +51,7 @@ def unpacked(source: Source, content: Iterable[Embedded]) -> Iterator[Entry]:
 
 
 def _placed(entry: Entry, place: str, size: int) -> Entry:
-    values = vars(entry) | {"file_name": f"{place}/{entry.file_name}", "file_bytes": size, "embedded": True}
-    return Entry(**values)
+    return replace(entry, file_name=f"{place}/{entry.file_name}", file_bytes=size, embedded=True)
 
 
 def _standing(folder: Path, index: dict[str, object]) -> list[Entry]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sat.model.encoders import resnet, timm_network
 from sat.model.encoders.encoder import GridEncoder, refuse_unfit
-from sat.model.encoders.weights import RESNETS, TIMM, AboutWeights, Pixels, read_about
+from sat.model.encoders.weights import RESNETS, TIMM, AboutWeights, Pixels, read_about, refuse_unknown
 
 
 def build_encoder(
@@ -24,7 +24,7 @@ def build_encoder(
 
     ValueError for an architecture or a stage that does not exist.
     """
-    _refuse_unknown(architecture)
+    refuse_unknown(architecture)
     if architecture in RESNETS:
         return resnet.ResNet(architecture, stage, pixels)
     return timm_network.TimmNetwork(architecture, stage, pixels)
@@ -84,14 +84,6 @@ def parameters_of(encoder: resnet.ResNet | timm_network.TimmNetwork) -> dict[str
 def _named_module(encoder: resnet.ResNet | timm_network.TimmNetwork) -> nn.Module:
     network: nn.Module = encoder.network if isinstance(encoder, timm_network.TimmNetwork) else encoder
     return network
-
-
-def _refuse_unknown(architecture: str) -> None:
-    if architecture not in RESNETS and not architecture.startswith(TIMM):
-        raise ValueError(
-            f"encoder architecture {architecture!r} is unknown; choose one of {', '.join(RESNETS)} or {TIMM}NAME, "
-            "any backbone of the timm library"
-        )
 
 
 def _kind(architecture: str) -> str:

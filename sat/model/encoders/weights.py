@@ -81,6 +81,15 @@ def read_about(path: str | Path) -> AboutWeights:
     return AboutWeights(own, pixels if names else None, metadata.get("source", ""), centres)
 
 
+def refuse_unknown(architecture: str) -> None:
+    """Raise ValueError, with the choices, for a name that is neither of torchvision's nor marked as one of timm's."""
+    if architecture not in RESNETS and not architecture.startswith(TIMM):
+        raise ValueError(
+            f"encoder architecture {architecture!r} is unknown; choose one of {', '.join(RESNETS)} or {TIMM}NAME, "
+            "any backbone of the timm library"
+        )
+
+
 def named_stage(architecture: str, stage: int) -> int:
     """The one name of a stage: the last features of torchvision's ResNets are those of their fourth."""
     return LAST_RESNET_STAGE if stage == 0 and architecture in RESNETS else stage
