@@ -4,8 +4,8 @@
     for prediction in captioning([Path("dog.jpg"), picture_bytes, pixels]):
         print(prediction.caption)
 
-A prediction's picture is what the encoder saw (after rotation, crop and resize), not the file, so a cell of the
-attention lies exactly over the pixels it stands for.
+A prediction's picture is what the encoder saw (after rotation, crop and resize), not the file. Where the cells of the
+attention lie in the file is said by `sat.evaluation.attention_map.cells_over`.
 """
 
 from collections.abc import Iterable, Iterator
