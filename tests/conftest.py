@@ -20,6 +20,15 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
             pytest.skip("no CUDA device")
 
 
+@pytest.fixture(scope="module")
+def alone() -> Iterator[object]:
+    """The engine of a training in this process, the only rank."""
+    from tests.helpers_training import engine_alone
+
+    with engine_alone() as engine:
+        yield engine
+
+
 @pytest.fixture(scope="session")
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """A real Slurm of two nodes on this host, started once for all tests that ask for it."""

@@ -14,13 +14,7 @@ from sat.evaluation.split import _attention_use
 from sat.meter import AttentionUse
 from tests.helpers_captioner import PAPER, D, L, Reference, all_attentions, loss_sums, make_batch, make_model
 from tests.helpers_shards import make_feature_dataset
-from tests.helpers_training import SMALL, engine_alone, with_tokenizer
-
-
-@pytest.fixture(scope="module")
-def alone():
-    with engine_alone() as engine:
-        yield engine
+from tests.helpers_training import SMALL, with_tokenizer
 
 
 @pytest.fixture(scope="module")

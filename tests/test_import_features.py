@@ -235,7 +235,7 @@ def test_the_program_needs_no_picture_goes_on_and_shares_its_work(tmp_path, file
     run_program("import_features", "--out", tmp_path / "parts", "--step", "finalize")
     assert snapshot(tmp_path / "whole") == snapshot(tmp_path / "parts")
     before, plan = snapshot(tmp_path / "whole"), load_plan(tmp_path / "whole")
-    assert plan.fingerprint["name"] == "a detector"
+    assert plan.fingerprint["made_by"] == "a detector"
     (tmp_path / "whole" / "manifest.json").unlink()
     sidecar_path(tmp_path / "whole", plan.shards[1]).unlink()  # as if it had been killed there
     again = run_program("import_features", *given, "--out", tmp_path / "whole")
@@ -251,9 +251,9 @@ def test_features_of_one_shape_are_told_apart_by_the_name_of_what_made_them(tmp_
     specs = [run_import(files, tmp_path / "npy", tmp_path / f"out{name}", name=name).spec for name in ("A", "B", "")]
     specs[0].refuse(specs[0], "data/set")
     for other, said in zip(specs[1:], ("'B'", "''"), strict=True):
-        with pytest.raises(ValueError, match=f"data/set: its name is {said}, but 'A' is needed"):
+        with pytest.raises(ValueError, match=f"data/set: its made_by is {said}, but 'A' is needed"):
             specs[0].refuse(other, "data/set")
-    assert "name" not in specs[2].to_fingerprint()
+    assert "made_by" not in specs[2].to_fingerprint()
 
 
 def test_a_file_that_changes_after_the_plan_is_noticed(tmp_path, files):

@@ -24,13 +24,7 @@ from sat.run_folder import Run
 from sat.shards.manifest import load_manifest
 from sat.training_data import open_data, reading_options
 from tests.helpers_shards import make_coco, make_feature_dataset
-from tests.helpers_training import SMALL, engine_alone, with_tokenizer
-
-
-@pytest.fixture(scope="module")
-def alone():
-    with engine_alone() as engine:
-        yield engine
+from tests.helpers_training import SMALL, with_tokenizer
 
 
 @pytest.fixture(scope="module")

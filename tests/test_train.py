@@ -18,15 +18,9 @@ from sat.meter import OVERFLOWS_ALLOWED, Watch
 from sat.model.objectives.teacher_forcing import TeacherForcing
 from sat.run_folder import read_status
 from tests.helpers_shards import make_feature_dataset
-from tests.helpers_training import SMALL, engine_alone, with_tokenizer
+from tests.helpers_training import SMALL, with_tokenizer
 
 STEPS_PER_EPOCH = 3
-
-
-@pytest.fixture(scope="module")
-def alone():
-    with engine_alone() as engine:
-        yield engine
 
 
 @pytest.fixture(scope="module")

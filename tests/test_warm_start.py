@@ -16,16 +16,10 @@ from sat.model.encoders.resnet import ResNet
 from sat.text import CaptionTokenizer
 from sat.training_data import open_data
 from tests.helpers_shards import make_coco, make_feature_dataset
-from tests.helpers_training import SMALL, engine_alone, with_tokenizer
+from tests.helpers_training import SMALL, with_tokenizer
 from tests.test_two_process import launch
 
 ROWS = ("embedding.weight", "vocabulary.weight", "vocabulary.bias")
-
-
-@pytest.fixture(scope="module")
-def alone():
-    with engine_alone() as engine:
-        yield engine
 
 
 def settings(root: Path, **dataset) -> list[str]:

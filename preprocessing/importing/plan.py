@@ -85,7 +85,7 @@ def plan_import(
     shards, groups, digest = plan_records(present, options.shard_size, options.seed)
     in_order = [record for group in groups for record in group]
     seen = _look(source, [r for r in in_order if r.split in splits] or in_order, options)
-    spec = replace(_spec_of(seen, options), name=options.name)
+    spec = replace(_spec_of(seen, options), made_by=options.name)
     if spec.dtype == "int8":
         spec, settings = _with_scale(spec, settings, seen)
     fingerprint = {"writer": WRITER, "rules": RULES, "records": digest, "shard_size": options.shard_size}

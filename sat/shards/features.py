@@ -117,8 +117,8 @@ class FeatureSpec:
     """Regions only: the most that a picture has."""
     boxes: bool = False
     """Regions only: whether each has its box, float32 [L_i, 4] x0 y0 x1 y1 in 0..1."""
-    name: str = ""
-    """Of what made features from elsewhere, given by the user: nothing else tells two such sets of one shape apart."""
+    made_by: str = ""
+    """What made features from elsewhere, as the user calls it: nothing else tells two such sets of one shape apart."""
 
     @property
     def locations(self) -> int:
@@ -195,7 +195,7 @@ class FeatureSpec:
             scale_sha256=fingerprint.get("scale_sha256", ""),
             max_regions=fingerprint.get("max_regions", 0),
             boxes=fingerprint.get("boxes", False),
-            name=fingerprint.get("name", ""),
+            made_by=fingerprint.get("made_by", ""),
         )
 
     def to_fingerprint(self) -> dict[str, Any]:
@@ -205,14 +205,16 @@ class FeatureSpec:
             document |= {"grid": list(self.cells)}
         else:
             document |= {"kind": self.kind, "max_regions": self.max_regions, "boxes": self.boxes}
-        document |= {"dim": self.dim, "dtype": self.dtype, "scale_sha256": self.scale_sha256, "name": self.name}
+        document |= {"dim": self.dim, "dtype": self.dtype, "scale_sha256": self.scale_sha256, "made_by": self.made_by}
         return {name: value for name, value in document.items() if value != ""}
 
     def refuse(self, other: "FeatureSpec | None", where: str) -> None:
         """ValueError, naming `where` and both values, unless `other` is made as this one is."""
         if other is None:
             raise ValueError(f"{where}: it holds pictures, but features are needed; extract them first")
-        ours, theirs = ({"kind": each.kind, "dtype": "", "name": ""} | each.to_fingerprint() for each in (self, other))
+        ours, theirs = (
+            {"kind": each.kind, "dtype": "", "made_by": ""} | each.to_fingerprint() for each in (self, other)
+        )
         for name in sorted(ours.keys() | theirs.keys()):
             if ours.get(name) != theirs.get(name):
                 raise ValueError(
