@@ -35,12 +35,13 @@ def main(
         bool, typer.Option("--attention", help="write the attention to OUT/attention.npz too")
     ] = False,
 ) -> None:
-    """Caption picture files; a picture of each shows the attention of every word."""
+    """Caption picture files, never with `<unk>`; a picture of each shows the attention of every word."""
     drawing, known = Drawing(format, all_words), read_references(references)
     ours = {out / CAPTIONS, *earlier_plots(out)}
     paths = expand(pictures, ours, recursive)[: limit or None]
     captioning = Captioning.from_pretrained(model, weights)
-    captioning = captioning.with_options(beam_size=beam_size or captioning.options.beam_size, keep_attention=True)
+    beams = beam_size or captioning.options.beam_size
+    captioning = captioning.with_options(beam_size=beams, keep_attention=True, block_unk=True)  # it is for readers
     taken = {path for path in out.glob("*") if path not in ours} | set(paths)
     written: list[dict[str, object]] = []
     captioned, unreadable = [], []

@@ -68,7 +68,8 @@ def plain_loss(model: Captioner, grid, captions, lengths, dtype: torch.dtype) ->
         h, c = wide(model.init_h(mean)), wide(model.init_c(mean))
     else:
         h, c = plain_lstm(model.word_gates(model.image_word(mean)), 0)
-    loss, alpha_sum = 0, 0
+    loss, alpha_sum, drawn = 0, 0, 0
+    gain = wide(grid.new_zeros(len(lengths)))  # log-likelihood of each caption, beyond what is expected
     for t in range(int(lengths.max())):
         running = lengths > t
         words = model.embedding(captions[:, t]).to(dtype) * (t > 0 or model.spec.first_input == "start")
@@ -90,9 +91,12 @@ def plain_loss(model: Captioner, grid, captions, lengths, dtype: torch.dtype) ->
         nll = cross_entropy(wide(model.vocabulary(features)), captions[:, t + 1], reduction="none")[running]
         loss = loss + nll.sum()
         if model.spec.attention == "hard":
-            log_alpha = alpha[running].log()
-            loss = loss - 0.1 * ((model.reward_baseline - nll.detach()) * log_alpha[:, DRAWN]).sum()
-            loss = loss + 0.002 * (alpha[running] * log_alpha).sum()
+            log_alpha = alpha.log() * running[:, None]
+            drawn = drawn + log_alpha[:, DRAWN]
+            gain = gain.index_add(0, running.nonzero()[:, 0], wide(model.reward_baseline) - nll.detach())
+            loss = loss + 0.002 * (alpha * log_alpha).sum()
+    if model.spec.attention == "hard":
+        loss = loss - (gain * drawn).sum()
     loss, deviation = loss / lengths.sum(), (1 - alpha_sum) ** 2
     if model.spec.attention != "soft":
         return loss

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from sat import caption, files
 from sat.captioning import Captioning
@@ -21,7 +21,7 @@ from sat.model.encoders.resnet import ResNet
 from sat.model.spec import Sizes
 from sat.shards.features import EncoderSpec, FeatureSpec, Transform
 from sat.shards.pictures import BadPicture
-from sat.text import build_tokenizer
+from sat.text import UNK, build_tokenizer
 
 SMALL = ["model.lstm_dim=8", "model.embedding_dim=6", "model.attention_dim=5", "eval.max_length=6", "eval.beam_size=2"]
 WORDS = "a red circle above the blue square near one green star"
@@ -237,3 +237,13 @@ def test_pictures_that_cannot_be_read_are_named_after_the_others_are_captioned(p
     with pytest.raises(ValueError, match=rf"not captioned: {pictures[1]}"):
         run(pretrained, pictures, tmp_path / "out")
     assert len(json.loads((tmp_path / "out/captions.json").read_text())) == 4
+
+
+def test_the_program_never_says_unk(pretrained, pictures, tmp_path):
+    shutil.copytree(pretrained, tmp_path / "model")
+    weights = load_file(tmp_path / "model/best/model.safetensors")
+    weights["vocabulary.bias"][UNK] = 50
+    save_file(weights, tmp_path / "model/best/model.safetensors")
+    assert "<unk>" in Captioning.from_pretrained(tmp_path / "model", pretrained)(pictures[:1])[0].caption
+    rows = run(tmp_path / "model", pictures, tmp_path / "out")
+    assert len(rows) == 5 and not any("<unk>" in row["caption"] for row in rows.values())
