@@ -60,7 +60,8 @@ def main(
     if processes.is_main:
         print(kernels, flush=True)
     models = [each.model.to(processes.device) for each in trained]
-    result = evaluate(models, manifest, split, trained[0].tokenizer, search, reading_options(config), processes)
+    reading = reading_options(config, trained[0].features)
+    result = evaluate(models, manifest, split, trained[0].tokenizer, search, reading, processes)
 
     def report() -> None:
         words = trained[0].tokenizer.word_rule

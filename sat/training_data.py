@@ -13,7 +13,6 @@ from sat.config import Config, EncoderConfig
 from sat.data.loader import Pictures, Reading, steps_per_epoch
 from sat.model.encoders.encoder import opened_stages
 from sat.model.encoders.table import blueprint
-from sat.model.encoders.weights import INTERPOLATIONS, read_about
 from sat.shards.features import FeatureSpec, Transform
 from sat.shards.manifest import Manifest, load_manifest
 from sat.shards.pictures import RESIZE, decode, fit
@@ -69,6 +68,7 @@ def open_data(config: Config) -> TrainingData:
             f"train.warmup_steps {config.train.warmup_steps} must be below the {total_steps} steps of this training"
         )
     eval_every = config.train.eval_every or per_epoch
+    features = _features(config, main)
     return TrainingData(
         sources=sources,
         tokenizer=CaptionTokenizer.load(config.data.tokenizer),
@@ -76,8 +76,8 @@ def open_data(config: Config) -> TrainingData:
         total_steps=total_steps,
         eval_every=eval_every,
         save_every=config.train.save_every or eval_every,
-        features=_features(config, main),
-        reading=reading_options(config),
+        features=features,
+        reading=reading_options(config, FeatureSpec.from_fingerprint(features)),
     )
 
 
@@ -91,17 +91,17 @@ def _refuse_without_captions(manifest: Manifest, split: str) -> None:
         )
 
 
-def reading_options(config: Config) -> Reading:
-    """How samples are read; with `encoder.train` from picture files."""
-    size = config.encoder.image_size
+def reading_options(config: Config, features: FeatureSpec) -> Reading:
+    """How samples are read: with `encoder.train` from picture files, as `features`, the captioner's, say."""
     if not config.encoder.train:
         return Reading(config.data, None)
-    pixels = read_about(config.encoder.weights).pixels
-    interpolation = pixels.interpolation if pixels is not None else INTERPOLATIONS[0]
-    return Reading(config.data, Pictures(partial(decode_picture, size=size, interpolation=interpolation), size))
+    assert features.transform is not None, "an encoder that is trained sees pictures"
+    size = config.encoder.image_size
+    decoded = partial(decode_picture, size=size, interpolation=features.transform.interpolation)
+    return Reading(config.data, Pictures(decoded, size))
 
 
-def decode_picture(data: bytes, size: int, interpolation: str = INTERPOLATIONS[0]) -> Tensor:
+def decode_picture(data: bytes, size: int, interpolation: str) -> Tensor:
     """Picture file -> uint8 [3, size, size]. Raises BadPicture."""
     return torch.from_numpy(fit(decode(data), size, interpolation=interpolation)).permute(2, 0, 1)
 

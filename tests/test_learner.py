@@ -157,7 +157,7 @@ def test_the_model_trained_end_to_end_is_evaluated_and_captions_files_alike(run_
     for name in ("config.json", "tokenizer.json"):
         (tmp_path / name).write_text((folder / "best" / name).read_text())
     model = load_model(tmp_path)
-    reading = reading_options(model.config)
+    reading = reading_options(model.config, model.features)
     scored = evaluate([model.model], manifest, "val", model.tokenizer, model.config.eval, reading, alone.processes)
     assert sorted(scored.captions) == ["13", "14", "15"] and len(set(scored.captions.values())) > 1
     files = sorted((Path(config.data.features).parent / "images/val").iterdir())

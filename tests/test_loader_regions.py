@@ -165,7 +165,7 @@ def test_a_model_learns_from_regions_and_says_where_it_looked(root, settings, at
             "val",
             trained.tokenizer,
             config.eval,
-            reading_options(config),
+            reading_options(config, trained.features),
             engine.processes,
         )
     assert len(found.predictions) == 7
