@@ -52,10 +52,7 @@ def main(
     manifest = load_manifest(features or config.data.features)
     for model in trained:
         model.refuse_unfit(manifest)
-    precision = config.train.precision
-    if precision != "fp32" and not torch.cuda.is_available():
-        precision = best_precision()  # what a GPU trained in, this CPU may only emulate
-    processes = start(precision).processes
+    processes = start(scoring_precision(config.train.precision)).processes
     kernels = speed_up(config.train.kernels, processes.device)
     if processes.is_main:
         print(kernels, flush=True)
@@ -77,6 +74,11 @@ def main(
     attention = result.attention.values() if any(each.attends for each in trained) else {}
     processes.run_on_main(report)
     processes.leave()
+
+
+def scoring_precision(trained_in: str) -> str:
+    """What a model is scored in: as it was trained, but for a CPU that would only emulate what a GPU trained in."""
+    return trained_in if trained_in == "fp32" or torch.cuda.is_available() else best_precision()
 
 
 def load_ensemble(folders: Sequence[Path]) -> list[TrainedModel]:
