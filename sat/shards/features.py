@@ -215,7 +215,7 @@ class FeatureSpec:
         ours, theirs = (
             {"kind": each.kind, "dtype": "", "made_by": ""} | each.to_fingerprint() for each in (self, other)
         )
-        for name in sorted(ours.keys() | theirs.keys()):
+        for name in sorted(ours.keys() | theirs.keys(), key=lambda name: (name != "encoder", name)):  # the cause first
             if ours.get(name) != theirs.get(name):
                 raise ValueError(
                     f"{where}: its {name} is {theirs.get(name)!r}, but {ours.get(name)!r} is needed; "
