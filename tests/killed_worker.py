@@ -22,6 +22,7 @@ from preprocessing.features.plan import plan_features
 from preprocessing.features.recipe import FeatureOptions
 from preprocessing.shard_images import plan_images, shard_stripe
 from preprocessing.sharding.finalize import finalize
+from sat.model.encoders.table import blueprint
 
 
 def images(root: Path, out: Path) -> None:
@@ -58,6 +59,8 @@ def run_and_kill(kind: str, root: Path, out: Path, seconds: float) -> tuple[int,
 
 if __name__ == "__main__":
     Image.init()
+    if sys.argv[1] == "features":  # what planning imports when it is first asked for an encoder, once for all
+        blueprint(Path(sys.argv[2]) / "weights.safetensors", 1, 32)
     for line in sys.stdin:
         folder, delay = line.split()
         print(*run_and_kill(sys.argv[1], Path(sys.argv[2]), Path(folder), float(delay)), flush=True)
