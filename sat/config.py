@@ -119,18 +119,22 @@ class TrackingConfig:
     """MLflow beside the journal."""
 
     mlflow_uri: str = setting("", may_change=True)
-    """MLflow server or `sqlite:////absolute/path.db`; empty: `mlflow.db` beside the run folder; `none`: no MLflow."""
+    """MLflow server or `sqlite:////absolute/path.db`, or `none`; empty: as MLFLOW_TRACKING_URI in the environment says,
+    without it `mlflow.db` beside the run folder."""
     experiment: str = setting("show-attend-and-tell", may_change=True)
     """MLflow experiment."""
     run_name: str = setting("", may_change=True)
     """MLflow run name; empty: the run folder's name."""
 
     def __post_init__(self) -> None:
-        uri = self.mlflow_uri
-        if uri not in ("", "none") and ("://" not in uri or uri.startswith("file:")):
-            raise ValueError(
-                f"tracking.mlflow_uri={uri!r}: give http(s)://SERVER, sqlite:////absolute/path.db or `none`"
-            )
+        if self.mlflow_uri:
+            refuse_store(self.mlflow_uri, "tracking.mlflow_uri")
+
+
+def refuse_store(uri: str, name: str) -> None:
+    """Raise ValueError, naming where it was given, for what is no MLflow store that we write to, and not `none`."""
+    if uri != "none" and ("://" not in uri or uri.startswith("file:")):
+        raise ValueError(f"{name}={uri!r}: give http(s)://SERVER, sqlite:////absolute/path.db or `none`")
 
 
 @dataclass(frozen=True)

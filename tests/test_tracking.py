@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+from sat import files
 from sat.config import TrackingConfig
 from sat.tracking import journal as tracking
 from sat.tracking.journal import Tracker, read_journal
@@ -57,6 +58,7 @@ def test_a_damaged_line_costs_no_other_line(tmp_path):
 
 FULL_DISK = """
 import resource, sys
+from sat import files
 from sat.config import TrackingConfig
 from sat.tracking.journal import Tracker
 tracker = Tracker(sys.argv[1], TrackingConfig(mlflow_uri="none"))
@@ -115,3 +117,38 @@ def test_the_store_is_an_absolute_sqlite_file_beside_the_run_folder(tmp_path, mo
     for uri, expected in (("", tmp_path / "runs/mlflow.db"), ("sqlite:///other.db", tmp_path / "other.db")):
         Tracker("runs/a", TrackingConfig(mlflow_uri=uri))
         assert json.loads((tmp_path / "runs/a/tracking.json").read_text())["uri"] == f"sqlite:///{expected}"
+
+
+SERVER = "https://me:secret@mlflow.example.org"
+
+
+def stores(folder, *lives: tuple[str, str], capsys, monkeypatch) -> list[str]:
+    """The store of each life of a run, (setting, MLFLOW_TRACKING_URI) each; what was said is left to `capsys`."""
+    found = []
+    replace_uploader(monkeypatch, NoUploader)
+    for step, (setting, variable) in enumerate(lives):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", variable)
+        Tracker(folder, TrackingConfig(mlflow_uri=setting), resume_step=step).close()
+        found.append(files.read_json(folder / "tracking.json").get("uri", ""))
+    return found
+
+
+def test_the_environment_names_the_store_where_the_settings_do_not_and_that_is_said(tmp_path, capsys, monkeypatch):
+    run, own = tmp_path / "run", f"sqlite:///{tmp_path}/mlflow.db"
+    assert stores(run, ("", SERVER), capsys=capsys, monkeypatch=monkeypatch) == [SERVER]
+    said = capsys.readouterr().err
+    assert (
+        said == "MLflow: https://***@mlflow.example.org, as MLFLOW_TRACKING_URI says (tracking.mlflow_uri is empty)\n"
+    )
+    lives = [("http://other", SERVER), ("", ""), ("", SERVER), ("", ""), (own, SERVER), ("", "")]
+    found = stores(run, *lives, capsys=capsys, monkeypatch=monkeypatch)
+    assert found == ["http://other", "http://other", SERVER, SERVER, own, own]
+    assert capsys.readouterr().err.count("MLFLOW_TRACKING_URI") == 1  # of the six it decided one
+    assert stores(tmp_path / "none", ("none", SERVER), capsys=capsys, monkeypatch=monkeypatch) == [""]
+
+
+@pytest.mark.parametrize("named", ["mlruns", "file:///tmp/mlruns"])
+def test_a_store_of_the_environment_that_cannot_be_is_told_and_not_used(tmp_path, capsys, monkeypatch, named):
+    found = stores(tmp_path / "run", ("", named), capsys=capsys, monkeypatch=monkeypatch)
+    assert found == [f"sqlite:///{tmp_path}/mlflow.db"]
+    assert capsys.readouterr().err.startswith(f"warning: MLFLOW_TRACKING_URI={named!r}: give http(s)://SERVER")

@@ -14,12 +14,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 from uuid import uuid4
 
 from sat import files
-from sat.config import TrackingConfig
+from sat.config import TrackingConfig, refuse_store
 
 JOURNAL = "metrics.jsonl"
 ARTIFACTS = "artifacts.jsonl"
@@ -33,11 +34,44 @@ Entry = dict[str, Any]
 
 CLOSE_TIMEOUT_S = 60.0
 """For a server that answers; one that does not ends the wait within seconds."""
+VARIABLE = "MLFLOW_TRACKING_URI"
+"""MLflow's own variable: where figures go that the settings do not send anywhere."""
 MAX_PENDING_BYTES = 1 << 20
 """Lines kept in memory while the disk takes none."""
 
 _NAME = re.compile(r"\w[\w\-. :]*(/\w[\w\-. :]*)*")
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Store:
+    """The MLflow that a run's figures go to."""
+
+    uri: str
+    """Empty: none."""
+    said: str = ""
+    """Where the address is from, if not from the settings."""
+    problem: str = ""
+    """Why the one that the environment names is not used."""
+
+
+def store_of(tracking: TrackingConfig, folder: Path, before: str = "") -> Store:
+    """What `tracking.mlflow_uri` names; where it is empty MLFLOW_TRACKING_URI, else `mlflow.db` beside the folder.
+
+    `before`: the store of the run's earlier lives; a server stays the run's own until another one is named.
+    """
+    if tracking.mlflow_uri:
+        return Store("" if tracking.mlflow_uri == "none" else _absolute_uri(tracking.mlflow_uri))
+    own, named = f"sqlite:///{folder.resolve().parent / 'mlflow.db'}", os.environ.get(VARIABLE, "")
+    if not named:
+        return Store(before if before and not before.startswith("sqlite:") else own)
+    try:
+        refuse_store(named, VARIABLE)
+    except ValueError as error:
+        return Store(own, problem=f"warning: {error}; MLflow is kept in {own}")
+    shown = re.sub("//[^/@]*@", "//***@", named)  # a password is nobody's business
+    said = f"MLflow: {shown}, as {VARIABLE} says (tracking.mlflow_uri is empty)"
+    return Store("" if named == "none" else _absolute_uri(named), said)
 
 
 class Tracker:
@@ -56,7 +90,6 @@ class Tracker:
         OSError for a folder that cannot be written. An MLflow that cannot be reached raises nothing, here or later.
         """
         self._folder = Path(run_dir).resolve()
-        uri = "" if tracking.mlflow_uri == "none" else _absolute_uri(tracking.mlflow_uri, self._folder)
         self._folder.mkdir(parents=True, exist_ok=True)
         drop_after(self._folder / JOURNAL, resume_step)
         if not resume_step:
@@ -65,8 +98,12 @@ class Tracker:
         self._size = os.fstat(self._file).st_size
         self._pending = b""
         self._uploader: subprocess.Popen[bytes] | None = None
-        if uri:
-            before = files.read_json(self._folder / SETTINGS) if resume_step else {}
+        before = files.read_json(self._folder / SETTINGS) if resume_step else {}
+        store = store_of(tracking, self._folder, before.get("uri", ""))
+        for said in (store.said, store.problem):
+            if said:
+                print(said, file=sys.stderr, flush=True)
+        if uri := store.uri:
             self._settings = {
                 "key": before.get("key", uuid4().hex),
                 "started": before.get("started", time.time()),
@@ -216,7 +253,6 @@ def _number(value: float | None) -> float | str | None:
     return value if value is None or math.isfinite(value) else str(value)
 
 
-def _absolute_uri(uri: str, folder: Path) -> str:
-    uri = uri or f"sqlite:///{folder.parent / 'mlflow.db'}"
+def _absolute_uri(uri: str) -> str:
     scheme, _, path = uri.partition(":///")
     return f"sqlite:///{Path(path).resolve()}" if scheme == "sqlite" else uri
