@@ -19,6 +19,7 @@ from typing import NoReturn
 
 PROGRAMS = {
     "prepare": ("preprocessing.prepare", "pictures and captions of any layout, ready to train on"),
+    "doctor": ("sat.doctor.examine", "what would stop a long run, found before it starts, and how to mend it"),
     "train": ("sat.train", "train the captioner of a configuration, or go on with it"),
     "evaluate": ("sat.evaluate", "score a trained model on a split"),
     "caption": ("sat.caption", "caption picture files, with pictures of the attention"),
@@ -37,7 +38,7 @@ BENCHMARKS = {
 }
 """Benchmark -> the module whose `run` measures it (one of another package runs as a process), and what it compares."""
 
-LAUNCHED = ("train", "evaluate")
+LAUNCHED = ("train", "evaluate", "doctor")
 """Programs that run on several processes; `--launch FILE` starts these."""
 
 USAGE = """usage: sat COMMAND [OPTIONS]      sat COMMAND --help shows the options
@@ -47,7 +48,7 @@ USAGE = """usage: sat COMMAND [OPTIONS]      sat COMMAND --help shows the option
 
   sat train --launch launch/cpu.yaml [--processes N] CONFIG ... runs on the processes that an accelerate configuration
   describes, as `accelerate launch --config_file launch/cpu.yaml -m sat.train CONFIG ...` does, but an error is one
-  sentence and signals reach every process. So does evaluate."""
+  sentence and signals reach every process. So do evaluate and doctor."""
 
 OTHER_MACHINE_WAITS_S = 10.0
 """A rank without sight of rank 0 leaves it this long to speak and to have everybody ended."""

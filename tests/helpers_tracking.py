@@ -45,7 +45,7 @@ def replace_uploader(patch, uploader) -> None:
 
 
 def client(uri: str):
-    mlflow_upload._connect(uri)  # sets MLflow's environment
+    mlflow_upload.connect(uri)  # sets MLflow's environment
     from mlflow.tracking import MlflowClient
 
     return MlflowClient(uri)

@@ -44,6 +44,7 @@ LAYERS = (
     ("sat.evaluation", "sat.captioning"),
     ("sat.train", "sat.evaluate", "sat.caption", "sat.draw", "sat.summary"),
     ("sat.bench",),
+    ("sat.doctor",),
 )
 """Lowest first. A module imports from lower layers and from its own room; the longest prefix says where it stands.
 

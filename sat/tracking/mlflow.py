@@ -83,7 +83,7 @@ def follow(folder: Path, parent: int) -> None:
             failures = 0
         except Exception as error:  # whatever it is, the journal has everything
             if not failures:
-                _say(f"no MLflow at {settings.get('uri')}: {_reason(error)}; {JOURNAL} keeps everything")
+                _say(f"no MLflow at {settings.get('uri')}: {reason(error)}; {JOURNAL} keeps everything")
             uploader, failures = None, failures + 1
         if last:
             if failures:
@@ -99,7 +99,7 @@ class Uploader:
         """Find or make the experiment and the run, send its params, and learn which points it has."""
         self._folder, self._settings = folder, settings
         with _store_lock(settings["uri"]):
-            self._client = _connect(settings["uri"])
+            self._client = connect(settings["uri"])
             run = self._find_or_create_run()
         self._run_id = run.info.run_id
         self._offset = 0
@@ -207,7 +207,7 @@ class Uploader:
         files.write_json(self._folder / UPLOADED, uploaded)
 
 
-def _connect(uri: str) -> Any:
+def connect(uri: str) -> Any:
     """MLflow's client; makes a fresh sqlite file first."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -267,7 +267,7 @@ def _pause(folder: Path, parent: int, seconds: float) -> None:
         time.sleep(min(0.25, seconds))
 
 
-def _reason(error: BaseException) -> str:
+def reason(error: BaseException) -> str:
     """The first line of what lies at the bottom of MLflow's wrappings, e.g. `Connection refused`."""
     while inner := error.__cause__ or error.__context__:
         error = inner
@@ -290,7 +290,7 @@ def main(
         except ValueError:
             raise
         except Exception as error:  # of MLflow and what lies below it
-            raise ValueError(_reason(error)) from error
+            raise ValueError(reason(error)) from error
         return None
     while os.getppid() == parent:  # the uploader of the run's previous life may be at its last words
         with _run_lock(folder) as mine:

@@ -1,0 +1,36 @@
+"""Whether the run's MLflow answers in time and takes what the run would write to it."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from sat import files
+from sat.config import Config
+from sat.doctor.rows import Row, ok, warning
+from sat.tracking.journal import SETTINGS, UPLOADED, store_of
+from sat.tracking.probe import probe
+
+BOUND_S = 60.0
+
+
+def check_mlflow(config: Config, bound_s: float = BOUND_S) -> Iterator[Row]:
+    """A warning at most: a training goes on without MLflow and catches up."""
+    folder = Path(config.train.run_dir)
+    store = store_of(config.tracking, folder, files.read_json(folder / SETTINGS).get("uri", ""))
+    if store.problem:
+        yield warning("MLflow", store.problem.removeprefix("warning: "), "set it anew, or tracking.mlflow_uri")
+    if not store.uri:
+        yield ok("MLflow", "none, as tracking.mlflow_uri or MLFLOW_TRACKING_URI says")
+        return
+    known = files.read_json(folder / UPLOADED)
+    run_id = known.get("run_id", "") if known.get("uri") == store.uri else ""
+    answer = probe(store.uri, config.tracking.experiment, run_id, bound_s)
+    shown = store.said.partition(" (")[0].removeprefix("MLflow: ") or store.uri
+    if answer.works:
+        yield ok("MLflow", f"{shown}: {answer.said}")
+        return
+    mend = (
+        "start the server, name the right one by tracking.mlflow_uri (or `none`); a run that starts without it loses "
+    )
+    mend += f"nothing and catches up: sat sync {folder}"
+    found, semicolon, way_out = answer.said.rpartition("; ")
+    yield warning("MLflow", f"{shown}: {found or answer.said}", way_out if semicolon else mend)
