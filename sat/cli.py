@@ -1,8 +1,9 @@
 """The command `sat`, and how every program of it says what went wrong: in one sentence, once.
 
 `sat --help` is instant: a sub-command's module is loaded when it is called. `run_program` runs one program. What a user
-or a file can cause is `error: ...` on standard error and exit status 1; a wrong option has exit status 2. Of the ranks
-of a launch only the first that fails speaks, all end at once, and nobody waits for a rank that is gone.
+or a file can cause is `error: ...` on standard error and exit status 1; a wrong option has exit status 2; 75 says that
+nobody is to blame and the same command is to be started again. Of the ranks of a launch only the first that fails
+speaks, all end at once, and nobody waits for a rank that is gone.
 """
 
 import importlib
@@ -16,6 +17,14 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
+
+START_AGAIN = 75
+"""Exit status, EX_TEMPFAIL of sysexits.h: a process was lost, or a stop has saved nothing new."""
+
+
+class StartAgain(Exception):
+    """An end for which starting the same command again is right; exit status `START_AGAIN`."""
+
 
 PROGRAMS = {
     "prepare": ("preprocessing.prepare", "pictures and captions of any layout, ready to train on"),
@@ -79,8 +88,8 @@ def run_program(
 ) -> None:
     """Run a function as a typer program, by default with this process's arguments; returns when it has succeeded.
 
-    ValueError and OSError end it with one sentence and exit status 1, a wrong option with exit status 2. `name` is how
-    the program is called, `more` stands at the end of its `--help`.
+    ValueError and OSError end it with one sentence and exit status 1, a wrong option with exit status 2, `StartAgain`
+    with 75. `name` is how the program is called, `more` stands at the end of its `--help`.
     """
     import typer
 
@@ -93,6 +102,8 @@ def run_program(
         status = command.main(given, prog_name=name, standalone_mode=False)
     except (ValueError, OSError) as error:
         _end(_sentence(error), 1)
+    except StartAgain as error:
+        _end(_sentence(error), START_AGAIN)
     except KeyboardInterrupt:
         _end("", 130)
     except Exception as error:

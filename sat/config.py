@@ -112,6 +112,8 @@ class TrainConfig:
     """Stop after this many evaluations without a better CIDEr; 0: never."""
     log_every: int = setting(10, above=0, may_change=True)
     """Steps between lines of `metrics.jsonl`."""
+    timeout: float = setting(600.0, above=0, may_change=True)
+    """Seconds in which a training that hangs has ended; no step, batch or save takes so long, scoring may."""
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ resumed.
 """
 
 import contextlib
-import signal
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -16,6 +15,7 @@ from sat import files
 from sat.config import Config, TrackingConfig, flatten, load_config, save_config
 from sat.engine.engine import Engine
 from sat.engine.processes import Processes
+from sat.stopping import Wish, listen
 from sat.tracking.journal import Tracker
 
 STOP_FILE = "STOP"
@@ -48,8 +48,8 @@ class Run:
     """Rank 0 only."""
     status: Status = field(default_factory=lambda: Status("running"))
     """What `open_run` writes when the run is left."""
-    signals: list[int] = field(default_factory=list)
-    """Signals received, in order."""
+    wish: Wish = field(default_factory=Wish)
+    """Of this process, to stop."""
 
     @property
     def checkpoints(self) -> Path:
@@ -63,7 +63,7 @@ class Run:
 
     def stop_wanted(self) -> bool:
         """Whether this rank has been asked to stop, by a signal or (rank 0) by the file STOP in the run folder."""
-        return bool(self.signals) or (self.processes.is_main and (self.folder / STOP_FILE).exists())
+        return self.wish.is_there() or (self.processes.is_main and (self.folder / STOP_FILE).exists())
 
     def log(self, step: int, values: Mapping[str, float | None]) -> None:
         """One line of the journal. Rank 0 writes."""
@@ -111,7 +111,7 @@ def attach(folder: Path) -> Iterator[Tracker]:
 
 @contextlib.contextmanager
 def open_run(config: Config, engine: Engine, resume_step: int) -> Iterator[Run]:
-    """Make or re-open the run folder, listen for SIGTERM and SIGUSR1 inside, and say in its status how it was left.
+    """Make or re-open the run folder, listen to the wish to stop, and say in its status how it was left.
 
     All ranks enter; only rank 0 writes. Journal lines after `resume_step` belong to a life that was lost, and are
     superseded. Inside, the last act is to write a status; an exception makes it `failed`.
@@ -128,10 +128,8 @@ def open_run(config: Config, engine: Engine, resume_step: int) -> Iterator[Run]:
     if processes.is_main:
         params = flatten(config) | {"world_size": processes.world_size, "engine": engine.layout}
         tracker = _open_tracker(folder, config.tracking, params, resume_step)
-    run = Run(folder, processes, tracker)
+    run = Run(folder, processes, tracker, wish=listen())
     run.keep_artifact(folder / CONFIG_FILE)
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, lambda received, _: run.signals.append(received))
     run.write_status(Status("running", resume_step))
     try:
         yield run

@@ -38,6 +38,9 @@ class NoUploader:
     def wait(self, timeout):
         pass
 
+    def poll(self):
+        pass
+
 
 def replace_uploader(patch, uploader) -> None:
     names = {name: getattr(subprocess, name) for name in ("DEVNULL", "TimeoutExpired")}

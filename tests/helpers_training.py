@@ -9,6 +9,7 @@ from sat.data.loader import read_references
 from sat.engine.engine import Engine
 from sat.engine.start import start
 from sat.shards.manifest import load_manifest
+from sat.stopping import STOP_SIGNALS
 from sat.text import build_tokenizer
 
 SMALL = [
@@ -32,7 +33,7 @@ SMALL = [
 @contextmanager
 def engine_alone() -> Iterator[Engine]:
     """That of the only process; the signal handlers that runs set are taken back."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     yield start("fp32")
     for number, handler in handlers.items():
         signal.signal(number, handler)

@@ -25,7 +25,7 @@ PATHS = {
 }
 
 LAYERS = (
-    ("sat.files", "sat.settings", "sat.cli"),
+    ("sat.files", "sat.settings", "sat.stopping", "sat.cli"),
     ("sat.text", "sat.shards", "sat.model.spec", "sat.data.options", "sat.evaluation.options"),
     ("sat.config",),
     ("sat.data", "sat.model"),
@@ -39,7 +39,7 @@ LAYERS = (
     ),
     ("sat.engine",),
     ("sat.checkpoint", "sat.export", "sat.meter"),
-    ("sat.run_folder", "sat.training_data", "sat.train_state", "sat.warm_start"),
+    ("sat.run_folder", "sat.run_lock", "sat.training_data", "sat.train_state", "sat.warm_start"),
     ("sat.learner",),
     ("sat.evaluation", "sat.captioning"),
     ("sat.train", "sat.evaluate", "sat.caption", "sat.draw", "sat.summary"),
@@ -243,7 +243,15 @@ def test_types_need_no_imports_of_their_own():
     ("modules", "allowed"),
     [
         (
-            ["sat.files", "sat.settings", "sat.cli", "sat.model.spec", "sat.data.options", "sat.evaluation.options"],
+            [
+                "sat.files",
+                "sat.settings",
+                "sat.stopping",
+                "sat.cli",
+                "sat.model.spec",
+                "sat.data.options",
+                "sat.evaluation.options",
+            ],
             set(),
         ),
         (["sat.config"], {"omegaconf"}),

@@ -8,8 +8,10 @@ hand these loaders to `accelerator.prepare`: they are already shared among the r
 import gc
 import logging
 import os
+import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
+from sat import stopping
 from sat.data.batch import BatchReader, CaptionBatch, CaptionOptions, GridRow, InTransit, Stretch, stretches_of
 from sat.data.buffers import Ring
 from sat.data.options import CacheOptions, LoaderOptions
@@ -181,10 +184,11 @@ def _iterate(
         shuffle=False,
         num_workers=workers,
         pin_memory=reading.pin_memory,
-        worker_init_fn=_settle_worker,
+        worker_init_fn=partial(_settle_worker, threading.current_thread() is threading.main_thread()),
         multiprocessing_context="fork" if workers else None,  # workers inherit the ring
     )
-    batches: Iterator[CaptionBatch] = iter(loader)
+    with stopping.held():  # workers are born deaf to the wish to stop, which schedulers send to everybody
+        batches: Iterator[CaptionBatch] = iter(loader)
     epoch = bad = retries = 0
     try:
         for batch in batches:
@@ -200,12 +204,17 @@ def _iterate(
         if isinstance(batches, _MultiProcessingDataLoaderIter):
             # Its own __del__ comes too late where an error's frames hold it: then workers end only after 5 s each.
             batches._shutdown_workers()
+            for worker in batches._workers:  # torch gives up on those that read for longer than 5 s
+                worker.kill()
     if retries:
         logger.warning("%d reads failed and were repeated with success", retries)
 
 
-def _settle_worker(_: int) -> None:
-    """For a forked process: no threads in the tokenizers library, no search for garbage in what was inherited."""
+def _settle_worker(by_main_thread: bool, _: int) -> None:
+    """For a forked process: it serves its parent, no threads in the tokenizers library, no search for garbage in what
+    was inherited.
+    """
+    stopping.serve(by_main_thread)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     gc.freeze()
 

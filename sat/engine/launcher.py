@@ -2,7 +2,7 @@
 
 Whenever a rank does not leave with exit status 0, `accelerate launch` ends with some forty lines of its own, and it
 passes on some signals and not others. Here only the ranks speak, their exit status is ours, and SIGTERM, SIGINT, SIGHUP
-and SIGUSR1 reach every rank; nobody is killed for taking its time to save.
+and SIGUSR1 reach every rank; nobody is killed for taking its time to save. Ranks do not outlive us (`sat.stopping`).
 """
 
 import logging
@@ -10,18 +10,19 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
-PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+from sat.cli import START_AGAIN
+from sat.stopping import LAUNCHER, heard
 
 
 def launch(config: Path, module: str, arguments: Sequence[str], processes: int = 0) -> int:
     """Run `python -m MODULE ARGUMENTS` on the processes that an accelerate configuration describes; their exit status.
 
     `processes`: how many, instead of the configuration's number. Waits for them. A rank that was killed is said here,
-    as it cannot say so itself: 128 + its signal is then the status.
+    as it cannot say so itself: 75 is then the status, as the same command goes on; 128 + its signal where it crashed.
     """
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -31,15 +32,15 @@ def launch(config: Path, module: str, arguments: Sequence[str], processes: int =
     number = ["--num_processes", str(processes)] if processes else []
     given = launch_command_parser().parse_args(["--config_file", str(config), *number, "-m", module, *arguments])
     given.signals_to_handle = "SIGUSR2"  # torch's handler would end the ranks: all others are ours
-    for each in PASSED_ON:
+    os.environ[LAUNCHER] = str(os.getpid())
+    for each in heard():
         signal.signal(each, _pass_on)
     try:
         launch_command(given)
     except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        return _status(failure.exitcode, f"rank {rank}")
+        return _status({f"rank {rank}": failure.exitcode for rank, failure in error.failures.items()})
     except subprocess.CalledProcessError as error:
-        return _status(error.returncode, "the process")
+        return _status({"the process": error.returncode})
     return 0
 
 
@@ -52,8 +53,11 @@ def _pass_on(number: int, _: FrameType | None) -> None:
             continue
 
 
-def _status(code: int, who: str) -> int:
-    if code >= 0:
-        return code
-    print(f"error: {who} was ended by {signal.Signals(-code).name}", file=sys.stderr, flush=True)
-    return 128 - code
+def _status(codes: Mapping[str, int]) -> int:
+    """One for the failures of a launch: a killed rank explains what the others then met, as does another's error."""
+    killed = {who: signal.Signals(-code) for who, code in codes.items() if code < 0}
+    for who, number in killed.items():
+        print(f"error: {who} was ended by {number.name}", file=sys.stderr, flush=True)
+    crashes = [128 + number for number in killed.values() if number not in (signal.SIGKILL, *heard())]
+    errors = [code for code in codes.values() if code > 0 and code != START_AGAIN]
+    return (crashes or (errors if not killed else []) or [START_AGAIN])[0]

@@ -7,6 +7,8 @@ only gradients use the fast interconnect.
 import contextlib
 import os
 import sys
+import threading
+import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -16,6 +18,24 @@ import torch
 import torch.distributed as dist
 
 T = TypeVar("T")
+LOOK_EVERY_S = 0.2
+"""How often the ranks look at their wishes while rank 0 is busy."""
+
+
+class Interrupted(Exception):
+    """Work was left on all ranks together because one of them had the wish to."""
+
+
+@dataclass
+class Pulse:
+    """When this rank last got on, and with what; `sat.engine.watchdog` looks at it."""
+
+    at: float = field(default_factory=time.monotonic)
+    doing: str = "starting"
+
+    def beat(self, doing: str = "") -> None:
+        """Something has ended well; the next thing is `doing`, or the same as before."""
+        self.at, self.doing = time.monotonic(), doing or self.doing
 
 
 @dataclass(frozen=True)
@@ -30,6 +50,8 @@ class Processes:
     """Type of the matrix products where it is not that of the weights."""
     host_group: Any = None
     """All ranks, over gloo; None for one alone."""
+    pulse: Pulse = field(default_factory=Pulse, compare=False)
+    """Each collective that ends is a beat."""
 
     @property
     def is_main(self) -> bool:
@@ -49,6 +71,7 @@ class Processes:
         total = torch.tensor(values, dtype=torch.float64)
         if self.world_size > 1:
             dist.all_reduce(total, group=self.host_group)
+        self.pulse.beat()
         sums: list[float] = total.tolist()
         return sums
 
@@ -58,6 +81,7 @@ class Processes:
             return [value]
         values: list[T | None] = [None] * self.world_size
         dist.all_gather_object(values, value, group=self.host_group)
+        self.pulse.beat()
         return values  # type: ignore[return-value]  # every place has been filled
 
     def broadcast(self, value: T) -> T:
@@ -66,12 +90,14 @@ class Processes:
             return value
         box = [value]
         dist.broadcast_object_list(box, src=0, group=self.host_group)
+        self.pulse.beat()
         return box[0]
 
     def barrier(self) -> None:
         """Wait for all ranks."""
         if self.world_size > 1:
             dist.barrier(group=self.host_group)
+        self.pulse.beat()
 
     def run_on_main(self, action: Callable[[], T]) -> T:
         """Rank 0 runs `action()`, all ranks get its result; if it raises, all ranks raise, so nobody waits for ever."""
@@ -82,6 +108,34 @@ class Processes:
             except Exception as error:
                 outcome = (None, error)
         result, failed = self.broadcast(outcome)
+        if failed is not None:
+            raise failed
+        return result  # type: ignore[return-value]  # that of `action`
+
+    def run_beside_on_main(self, action: Callable[[], T], interrupted: Callable[[], bool] = lambda: False) -> T:
+        """As `run_on_main`, for what takes long: nobody waits in silence, and it can be left.
+
+        Raises Interrupted on all ranks a moment after one's `interrupted()`; what `action` does then has no effect.
+        """
+        outcome: list[tuple[T | None, Exception | None]] = []
+
+        def act() -> None:
+            try:
+                outcome.append((action(), None))
+            except Exception as error:
+                outcome.append((None, error))
+
+        worker = threading.Thread(target=act, name="beside", daemon=True)
+        if self.is_main:
+            worker.start()
+        done = 0.0
+        while not done:
+            if self.is_main:
+                worker.join(LOOK_EVERY_S)
+            done, stop = self.sum_over_ranks([bool(outcome), interrupted()])
+            if stop and not done:
+                raise Interrupted
+        result, failed = self.broadcast(outcome[0] if outcome else (None, None))
         if failed is not None:
             raise failed
         return result  # type: ignore[return-value]  # that of `action`

@@ -1,6 +1,7 @@
 """Score a split: every image once over all ranks, decoded freely, scored once on rank 0."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 
 import torch
@@ -9,7 +10,7 @@ from sat.data.batch import CaptionBatch
 from sat.data.loader import Reading, evaluation_batches, read_references
 from sat.data.options import CacheOptions
 from sat.data.plan import Share
-from sat.engine.processes import Processes
+from sat.engine.processes import Interrupted, Processes
 from sat.evaluation.decoding import Decodable, Hypothesis, decode
 from sat.evaluation.metrics import Scores, score
 from sat.evaluation.options import EvaluationOptions
@@ -49,13 +50,15 @@ def evaluate(
     options: EvaluationOptions,
     reading: Reading,
     processes: Processes,
+    interrupted: Callable[[], bool] = lambda: False,
 ) -> Evaluation:
     """Decode and score `split` by a model or an ensemble. All ranks enter and all get the result.
 
     The scores are the same for any number of ranks (but for hard attention that samples its locations). Raises
-    ValueError where the split is empty or the captions do not cover it exactly.
+    ValueError where the split is empty or the captions do not cover it exactly, and Interrupted on all ranks together,
+    after a batch or while rank 0 scores, once any rank's `interrupted()` says so.
     """
-    local = decode_split(models, manifest, split, tokenizer, options, reading, processes)
+    local = decode_split(models, manifest, split, tokenizer, options, reading, processes, interrupted)
     gathered = [pair for part in processes.gather(local) for pair in part]
     gathered.sort(key=lambda pair: pair[0].image_id)  # sums too are the same for any number of ranks
     predictions = tuple(prediction for prediction, _ in gathered)
@@ -68,7 +71,7 @@ def evaluate(
         return score(references, captions, tuple(options.metrics))
 
     attention = sum((use for _, use in gathered), AttentionUse())
-    return Evaluation(processes.run_on_main(score_once), predictions, attention)
+    return Evaluation(processes.run_beside_on_main(score_once, interrupted), predictions, attention)
 
 
 def scored_references(
@@ -95,27 +98,47 @@ def decode_split(
     options: EvaluationOptions,
     reading: Reading,
     processes: Processes,
+    interrupted: Callable[[], bool] = lambda: False,
 ) -> list[tuple[Prediction, AttentionUse]]:
     """This rank's images of the split, captioned, and where the captions looked; a progress line on rank 0.
 
-    The predictions hold their attention only where `options` asks for it.
+    The predictions hold their attention only where `options` asks for it. All ranks enter; they look at their wishes
+    together after each batch, also those that have none left: raises Interrupted as `evaluate` does.
     """
     from tqdm import tqdm
 
     share = Share(processes.rank, processes.world_size)
     batches = evaluation_batches(manifest, split, reading, batch_size=options.batch_size, share=share)
-    looking = replace(options, keep_attention=True)
     found: list[tuple[Prediction, AttentionUse]] = []
     images = manifest.splits.get(split, 0)
-    with tqdm(total=images, desc=f"decode {split}", unit="image", disable=not processes.is_main, leave=False) as bar:
-        for batch in batches:
-            there = batch.to(processes.device)
-            with processes.autocast():
-                hypotheses = decode(models, there.grid, looking, batch.image_ids, there.regions)
-            for row, best in enumerate(hypotheses):
-                kept = best if options.keep_attention else [_without_trace(each) for each in best]
-                found.append((_predict(batch, row, kept, tokenizer, options), _attention_use(best[0])))
-            bar.update(min(len(batch.image_ids) * processes.world_size, images - bar.n))
+    bar = tqdm(total=images, desc=f"decode {split}", unit="image", disable=not processes.is_main, leave=False)
+    with bar, closing(batches):
+        working = True
+        while working:
+            batch = next(batches, None)
+            if batch is not None:
+                found += _caption_batch(batch, models, tokenizer, options, processes)
+                bar.update(min(len(batch.image_ids) * processes.world_size, images - bar.n))
+            working, stop = map(bool, processes.sum_over_ranks([batch is not None, interrupted()]))
+            if stop:
+                raise Interrupted
+    return found
+
+
+def _caption_batch(
+    batch: CaptionBatch,
+    models: Sequence[Decodable],
+    tokenizer: CaptionTokenizer,
+    options: EvaluationOptions,
+    processes: Processes,
+) -> list[tuple[Prediction, AttentionUse]]:
+    there, looking = batch.to(processes.device), replace(options, keep_attention=True)
+    with processes.autocast():
+        hypotheses = decode(models, there.grid, looking, batch.image_ids, there.regions)
+    found = []
+    for row, best in enumerate(hypotheses):
+        kept = best if options.keep_attention else [_without_trace(each) for each in best]
+        found.append((_predict(batch, row, kept, tokenizer, options), _attention_use(best[0])))
     return found
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO, Any
 from uuid import uuid4
 
-from sat import files
+from sat import files, stopping
 from sat.config import TrackingConfig, refuse_store
 
 JOURNAL = "metrics.jsonl"
@@ -36,6 +36,10 @@ CLOSE_TIMEOUT_S = 60.0
 """For a server that answers; one that does not ends the wait within seconds."""
 VARIABLE = "MLFLOW_TRACKING_URI"
 """MLflow's own variable: where figures go that the settings do not send anywhere."""
+STOPPED_TIMEOUT_S = 5.0
+"""After a wish to stop: a preemption leaves little time, and the journal has everything."""
+REVIVALS = 3
+"""So often an uploader that has died (out of memory, say) is started again."""
 MAX_PENDING_BYTES = 1 << 20
 """Lines kept in memory while the disk takes none."""
 
@@ -98,6 +102,7 @@ class Tracker:
         self._size = os.fstat(self._file).st_size
         self._pending = b""
         self._uploader: subprocess.Popen[bytes] | None = None
+        self._revived = 0
         before = files.read_json(self._folder / SETTINGS) if resume_step else {}
         store = store_of(tracking, self._folder, before.get("uri", ""))
         for said in (store.said, store.problem):
@@ -130,6 +135,7 @@ class Tracker:
         numbers = {_checked(name): _number(value) for name, value in values.items()}
         entry = {"step": int(step), "time": round(time.time(), 3), **numbers}
         self._pending += json.dumps(entry).encode() + b"\n"
+        self._revive_uploader()
         try:
             self._append()
         except OSError as error:
@@ -154,19 +160,29 @@ class Tracker:
         except OSError as error:
             _log.warning("%s: %s", self._folder / JOURNAL, error)
 
-    def close(self, status: str = "FINISHED") -> None:
-        """End this life of the run as FINISHED, FAILED or KILLED; waits at most `CLOSE_TIMEOUT_S` for MLflow."""
+    def close(self, status: str = "FINISHED", patience_s: float = CLOSE_TIMEOUT_S) -> None:
+        """End this life of the run as FINISHED, FAILED or KILLED; waits at most `patience_s` for MLflow."""
         self.flush()
         os.close(self._file)
         if self._uploader is None:
             return
         try:
-            files.write_json(self._folder / SETTINGS, self._settings | {"status": status, "ended": time.time()})
-            self._uploader.wait(CLOSE_TIMEOUT_S)
+            self._settings |= {"status": status, "ended": time.time()}
+            files.write_json(self._folder / SETTINGS, self._settings)
+            self._revive_uploader()
+            if self._uploader.wait(patience_s):
+                raise OSError(f"its uploader ended with exit status {self._uploader.returncode}")
         except (OSError, subprocess.TimeoutExpired) as error:
             self._uploader.kill()
             self._uploader.wait()
             _log.warning("MLflow is behind (%s); catch up: sat sync %s", error, self._folder)
+
+    def _revive_uploader(self) -> None:
+        if self._uploader is None or not self._uploader.poll() or self._revived == REVIVALS:
+            return
+        self._revived += 1
+        _log.warning("the MLflow uploader has ended with exit status %d, starting it again", self._uploader.returncode)
+        self._start_uploader()
 
     def _append(self) -> None:
         """Write what is pending, whole lines or nothing."""
@@ -186,10 +202,11 @@ class Tracker:
         path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
         try:
             files.write_json(self._folder / SETTINGS, self._settings)
-            # its own session: signals to the training's process group are not for it; it ends when its parent does
-            self._uploader = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, env=os.environ | {"PYTHONPATH": path}, start_new_session=True
-            )
+            # the wish to stop is not for it, by whatever way it comes; it ends when its parent does
+            with stopping.held():
+                self._uploader = subprocess.Popen(
+                    command, stdin=subprocess.DEVNULL, env=os.environ | {"PYTHONPATH": path}, start_new_session=True
+                )
         except OSError as error:
             _log.warning("no MLflow for this run: %s", error)
 

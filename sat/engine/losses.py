@@ -1,0 +1,48 @@
+"""A process that is gone, told as what it is: from whom we hear of it, and what to do."""
+
+import contextlib
+import re
+import socket
+from collections.abc import Iterator
+
+import torch
+
+from sat.cli import StartAgain
+from sat.engine.processes import Processes
+
+_WORKER = re.compile(r"DataLoader worker \(pid\D* (\d+)\) (is killed by signal: \w+|exited unexpectedly)")
+_PEER = re.compile(
+    r"connection (closed|reset|refused)|broken pipe|socket (timeout|closed)|timed? ?out waiting|application timeout|"
+    r"(remote process|peer) (has )?exited|network error|failed to (recv|send)|wait timeout",
+    re.IGNORECASE,
+)
+
+
+@contextlib.contextmanager
+def named(processes: Processes) -> Iterator[None]:
+    """Inside, the loss of another rank or of a process that reads batches is raised as `StartAgain`, in a sentence.
+
+    Raises ValueError where a device has no memory left.
+    """
+    me = f"rank {processes.rank} on {socket.gethostname()}"
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise ValueError(
+            f"{me} is out of memory ({_first_line(error)}); lower train.global_batch, or raise train.accumulation_steps"
+        ) from error
+    except RuntimeError as error:
+        if found := _WORKER.search(str(error)):
+            raise StartAgain(
+                f"{me}: its process {found[1]}, which reads batches, {found[2]} (a kill is often lack of memory: lower "
+                "data.num_workers); what was saved stays: start it again"
+            ) from error
+        if processes.world_size > 1 and _PEER.search(str(error)):
+            raise StartAgain(
+                f"{me} has lost another rank ({_first_line(error)}); what was saved stays: start it again"
+            ) from error
+        raise
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).partition("\n")[0][:200] or type(error).__name__

@@ -1,0 +1,137 @@
+"""Nobody waits for ever: a rank that has not got on for too long shows where it stands and ends.
+
+Each rank has a thread that looks at its pulse, and tells the others of it through the launcher's store. So those that
+wait for a rank can name it, its host and what it is at, also when it is stopped and cannot speak.
+"""
+
+import contextlib
+import faulthandler
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from sat.cli import START_AGAIN
+from sat.engine.processes import Processes
+
+EARLY = 0.8
+"""Share of the time-out after which a rank gives up: the whole job is to have ended within it."""
+LOOK_EVERY_S = 5.0
+"""At most; a fortieth of a short time-out."""
+STUCK_FOR_GOOD_S = 60.0
+"""Later than this no thread of ours has had its turn: the interpreter itself hangs."""
+
+
+@contextlib.contextmanager
+def watched(processes: Processes, timeout: float, last_words: Callable[[str], None]) -> Iterator[None]:
+    """Inside, a pulse that stands still for nearly `timeout` seconds ends this process with exit status 75.
+
+    It says who is waited for, shows the stacks of all threads, and gives the sentence to `last_words`.
+    """
+    watch = _Watch(processes, timeout, last_words)
+    thread = threading.Thread(target=watch.look, name="watchdog", daemon=True)
+    processes.pulse.beat()
+    thread.start()
+    try:
+        yield
+    finally:
+        watch.ended.set()
+        thread.join()
+        faulthandler.cancel_dump_traceback_later()
+
+
+@dataclass
+class _Watch:
+    processes: Processes
+    timeout: float
+    last_words: Callable[[str], None]
+    ended: threading.Event = field(default_factory=threading.Event)
+    store: Any = None
+    """A connection of our own to the launcher's store; None alone, or where it is out of reach."""
+    looks: int = 0
+
+    @property
+    def every(self) -> float:
+        return min(LOOK_EVERY_S, self.timeout / 40)
+
+    def look(self) -> None:
+        """The thread."""
+        with contextlib.suppress(RuntimeError, ValueError, KeyError):
+            if self.processes.world_size > 1:
+                address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+                wait = timedelta(seconds=self.every)
+                self.store = dist.TCPStore(address, port, is_master=False, timeout=wait)  # type: ignore[attr-defined]  # public
+        while not self.ended.wait(self.every):
+            self._tell()
+            with contextlib.suppress(OSError):
+                faulthandler.dump_traceback_later(self.timeout + STUCK_FOR_GOOD_S, exit=True, file=2)
+            if time.monotonic() - self.processes.pulse.at > EARLY * self.timeout:
+                self._give_up()
+
+    def _tell(self) -> None:
+        self.looks += 1
+        pulse = self.processes.pulse
+        still = f"{self.looks}|{socket.gethostname()}|{os.getpid()}|{time.monotonic() - pulse.at:.0f}|{pulse.doing}"
+        with contextlib.suppress(RuntimeError):
+            if self.store is not None:
+                self.store.set(f"sat/pulse/{self.processes.rank}", still)
+
+    def _heard(self) -> dict[int, str]:
+        """What each other rank last said of itself."""
+        found: dict[int, str] = {}
+        with contextlib.suppress(RuntimeError):
+            for rank in range(self.processes.world_size) if self.store is not None else ():
+                key = f"sat/pulse/{rank}"
+                if rank != self.processes.rank and self.store.check([key]):
+                    found[rank] = self.store.get(key).decode()
+        return found
+
+    def _give_up(self) -> None:
+        """Say who stands where, show the stacks, and end; those who are waited for end too where they are at hand."""
+        pulse, before = self.processes.pulse, self._heard()
+        for _ in range(3):
+            time.sleep(self.every)
+            self._tell()
+        others: list[str] = []
+        silent: list[tuple[str, int]] = []
+        for rank, words in self._heard().items():
+            _, host, number, seconds, doing = words.split("|", 4)
+            gone = words == before.get(rank)
+            silent += [(host, int(number))] if gone else []
+            state = "gives no sign of life since it was at" if gone else f"has been for {seconds} s at"
+            others.append(f"rank {rank} on {host} {state}: {doing}")
+        waited = time.monotonic() - pulse.at
+        if waited < EARLY * self.timeout:
+            return  # it has got on meanwhile
+        sentence = (
+            f"rank {self.processes.rank} on {socket.gethostname()} has not got on for {waited:.0f} s at: {pulse.doing} "
+            f"(train.timeout is {self.timeout:g}); {'; '.join([*others, 'what was saved stays: start it again'])}"
+        )
+        with contextlib.suppress(OSError, ValueError):
+            print(f"error: {sentence}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):
+            faulthandler.dump_traceback(2, all_threads=True)
+        telling = threading.Thread(target=self.last_words, args=(sentence,), daemon=True)
+        telling.start()  # the disk may be what hangs
+        telling.join(self.every)
+        for host, pid in silent:
+            if host == socket.gethostname() and _is_stopped(pid):
+                with contextlib.suppress(OSError):
+                    os.kill(pid, signal.SIGKILL)
+        os._exit(START_AGAIN)
+
+
+def _is_stopped(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in ("T", "t")
+    except OSError:
+        return False

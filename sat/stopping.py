@@ -1,0 +1,80 @@
+"""The wish to stop: which signals say it, who hears them, and who ends with whom.
+
+A signal never interrupts a training, it is remembered. Whoever serves a training (a process that reads batches, say)
+ignores these signals, as a scheduler sends them to everybody at once, and ends with the process that it serves. A rank
+of a launch takes the end of its launcher, whatever ended it, for a wish to stop.
+"""
+
+import contextlib
+import ctypes
+import os
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+LAUNCHER = "SAT_LAUNCHER"
+"""Environment variable: process id of the launcher that is ours."""
+_LAUNCHED = (LAUNCHER, "LOCAL_RANK", "ACCELERATE_MIXED_PRECISION")
+"""One of these is set where a launcher (torchrun, accelerate, ours) has started this process."""
+_PR_SET_PDEATHSIG = 1  # from linux/prctl.h
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What has been asked of this process since `listen`."""
+
+    signals: list[int] = field(default_factory=list)
+    """Received, in order."""
+    launcher: int = 0
+    """Process id of the launcher that this process must not outlive; 0: there is none."""
+
+    def is_there(self) -> bool:
+        """Whether this process has been asked to stop."""
+        return bool(self.signals) or (self.launcher != 0 and os.getppid() != self.launcher)
+
+
+def heard() -> list[signal.Signals]:
+    """The signals to listen to: SIGHUP is not among them under `nohup`."""
+    return [each for each in STOP_SIGNALS if each != signal.SIGHUP or signal.getsignal(each) != signal.SIG_IGN]
+
+
+def listen() -> Wish:
+    """Remember the signals from now on; under a launcher its end comes as SIGTERM."""
+    launcher = 0
+    if any(name in os.environ for name in _LAUNCHED):
+        launcher = int(os.environ.get(LAUNCHER, os.getppid()))
+    wish = Wish(launcher=launcher)
+    for number in heard():
+        signal.signal(number, lambda received, _: wish.signals.append(received))
+    if launcher:
+        end_with_parent(signal.SIGTERM)
+    return wish
+
+
+def serve(end_with_parents_thread: bool = True) -> None:
+    """For a forked process that serves another: ignore the signals, and end at once when its parent has ended.
+
+    Only where the parent's main thread has forked it: with another thread it would end too early.
+    """
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+    if end_with_parents_thread:
+        end_with_parent(signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def held() -> Iterator[None]:
+    """Signals wait until the block is left. A process started inside is born with them held, until it calls `serve`."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def end_with_parent(number: signal.Signals) -> None:
+    """Have the system send this process a signal when its parent (the thread that started it) ends."""
+    with contextlib.suppress(AttributeError):  # no Linux
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(number))
