@@ -1,44 +1,99 @@
-"""Checkpoints: a folder `step-N` that is complete or ignored.
+"""Checkpoints: a folder `step-N` that is complete or ignored, written while training goes on.
 
 Whether a checkpoint is good is decided by digests in COMMIT.json, written last, and never by file times; so a
-half-written, damaged or foreign folder is passed over by name, and an older whole one is used.
+half-written, damaged or foreign folder is passed over by name, and an older whole one is used. It holds safetensors
+and JSON alone: nothing in it is ever executed.
 """
 
 import json
 import re
 import shutil
+import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from sat import files
 from sat.engine.processes import Processes
+from sat.train_state import TrainState
 
 FOLDER = re.compile(r"step-(\d+)")
 COMMIT = "COMMIT.json"
+FILES = {"model.safetensors": "weights/", "average.safetensors": "average/", "optimizer.safetensors": ""}
+"""File -> what the names of its tensors begin with; that is left out in the file. The last holds all others."""
 
 
-def save(folder: Path, step: int, processes: Processes, write: Callable[[Path], None], keep: int) -> bool:
-    """Commit `folder/step-N` whole or not at all; prune to the newest `keep` (at least 2). All ranks enter.
+@dataclass(frozen=True)
+class SaveResult:
+    """How a save ended."""
 
-    `write(path)` runs on every rank and writes this rank's files below `path`. Returns False, with a warning, when any
-    rank failed: training may go on with the older checkpoint.
-    """
-    final = folder / f"step-{step:08d}"
-    temporary = processes.broadcast(files.temporary_name(final, folder))
-    errors = _errors(processes, (lambda: temporary.mkdir(parents=True)) if processes.is_main else None)
-    errors = errors or _errors(processes, lambda: write(temporary))
-    errors = errors or _errors(processes, (lambda: _commit(temporary, final, step)) if processes.is_main else None)
-    if errors:
-        if processes.is_main:
-            shutil.rmtree(temporary, ignore_errors=True)
-            warnings.warn(
-                f"checkpoint of step {step} was NOT saved ({'; '.join(errors)}); the older one stays", stacklevel=2
-            )
-        return False
-    if processes.is_main:
-        _prune(folder, max(keep, 2))
-    return True
+    step: int
+    error: str = ""
+    """Why nothing was saved; the older checkpoints stay."""
+
+
+@dataclass
+class Saver:
+    """One per run on every rank. At most one save is under way; the next one waits for it."""
+
+    folder: Path
+    processes: Processes
+    keep: int
+    """Newest checkpoints kept, at least two."""
+    _thread: threading.Thread | None = None
+    _ended: list[SaveResult] = field(default_factory=list)
+    """Not yet told, oldest first."""
+
+    def begin(self, step: int, tensors: Mapping[str, Tensor], state: TrainState) -> None:
+        """Start to commit `step-N` of these tensors on the host, which nobody may change. All ranks enter.
+
+        Rank 0 writes in a thread and prunes afterwards; only a save that is still under way is waited for.
+        """
+        self._join()
+        if not self.processes.is_main:
+            return
+        self._thread = threading.Thread(target=self._write, args=(step, tensors, state), name=f"save step {step}")
+        self._thread.start()
+
+    def poll(self) -> list[SaveResult]:
+        """Rank 0's saves that have ended since the last call; never waits. The other ranks get []."""
+        told: list[SaveResult] = []
+        while self._ended:
+            told.append(self._ended.pop(0))
+        return told
+
+    def wait(self) -> list[SaveResult]:
+        """No save is under way any more; those that have ended since the last call, on every rank. All ranks enter."""
+        self._join()
+        return self.processes.broadcast(self.poll())
+
+    def _join(self) -> None:
+        if self._thread:
+            self._thread.join()
+            self._thread = None
+
+    def _write(self, step: int, tensors: Mapping[str, Tensor], state: TrainState) -> None:
+        try:
+            _save(self.folder, step, tensors, state)
+            _prune(self.folder, max(self.keep, 2))
+            self._ended.append(SaveResult(step))
+        except Exception as error:  # whatever fails here, a full disk above all, training outlives it
+            self._ended.append(SaveResult(step, f"{type(error).__name__}: {error}"))
+
+
+def read(path: Path) -> dict[str, Tensor]:
+    """The tensors of a whole checkpoint (see `damage`) by name, mapped from its files."""
+    return {
+        f"{prefix}{name}": value
+        for file, prefix in FILES.items()
+        if (path / file).is_file()
+        for name, value in load_file(path / file).items()
+    }
 
 
 def latest(folder: Path) -> Path | None:
@@ -87,19 +142,33 @@ def damage(path: Path) -> str | None:
     return None
 
 
-def _errors(processes: Processes, action: Callable[[], None] | None) -> list[str]:
-    """Run `action` where there is one; every rank learns of every rank's failure, so that nobody hangs."""
-    error = None
+def _save(folder: Path, step: int, tensors: Mapping[str, Tensor], state: TrainState) -> None:
+    """Commit `folder/step-N` whole or not at all."""
+    if spoilt := [name for name, value in tensors.items() if not torch.isfinite(value).all()]:
+        raise ValueError(f"not finite: {', '.join(spoilt)}")
+    final = folder / f"step-{step:08d}"
+    temporary = files.temporary_name(final, folder)
+    temporary.mkdir(parents=True)
     try:
-        if action:
-            action()
-    except Exception as caught:  # whatever fails here, a full disk above all, training outlives it
-        error = f"rank {processes.rank}: {type(caught).__name__}: {caught}"
-    return [each for each in processes.gather(error) if each]
+        for name, content in _by_file(tensors).items():
+            with files.replacing(temporary / name) as file:
+                save_file(content, file)
+        state.write(temporary)
+        _commit(temporary, final, step)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _by_file(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    found: dict[str, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        file, prefix = next((file, prefix) for file, prefix in FILES.items() if name.startswith(prefix))
+        found.setdefault(file, {})[name.removeprefix(prefix)] = value
+    return found
 
 
 def _commit(temporary: Path, final: Path, step: int) -> None:
-    """Digest what all ranks have written, and publish it."""
+    """Digest what was written, and publish it."""
     written = sorted(path for path in temporary.rglob("*") if path.is_file())
     digests = {
         str(path.relative_to(temporary)): {"bytes": path.stat().st_size, "sha256": files.sha256(path)}

@@ -1,19 +1,19 @@
 """Model, optimizer and weight average of a run: built once, moved step by step, saved and loaded as tensors."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sat import checkpoint, files
+from sat import checkpoint
 from sat.config import Config
 from sat.data.batch import CaptionBatch
 from sat.data.loader import evaluation_batches
-from sat.engine.ddp import tensors_of
 from sat.engine.engine import Engine, Stepper, StepResult
 from sat.engine.processes import Processes
+from sat.engine.state import host_copies, part
 from sat.model.captioner import Captioner
 from sat.model.encoders.end_to_end import EndToEnd, feature_statistics
 from sat.model.encoders.table import load_encoder
@@ -28,7 +28,7 @@ from sat.training_data import TrainingData
 from sat.warm_start import start_from
 from sat.word_vectors import load_word_vectors
 
-AVERAGE = "average.safetensors"
+AVERAGE = "average"
 
 
 @dataclass(frozen=True)
@@ -90,28 +90,23 @@ class Learner:
             local = [float(sum(part[name].float() for part in counts)) for name in follows]
             self.objective.after_step(dict(zip(follows, processes.sum_over_ranks(local), strict=True)))
 
-    def save(self, folder: Path, processes: Processes) -> None:
-        """Write weights, optimizer and average below `folder`. All ranks enter."""
-        self.stepper.save(folder)
+    def state(self, processes: Processes) -> dict[str, Tensor]:
+        """Weights, optimizer (see `sat.engine.state`) and `average/NAME`, copied to rank 0's host. All ranks enter."""
+        found = self.stepper.state()
         if self.average is not None and processes.is_main:
-            with files.replacing(folder / AVERAGE) as temporary:
-                save_file(tensors_of(self.average), temporary)
+            found |= host_copies({f"{AVERAGE}/{name}": value for name, value in self.average.state_dict().items()})
+        return found
 
-    def load(self, folder: Path) -> None:
-        """Inverse of `save`; the files' digests have been checked. All ranks enter."""
-        self.stepper.load(folder)
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Inverse of `state`; every rank has all the tensors. All ranks enter."""
+        self.stepper.load_state(tensors)
         if self.average is not None:
-            self.average.load_state_dict(load_file(folder / AVERAGE))
+            self.average.load_state_dict(part(tensors, AVERAGE))
 
 
 def build_learner(config: Config, data: TrainingData, engine: Engine) -> Learner:
     """A fresh learner; the weights are a function of the seed alone. All ranks enter."""
     processes, train = engine.processes, config.train
-    if engine.casts_weights and config.encoder.train and train.precision != "fp32":
-        raise ValueError(
-            f"encoder.train on {engine.layout} in {train.precision} would round the encoder's BatchNorms; "
-            "use train.precision=fp32, or launch/multi_gpu.yaml"
-        )
     torch.manual_seed(train.seed)
     model = build_model(config, data, processes).to(processes.device)
     objective = TeacherForcing(model)

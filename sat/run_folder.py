@@ -126,7 +126,7 @@ def open_run(config: Config, engine: Engine, resume_step: int) -> Iterator[Run]:
     processes.run_on_main(prepare)
     tracker = None
     if processes.is_main:
-        params = flatten(config) | {"world_size": processes.world_size, "engine": engine.layout}
+        params = flatten(config) | {"world_size": processes.world_size, "engine": engine.name}
         tracker = _open_tracker(folder, config.tracking, params, resume_step)
     run = Run(folder, processes, tracker, wish=listen())
     run.keep_artifact(folder / CONFIG_FILE)

@@ -5,6 +5,7 @@ functions of (seed, epoch, step, rank), so a run continues from its counters and
 """
 
 import itertools
+import warnings
 from collections.abc import Generator
 from contextlib import closing
 from dataclasses import replace
@@ -44,10 +45,11 @@ def train(config: Config, engine: Engine) -> Progress:
     """Run, or continue, the training that `config` describes. All ranks enter; returns where it ended."""
     data = open_data(config)
     learner = build_learner(config, data, engine)
-    this = identity(config, data, engine)
-    progress = resume(config, data, learner, this, engine.processes)
+    this = identity(config, data)
+    progress = resume(config, data, learner, this, engine)
     with open_run(config, engine, progress.step) as run, progress_bar(data, progress, run) as bar:
         meter, watch = Meter(), Watch(config.train.max_skipped_steps)
+        saver = checkpoint.Saver(run.checkpoints, run.processes, config.train.keep_checkpoints)
         finished, stop = has_ended(config, data, progress), False
         with closing(steps_from(config, data, progress.cursor, run.processes, meter)) as steps:
             while not (finished or stop):
@@ -58,14 +60,17 @@ def train(config: Config, engine: Engine) -> Progress:
                 last, diverged = progress.step == data.total_steps, watch.see(result)
                 if progress.step % config.train.log_every == 0 or last or diverged:
                     log_step(progress.step, meter, learner, run, bar)
+                warn_of(saver.poll())
                 if diverged:
+                    warn_of(saver.wait())
                     raise ValueError(divergence(config, progress.step, watch, run))
                 if progress.step % data.eval_every == 0 or last:
                     with meter.paused():
                         progress = score_and_keep_best(config, data, learner, progress, run)
                 finished = has_ended(config, data, progress)
                 if finished or stop or progress.step % data.save_every == 0:
-                    save(config, learner, TrainState(progress, this, data.total_steps), run)
+                    save(learner, TrainState(progress, this, data.total_steps, written_by(engine)), run, saver)
+        warn_of(saver.wait())
         for path in sorted(run.best.glob("*")):
             run.keep_artifact(path, "model")
         run.write_status(status_of("finished" if finished else "stopped", progress))
@@ -130,25 +135,33 @@ def has_ended(config: Config, data: TrainingData, progress: Progress) -> bool:
 # ------------------------------------------------------------------ continue and save
 
 
-def identity(config: Config, data: TrainingData, engine: Engine) -> Identity:
-    """Which training this is."""
+def identity(config: Config, data: TrainingData) -> Identity:
+    """Which training this is, whatever the engine and the number of ranks."""
     features: list[list[str | float]] = [[manifest.digest, weight] for manifest, weight in data.sources]
-    return Identity(fixed_settings(config), features, data.tokenizer.digest, engine.layout)
+    return Identity(fixed_settings(config), features, data.tokenizer.digest)
 
 
-def resume(config: Config, data: TrainingData, learner: Learner, current: Identity, processes: Processes) -> Progress:
+def written_by(engine: Engine) -> str:
+    """How training is spread now; the next life may be spread otherwise."""
+    return f"{engine.name} on {engine.processes.world_size} ranks"
+
+
+def resume(config: Config, data: TrainingData, learner: Learner, current: Identity, engine: Engine) -> Progress:
     """Load the newest whole checkpoint of the run folder, if there is one. All ranks enter.
 
     Raises ValueError when it belongs to another training, or when all checkpoints are damaged.
     """
+    processes = engine.processes
     path = processes.run_on_main(lambda: checkpoint.latest(Path(config.train.run_dir) / "checkpoints"))
     if path is None:
         return Progress(Cursor.start(data.sources, config.train.seed))
     state = TrainState.read(path)
     state.identity.refuse(current)
-    learner.load(path)
+    learner.load_state(checkpoint.read(path))
     if processes.is_main:
         print(f"continuing {path} at step {state.progress.step} of {data.total_steps}", flush=True)
+        if state.written_by != written_by(engine):
+            print(f"it was written by {state.written_by}, and goes on with {written_by(engine)}", flush=True)
         if state.total_steps != data.total_steps:
             print(other_length(config, state, data.total_steps), flush=True)
         if has_ended(config, data, state.progress):
@@ -173,17 +186,20 @@ def other_length(config: Config, state: TrainState, total_steps: int) -> str:
     )
 
 
-def save(config: Config, learner: Learner, state: TrainState, run: Run) -> None:
-    """Commit a checkpoint. All ranks enter."""
+def save(learner: Learner, state: TrainState, run: Run, saver: checkpoint.Saver) -> None:
+    """Begin to commit a checkpoint. All ranks enter."""
     run.flush()
-
-    def write(folder: Path) -> None:
-        learner.save(folder, run.processes)
-        if run.processes.is_main:
-            state.write(folder)
-
-    checkpoint.save(run.checkpoints, state.progress.step, run.processes, write, config.train.keep_checkpoints)
+    saver.begin(state.progress.step, learner.state(run.processes), state)
     run.write_status(status_of("running", state.progress))
+
+
+def warn_of(results: list[checkpoint.SaveResult]) -> None:
+    """Tell of saves that have failed."""
+    for each in results:
+        if each.error:
+            warnings.warn(
+                f"checkpoint of step {each.step} was NOT saved ({each.error}); the older one stays", stacklevel=2
+            )
 
 
 def status_of(state: str, progress: Progress) -> Status:

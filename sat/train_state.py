@@ -15,6 +15,8 @@ from sat.config import Config, fixed_settings
 from sat.data.plan import Cursor
 
 FILE = "state.json"
+FORMAT = 2
+"""Of a checkpoint's files: tensors by name, for every engine."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +41,6 @@ class Identity:
     """Digest and weight of each data set."""
     tokenizer: str
     """Digest."""
-    engine: str
-    """Layout of the tensors."""
 
     def refuse(self, current: "Identity") -> None:
         """Raise ValueError, naming both values of each difference, unless `current` is the same training."""
@@ -60,21 +60,29 @@ class TrainState:
     identity: Identity
     total_steps: int
     """Length of the schedule it was written under."""
+    written_by: str
+    """Engine and number of ranks, which the next life may change."""
 
     def write(self, folder: Path) -> None:
         """Write it below the checkpoint `folder`."""
         identity = self.identity._flat()
         progress = dataclasses.asdict(self.progress)
-        files.write_json(folder / FILE, {"progress": progress, "identity": identity, "total_steps": self.total_steps})
+        about = {"total_steps": self.total_steps, "written_by": self.written_by, "format": FORMAT}
+        files.write_json(folder / FILE, {"progress": progress, "identity": identity, **about})
 
     @classmethod
     def read(cls, folder: Path) -> "TrainState":
-        """Inverse of `write`."""
+        """Inverse of `write`. Raises ValueError for a checkpoint of another version of this program."""
         saved: dict[str, Any] = json.loads((folder / FILE).read_text())
+        if (found := saved.get("format", 1)) != FORMAT:
+            raise ValueError(
+                f"{folder} has format {found}, this version continues format {FORMAT}: continue it with the version "
+                "that wrote it, or begin a new train.run_dir with train.start_from, which takes a run's best model"
+            )
         settings = dict(saved["identity"])
-        others = {name: settings.pop(name) for name in ("features", "tokenizer", "engine")}
+        others = {name: settings.pop(name) for name in ("features", "tokenizer")}
         progress = Progress(**saved["progress"] | {"cursor": Cursor.from_dict(saved["progress"]["cursor"])})
-        return cls(progress, Identity(settings, **others), saved["total_steps"])
+        return cls(progress, Identity(settings, **others), saved["total_steps"], saved["written_by"])
 
 
 def refuse_other_settings(before: dict[str, object], now: dict[str, object]) -> None:

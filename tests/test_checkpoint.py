@@ -1,46 +1,53 @@
-"""Checkpoints appear whole or not at all, and only a whole one is used."""
+"""Checkpoints appear whole or not at all, only a whole one is used, and saving waits for nothing."""
 
 import json
 import os
 import random
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from sat import checkpoint
+from sat.checkpoint import Saver, SaveResult
+from sat.data.plan import CURSOR_VERSION, Cursor
 from sat.engine.processes import Processes
+from sat.train_state import Identity, Progress, TrainState
 
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.fixture(scope="module")
-def alone():
-    return Processes()
+def tensors_of(number: float) -> dict[str, torch.Tensor]:
+    names = ("weights/a.weight", "weights/count", "exp_avg/a.weight", "exp_avg_sq/a.weight", "step", "average/a.weight")
+    return {name: torch.full((3, 2), number) if "a." in name else torch.tensor(number) for name in names}
 
 
-def write_three(text: str):
-    def write(folder: Path) -> None:
-        (folder / "model.safetensors").write_text(text * 50)
-        (folder / "state.json").write_text(json.dumps({"text": text}))
-        (folder / "deepspeed").mkdir()
-        (folder / "deepspeed" / "part-0").write_text(text)
-
-    return write
+def state_of(step: int, words: str = "") -> TrainState:
+    cursor = Cursor(CURSOR_VERSION, "digest", 1, 0, 0)
+    return TrainState(Progress(cursor, step), Identity({"words": words}, [], "digest"), 9, "DDP on 1 ranks")
 
 
-def test_the_newest_by_step_number_is_used_whatever_the_file_times(tmp_path, alone):
+def save(folder: Path, step: int, keep: int = 2, number: float = 1.0) -> list[SaveResult]:
+    saver = Saver(folder, Processes(), keep)
+    saver.begin(step, tensors_of(number), state_of(step))
+    return saver.wait()
+
+
+def test_the_newest_by_step_number_is_used_whatever_the_file_times(tmp_path):
     for step in (9, 10, 200):
-        assert checkpoint.save(tmp_path, step, alone, write_three(str(step)), keep=5)
+        assert save(tmp_path, step, keep=5) == [SaveResult(step)]
     for age, path in enumerate(sorted(tmp_path.iterdir(), reverse=True)):
         os.utime(path, (10**9 + age, 10**9 + age))
     assert checkpoint.latest(tmp_path).name == "step-00000200"
 
 
-def test_only_the_newest_are_kept_and_never_fewer_than_two(tmp_path, alone):
+def test_only_the_newest_are_kept_and_never_fewer_than_two(tmp_path):
     for step in range(1, 6):
-        checkpoint.save(tmp_path, step, alone, write_three("x"), keep=1)
+        save(tmp_path, step, keep=1)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000004", "step-00000005"]
 
 
@@ -49,9 +56,9 @@ def test_no_checkpoint_is_none(tmp_path):
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_any_single_flipped_bit_or_cut_is_noticed_and_the_older_one_used(tmp_path, alone, seed):
+def test_any_single_flipped_bit_or_cut_is_noticed_and_the_older_one_used(tmp_path, seed):
     for step in (1, 2):
-        checkpoint.save(tmp_path, step, alone, write_three("abc"), keep=2)
+        save(tmp_path, step)
     random_ = random.Random(seed)
     files = sorted(p for p in (tmp_path / "step-00000002").rglob("*") if p.is_file() and p.name != checkpoint.COMMIT)
     victim = random_.choice(files)
@@ -65,9 +72,9 @@ def test_any_single_flipped_bit_or_cut_is_noticed_and_the_older_one_used(tmp_pat
         assert checkpoint.latest(tmp_path).name == "step-00000001"
 
 
-def test_any_single_flipped_bit_of_the_commit_is_harmless_or_passed_over(tmp_path, alone):
+def test_any_single_flipped_bit_of_the_commit_is_harmless_or_passed_over(tmp_path):
     for step in (1, 2):
-        checkpoint.save(tmp_path, step, alone, write_three("abc"), keep=2)
+        save(tmp_path, step)
     commit = tmp_path / "step-00000002" / checkpoint.COMMIT
     content, used = commit.read_bytes(), 0
     for bit in range(len(content) * 8):
@@ -84,24 +91,24 @@ def test_any_single_flipped_bit_of_the_commit_is_harmless_or_passed_over(tmp_pat
 @pytest.mark.parametrize(
     "content", ['{"step": 2, "files": {}}', '{"files": {}}', "[]", "null", '{"step": 2, "files": 3}']
 )
-def test_a_commit_that_names_nothing_is_no_checkpoint(tmp_path, alone, content):
+def test_a_commit_that_names_nothing_is_no_checkpoint(tmp_path, content):
     for step in (1, 2):
-        checkpoint.save(tmp_path, step, alone, write_three("abc"), keep=2)
+        save(tmp_path, step)
     (tmp_path / "step-00000002" / checkpoint.COMMIT).write_text(content)
     with pytest.warns(UserWarning, match=r"step-00000002 is passed over: .*COMMIT\.json"):
         assert checkpoint.latest(tmp_path).name == "step-00000001"
 
 
-def test_a_folder_under_another_steps_name_is_passed_over(tmp_path, alone):
-    checkpoint.save(tmp_path, 1, alone, write_three("abc"), keep=2)
-    checkpoint.save(tmp_path, 2, alone, write_three("abc"), keep=2)
+def test_a_folder_under_another_steps_name_is_passed_over(tmp_path):
+    save(tmp_path, 1)
+    save(tmp_path, 2)
     (tmp_path / "step-00000001").rename(tmp_path / "step-00000009")
     with pytest.warns(UserWarning, match=r"step-00000009 is passed over: .*of step 1"):
         assert checkpoint.latest(tmp_path).name == "step-00000002"
 
 
-def test_all_damaged_stops_instead_of_starting_afresh(tmp_path, alone):
-    checkpoint.save(tmp_path, 1, alone, write_three("abc"), keep=2)
+def test_all_damaged_stops_instead_of_starting_afresh(tmp_path):
+    save(tmp_path, 1)
     (tmp_path / "step-00000001" / "state.json").unlink()
     with (
         pytest.warns(UserWarning, match=r"state\.json is missing"),
@@ -110,26 +117,79 @@ def test_all_damaged_stops_instead_of_starting_afresh(tmp_path, alone):
         checkpoint.latest(tmp_path)
 
 
-def test_a_failed_save_warns_keeps_the_older_one_and_leaves_nothing(tmp_path, alone):
-    checkpoint.save(tmp_path, 1, alone, write_three("abc"), keep=2)
+def test_a_checkpoint_is_read_as_it_was_given_and_holds_no_code(tmp_path):
+    save(tmp_path, 3, number=0.5)
+    path = tmp_path / "step-00000003"
+    found, expected = checkpoint.read(path), tensors_of(0.5)
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+    assert TrainState.read(path) == state_of(3)
+    assert load_file(path / "model.safetensors").keys() == {"a.weight", "count"}
+    assert {each.suffix for each in path.iterdir()} == {".safetensors", ".json"}
 
-    def full(folder: Path) -> None:
-        (folder / "model.safetensors").write_text("half")
+
+def test_a_checkpoint_of_another_format_is_refused_by_name(tmp_path):
+    save(tmp_path, 3)
+    file = tmp_path / "step-00000003/state.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "format": 1}))
+    with pytest.raises(ValueError, match="step-00000003 has format 1, this version continues format 2"):
+        TrainState.read(file.parent)
+
+
+def test_a_failed_save_is_told_keeps_the_older_one_and_leaves_nothing(tmp_path, monkeypatch):
+    save(tmp_path, 1)
+
+    def full(*_):
         raise OSError(28, "No space left on device")
 
-    with pytest.warns(UserWarning, match="No space left"):
-        assert not checkpoint.save(tmp_path, 2, alone, full, keep=2)
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    (result,) = save(tmp_path, 2)
+    assert result.step == 2 and "No space left" in result.error
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["weights/a.weight", "exp_avg_sq/a.weight", "average/a.weight"])
+def test_what_is_not_finite_is_never_saved(tmp_path, name, value):
+    save(tmp_path, 1)
+    saver, tensors = Saver(tmp_path, Processes(), 2), tensors_of(1.0)
+    tensors[name][1, 1] = value
+    saver.begin(2, tensors, state_of(2))
+    assert saver.wait() == [SaveResult(2, f"ValueError: not finite: {name}")]
+    assert checkpoint.latest(tmp_path).name == "step-00000001"
+
+
+def test_saving_goes_on_beside_training_and_the_next_save_waits_for_it(tmp_path, monkeypatch):
+    allowed, plain, order = threading.Event(), checkpoint.save_file, []
+
+    def slow(*arguments):
+        assert allowed.wait(60)
+        plain(*arguments)
+
+    monkeypatch.setattr(checkpoint, "save_file", slow)
+    saver = Saver(tmp_path, Processes(), 5)
+    saver.begin(1, tensors_of(1.0), state_of(1))
+    assert saver.poll() == [] and not list(tmp_path.glob("step-*/COMMIT.json"))  # begin did not wait
+    second = threading.Thread(target=lambda: (saver.begin(2, tensors_of(2.0), state_of(2)), order.append("second")))
+    second.start()
+    second.join(0.2)
+    assert second.is_alive() and order == []
+    allowed.set()
+    second.join(60)
+    assert saver.wait() == [SaveResult(1), SaveResult(2)] and saver.poll() == []
+    assert [checkpoint.read(tmp_path / f"step-0000000{n}")["step"].item() for n in (1, 2)] == [1.0, 2.0]
+
+
+def test_ranks_that_do_not_write_are_told_nothing_before_all_wait(tmp_path):
+    saver = Saver(tmp_path, Processes(rank=1), 2)
+    saver.begin(1, {}, state_of(1))
+    assert saver.poll() == [] and not list(tmp_path.iterdir())
+
+
 KILLED = """
-import os, sys, shutil
+import os, shutil, sys
 from pathlib import Path
-from sat import checkpoint
-from sat.engine.processes import Processes
-from tests.test_checkpoint import write_three
-folder, deadline = Path(sys.argv[1]), int(sys.argv[2])
-alone, calls = Processes(), 0
+from tests.test_checkpoint import save
+calls = deadline = 0
 def lethal(function):
     def wrapped(*args, **kwargs):
         global calls
@@ -140,24 +200,33 @@ def lethal(function):
     return wrapped
 os.fsync, os.rename, os.replace = lethal(os.fsync), lethal(os.rename), lethal(os.replace)
 shutil.rmtree = lethal(shutil.rmtree)
-checkpoint.save(folder, 2, alone, write_three("new"), keep=2)
+for line in sys.stdin:
+    folder, deadline = Path(line.split()[0]), int(line.split()[1])
+    if not (child := os.fork()):
+        save(folder, 2, number=2.0)
+        os._exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
 
 @pytest.mark.faults
-def test_killed_at_any_system_call_that_matters_the_newest_committed_one_is_whole(tmp_path, alone):
-    outcomes = set()
-    for deadline in range(1, 40):
-        folder = tmp_path / str(deadline)
-        checkpoint.save(folder, 1, alone, write_three("old"), keep=2)
-        child = subprocess.run([sys.executable, "-c", KILLED, str(folder), str(deadline)], cwd=ROOT, timeout=120)
-        assert child.returncode in (0, 9)
-        newest = checkpoint.latest(folder)
-        text = "new" if newest.name.endswith("2") else "old"
-        assert json.loads((newest / "state.json").read_text()) == {"text": text}
-        outcomes.add(text)
-        checkpoint.save(folder, 3, alone, write_three("next"), keep=2)
-        assert not list(folder.glob("*.tmp-*"))
-        if child.returncode == 0:
-            break
-    assert child.returncode == 0 and outcomes == {"old", "new"}
+def test_killed_at_any_system_call_that_matters_the_newest_committed_one_is_whole(tmp_path):
+    outcomes, pipe = set(), subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", KILLED], cwd=ROOT, stdin=pipe, stdout=pipe, text=True) as server:
+        for deadline in range(1, 60):
+            folder = tmp_path / str(deadline)
+            save(folder, 1)
+            server.stdin.write(f"{folder} {deadline}\n")
+            server.stdin.flush()
+            code = int(server.stdout.readline())
+            assert code in (0, 9)
+            newest = checkpoint.latest(folder)
+            number = 2.0 if newest.name.endswith("2") else 1.0
+            assert all(torch.all(value == number) for value in checkpoint.read(newest).values())
+            outcomes.add(number)
+            save(folder, 3)
+            assert not list(folder.glob("*.tmp-*"))
+            if code == 0:
+                break
+        server.stdin.close()
+    assert code == 0 and outcomes == {1.0, 2.0} and deadline > 15

@@ -1,22 +1,19 @@
 """Every rank holds everything and gradients are exchanged (DistributedDataParallel); with one rank, plain torch."""
 
 import contextlib
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from sat import files
 from sat.engine.engine import StepResult, spread
 from sat.engine.processes import Processes
+from sat.engine.state import MOMENTS, STEP, WEIGHTS, host_copies, model_of, open_parameters, part, weights_of
 from sat.model.loss import LossSums
-
-MODEL, OPTIMIZER = "model.safetensors", "optimizer.pt"
 
 
 @dataclass(frozen=True)
@@ -24,8 +21,7 @@ class Ddp:
     """The engine."""
 
     processes: Processes
-    layout: str = "DDP"
-    casts_weights: bool = False
+    name: str = "DDP"
 
     def wrap(
         self,
@@ -94,28 +90,22 @@ class DdpStepper:
         self.scaler.update()
         return StepResult(norm, skipped, overflowed)
 
-    def save(self, folder: Path) -> None:
-        """All ranks hold the same; the first writes it."""
+    def state(self) -> dict[str, Tensor]:
+        """All ranks hold the same; the first copies it."""
         if not self.processes.is_main:
-            return
-        with files.replacing(folder / MODEL) as temporary:
-            save_file(tensors_of(self._model), temporary)
-        with files.replacing(folder / OPTIMIZER) as temporary:
-            torch.save(self.optimizer.state_dict(), temporary)
+            return {}
+        found = weights_of(model_of(self.objective))
+        steps = torch.zeros(())
+        for name, parameter in open_parameters(self.objective):
+            known = self.optimizer.state.get(parameter)
+            for moment in MOMENTS:
+                found[f"{moment}/{name}"] = known[moment] if known else torch.zeros_like(parameter)
+            steps = known["step"] if known else steps
+        return host_copies(found | {STEP: steps})
 
-    def load(self, folder: Path) -> None:
-        """Each rank reads for itself."""
-        self._model.load_state_dict(load_file(folder / MODEL))
-        self.optimizer.load_state_dict(torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True))
-
-    @property
-    def _model(self) -> nn.Module:
-        """Whose names of parameters a checkpoint has: no objective has any of its own."""
-        model = self.objective.model
-        assert isinstance(model, nn.Module)
-        return model
-
-
-def tensors_of(module: nn.Module) -> dict[str, Tensor]:
-    """Copies of a module's parameters and buffers on the CPU."""
-    return {name: value.detach().contiguous().cpu().clone() for name, value in module.state_dict().items()}
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Each rank takes it for itself."""
+        model_of(self.objective).load_state_dict(part(tensors, WEIGHTS))
+        for name, parameter in open_parameters(self.objective):
+            known = {moment: tensors[f"{moment}/{name}"].to(parameter, copy=True) for moment in MOMENTS}
+            self.optimizer.state[parameter] = {"step": tensors[STEP].to(parameter.device, copy=True)} | known

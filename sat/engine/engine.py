@@ -8,8 +8,8 @@ A step is looked at before it moves anything: where the loss or the gradient of 
 the optimizer's state stay as they are.
 """
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -59,12 +59,12 @@ class Stepper(Protocol):
         """Clip the gradient, update unless something is not finite, and forget the gradient."""
         ...
 
-    def save(self, folder: Path) -> None:
-        """Write weights and optimizer state below `folder`."""
+    def state(self) -> dict[str, Tensor]:
+        """Weights and optimizer state by name (`sat.engine.state`), copied to the host on rank 0; {} on the others."""
         ...
 
-    def load(self, folder: Path) -> None:
-        """Inverse of `save`; the files' digests have been checked."""
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Inverse of `state`, whatever the engine and the number of ranks that it is from; each rank has them all."""
         ...
 
 
@@ -77,13 +77,8 @@ class Engine(Protocol):
         ...
 
     @property
-    def layout(self) -> str:
-        """What must be alike to continue a checkpoint."""
-        ...
-
-    @property
-    def casts_weights(self) -> bool:
-        """Whether it trains in the precision's type itself instead of casting where it computes."""
+    def name(self) -> str:
+        """For the log and the tracked parameters."""
         ...
 
     def wrap(

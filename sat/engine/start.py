@@ -29,7 +29,7 @@ def start(precision: str = "fp32") -> Engine:
         raise ValueError("train.precision is fp16, which a CPU computes 15 times slower than bf16; use bf16 or fp32")
     announced = int(os.environ.get("WORLD_SIZE", "1"))
     _refuse_a_lonely_process(announced)
-    accelerator = _join(precision, with_deepspeed, on_cpu)
+    accelerator = _join(with_deepspeed, on_cpu)
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     if not announced == world_size == accelerator.num_processes:
         raise ValueError(
@@ -41,7 +41,7 @@ def start(precision: str = "fp32") -> Engine:
         rank=dist.get_rank() if world_size > 1 else 0,
         world_size=world_size,
         device=accelerator.device,
-        autocast_type=None if with_deepspeed else _AUTOCAST[precision],
+        autocast_type=_AUTOCAST[precision],
         host_group=dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT) if world_size > 1 else None,
     )
     return Zero(processes, accelerator) if with_deepspeed else Ddp(processes)
@@ -52,7 +52,7 @@ def is_first_announced() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def _join(precision: str, with_deepspeed: bool, on_cpu: bool) -> Any:
+def _join(with_deepspeed: bool, on_cpu: bool) -> Any:
     """Accelerate's view of this process, after the group has formed."""
     if with_deepspeed and on_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed reads it at its first import
@@ -66,7 +66,7 @@ def _join(precision: str, with_deepspeed: bool, on_cpu: bool) -> Any:
     backend = InitProcessGroupKwargs(backend="gloo" if on_cpu else "nccl", timeout=COLLECTIVE_TIMEOUT)
     return Accelerator(
         cpu=on_cpu and not with_deepspeed,
-        mixed_precision=precision if with_deepspeed and precision != "fp32" else "no",
+        mixed_precision="no",  # autocast is entered around the forward pass, whatever the engine
         kwargs_handlers=[backend] if "LOCAL_RANK" in os.environ else [],
         step_scheduler_with_optimizer=False,
     )

@@ -1,13 +1,13 @@
-"""Gradients and optimizer state are split over the ranks: DeepSpeed's ZeRO, as the launcher's file configures it.
+"""Optimizer state, gradients and weights are split over the ranks: DeepSpeed's ZeRO 1, 2 and 3.
 
-With bf16 and fp16 it casts the weights themselves, so there is no autocast. It saves a folder of its own, which the
-same number of ranks can read again.
+The launcher's file says which. Surprising: DeepSpeed is always given float32 weights, and bf16 and fp16 are autocast's
+matter as without it, so that every engine computes, saves and exports the same.
 """
 
 import contextlib
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from sat.engine.engine import StepResult, spread
 from sat.engine.processes import Processes
+from sat.engine.state import MOMENTS, STEP, WEIGHTS, host_copies, model_of, open_parameters, part, weights_of
 from sat.model.loss import LossSums
 
-FOLDER = "deepspeed"
-"""Of a checkpoint: what DeepSpeed wrote."""
-_TAG = "engine"
+BUCKET = 50_000_000
+"""Elements that are exchanged at once."""
 
 
 @dataclass(frozen=True)
@@ -29,12 +29,11 @@ class Zero:
     processes: Processes
     accelerator: Any
     """Accelerate's, which configures DeepSpeed from what the launcher announced."""
-    casts_weights: bool = True
 
     @property
-    def layout(self) -> str:
-        """Its folder is for as many ranks as wrote it."""
-        return f"DeepSpeed on {self.processes.world_size} ranks"
+    def name(self) -> str:
+        """With its stage."""
+        return f"DeepSpeed ZeRO {self.accelerator.state.deepspeed_plugin.zero_stage}"
 
     def wrap(
         self,
@@ -53,10 +52,9 @@ class Zero:
         settings["gradient_clipping"] = clip_norm
         self.accelerator.gradient_accumulation_steps = accumulation_steps
         engine, wrapped = self.accelerator.prepare(objective, optimizer)
-        scaler = wrapped.optimizer.loss_scaler
-        if scaler.dynamic:
-            scaler.raise_error_at_min_scale = False  # it is told as any other step that is not finite
-        return ZeroStepper(engine, wrapped, self.processes.world_size * accumulation_steps)
+        stepper = ZeroStepper(engine, wrapped, self.processes, self.processes.world_size * accumulation_steps)
+        stepper.begin_adam(torch.zeros(()))
+        return stepper
 
 
 @dataclass(frozen=True)
@@ -67,12 +65,13 @@ class ZeroStepper:
     """DeepSpeed's."""
     optimizer: torch.optim.Optimizer
     """Accelerate's view of DeepSpeed's view of ours."""
+    processes: Processes
     shares: int
     """What DeepSpeed divides a gradient by: ranks times micro-batches."""
 
     @property
     def objective(self) -> nn.Module:
-        """Its weights are those of the forward pass, in the type of the precision."""
+        """Unwrapped."""
         module = self.engine.module
         assert isinstance(module, nn.Module)
         return module
@@ -94,7 +93,6 @@ class ZeroStepper:
 
     def step(self) -> StepResult:
         """DeepSpeed looks at the norm of all ranks before it updates; an update in spite of it is not survived."""
-        reducible = self.engine.optimizer.loss_scale > 1
         self.engine.step()
         norm = torch.as_tensor(self.engine.get_global_grad_norm(), dtype=torch.float32).detach()
         skipped = not self.engine.was_step_applied()
@@ -102,12 +100,44 @@ class ZeroStepper:
             raise RuntimeError(
                 "this version of DeepSpeed updates weights by a gradient that is not finite; take 0.19.8"
             )
-        return StepResult(norm, torch.tensor(skipped), torch.tensor(skipped and reducible))
+        return StepResult(norm, torch.tensor(skipped), torch.tensor(False))
 
-    def save(self, folder: Path) -> None:
-        """Each rank writes its part."""
-        self.engine.save_checkpoint(str(folder / FOLDER), tag=_TAG)
+    def state(self) -> dict[str, Tensor]:
+        """Gathered parameter by parameter."""
+        from deepspeed.utils import safe_get_full_optimizer_state
 
-    def load(self, folder: Path) -> None:
-        """Each rank reads its part."""
-        self.engine.load_checkpoint(str(folder / FOLDER), tag=_TAG)
+        found = weights_of(model_of(self.objective))
+        for name, parameter in open_parameters(self.objective):
+            for moment in MOMENTS:
+                value = safe_get_full_optimizer_state(parameter, moment)
+                if self.processes.is_main:
+                    found |= host_copies({f"{moment}/{name}": value})
+        steps = next(iter(self._adam.state.values()))["step"]
+        return host_copies(found | {STEP: steps}) if self.processes.is_main else {}
+
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Each rank keeps its part."""
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        self.begin_adam(tensors[STEP])
+        model_of(self.objective).load_state_dict(part(tensors, WEIGHTS))
+        for name, parameter in open_parameters(self.objective):
+            safe_set_full_fp32_param(parameter, parameter.detach())
+            for moment in MOMENTS:
+                safe_set_full_optimizer_state(parameter, tensors[f"{moment}/{name}"].to(parameter.device), moment)
+
+    def begin_adam(self, steps: Tensor) -> None:
+        """Moments of zero after so many `steps`. DeepSpeed itself links those of the first group of parameters only."""
+        split = self.engine.optimizer
+        for flat in split.single_partition_of_fp32_groups:
+            step = steps.to(flat.device, copy=True)
+            self._adam.state[flat] = {"step": step} | {moment: torch.zeros_like(flat) for moment in MOMENTS}
+        split._hp_optimizer_states_linked = False
+        split._lazy_init_hp_params_optimizer_state()
+
+    @property
+    def _adam(self) -> torch.optim.Optimizer:
+        """Ours, which DeepSpeed has given this rank's parts of all parameters."""
+        adam = self.engine.optimizer.optimizer
+        assert isinstance(adam, torch.optim.Optimizer)
+        return adam
