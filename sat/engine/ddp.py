@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from sat.engine.engine import StepResult, spread
+from sat.engine.loss_scale import LossScale
 from sat.engine.processes import Processes
 from sat.engine.state import MOMENTS, STEP, WEIGHTS, host_copies, model_of, open_parameters, part, weights_of
 from sat.model.loss import LossSums
@@ -38,9 +39,7 @@ class Ddp:
         if processes.world_size > 1:
             device = [processes.device] if processes.device.type == "cuda" else None
             module = DistributedDataParallel(objective, device_ids=device, gradient_as_bucket_view=True)
-        fp16 = processes.autocast_type == torch.float16
-        scaler = torch.amp.GradScaler(processes.device.type) if fp16 else None
-        return DdpStepper(objective, module, optimizer, clip_norm, processes, scaler)
+        return DdpStepper(objective, module, optimizer, clip_norm, processes, LossScale.of(processes))
 
 
 @dataclass(frozen=True)
@@ -54,8 +53,8 @@ class DdpStepper:
     """Fused: the fused kernels leave weights and state as they are where `found_inf` says so, on the device."""
     clip_norm: float
     processes: Processes
-    scaler: torch.amp.GradScaler | None = None
-    """Of fp16's loss."""
+    loss_scale: LossScale | None = None
+    """Of fp16."""
 
     def micro_batch(self, last: bool) -> AbstractContextManager[object]:
         """The exchange is part of the last backward pass."""
@@ -73,28 +72,26 @@ class DdpStepper:
     def backward(self, loss: Tensor) -> None:
         """The exchange averages over ranks, which is undone here: the shares are to be added up."""
         loss = spread(loss, self.processes.world_size)
-        (self.scaler.scale(loss) if self.scaler else loss).backward()
+        (loss * self.loss_scale.scale if self.loss_scale else loss).backward()
 
     def step(self) -> StepResult:
         """Decided on the device, so that the host goes on to the next step at once."""
-        if self.scaler:
-            self.scaler.unscale_(self.optimizer)
+        if self.loss_scale:
+            gradients = [each.grad for each in self.objective.parameters() if each.grad is not None]
+            torch._foreach_mul_(gradients, self.loss_scale.scale.reciprocal())
         norm = nn.utils.clip_grad_norm_(self.objective.parameters(), self.clip_norm).detach()
         skipped = norm.isfinite().logical_not()
         self.optimizer.found_inf = skipped.float()  # type: ignore[attr-defined]  # as GradScaler hands it over
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        if self.scaler is None:
-            return StepResult(norm, skipped, torch.zeros_like(skipped))
-        overflowed = skipped & (self.scaler.scale(torch.ones_like(norm)) > 1)
-        self.scaler.update()
+        overflowed = self.loss_scale.update(skipped) if self.loss_scale else torch.zeros_like(skipped)
         return StepResult(norm, skipped, overflowed)
 
     def state(self) -> dict[str, Tensor]:
         """All ranks hold the same; the first copies it."""
         if not self.processes.is_main:
             return {}
-        found = weights_of(model_of(self.objective))
+        found = weights_of(model_of(self.objective)) | (self.loss_scale.state() if self.loss_scale else {})
         steps = torch.zeros(())
         for name, parameter in open_parameters(self.objective):
             known = self.optimizer.state.get(parameter)
@@ -106,6 +103,8 @@ class DdpStepper:
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
         """Each rank takes it for itself."""
         model_of(self.objective).load_state_dict(part(tensors, WEIGHTS))
+        if self.loss_scale:
+            self.loss_scale.load_state(tensors)
         for name, parameter in open_parameters(self.objective):
             known = {moment: tensors[f"{moment}/{name}"].to(parameter, copy=True) for moment in MOMENTS}
             self.optimizer.state[parameter] = {"step": tensors[STEP].to(parameter.device, copy=True)} | known

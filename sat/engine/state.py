@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-WEIGHTS, STEP, LOSS_SCALE = "weights", "step", "loss_scale"
+WEIGHTS, STEP = "weights", "step"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sat.engine.engine import StepResult, spread
+from sat.engine.loss_scale import LossScale
 from sat.engine.processes import Processes
 from sat.engine.state import MOMENTS, STEP, WEIGHTS, host_copies, model_of, open_parameters, part, weights_of
 from sat.model.loss import LossSums
@@ -52,7 +53,8 @@ class Zero:
         settings["gradient_clipping"] = clip_norm
         self.accelerator.gradient_accumulation_steps = accumulation_steps
         engine, wrapped = self.accelerator.prepare(objective, optimizer)
-        stepper = ZeroStepper(engine, wrapped, self.processes, self.processes.world_size * accumulation_steps)
+        shares = self.processes.world_size * accumulation_steps
+        stepper = ZeroStepper(engine, wrapped, self.processes, shares, LossScale.of(self.processes))
         stepper.begin_adam(torch.zeros(()))
         return stepper
 
@@ -68,6 +70,8 @@ class ZeroStepper:
     processes: Processes
     shares: int
     """What DeepSpeed divides a gradient by: ranks times micro-batches."""
+    loss_scale: LossScale | None = None
+    """Of fp16."""
 
     @property
     def objective(self) -> nn.Module:
@@ -89,6 +93,8 @@ class ZeroStepper:
 
     def backward(self, loss: Tensor) -> None:
         """DeepSpeed averages over ranks and micro-batches, which is undone here: the shares are to be added up."""
+        if self.loss_scale:
+            self.engine.optimizer.override_loss_scale(float(self.loss_scale.scale))
         self.engine.backward(spread(loss, self.shares))
 
     def step(self) -> StepResult:
@@ -100,13 +106,15 @@ class ZeroStepper:
             raise RuntimeError(
                 "this version of DeepSpeed updates weights by a gradient that is not finite; take 0.19.8"
             )
-        return StepResult(norm, torch.tensor(skipped), torch.tensor(False))
+        there = torch.tensor(skipped, device=self.processes.device)
+        overflowed = self.loss_scale.update(there) if self.loss_scale else torch.zeros_like(there)
+        return StepResult(norm, there, overflowed)
 
     def state(self) -> dict[str, Tensor]:
         """Gathered parameter by parameter."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
-        found = weights_of(model_of(self.objective))
+        found = weights_of(model_of(self.objective)) | (self.loss_scale.state() if self.loss_scale else {})
         for name, parameter in open_parameters(self.objective):
             for moment in MOMENTS:
                 value = safe_get_full_optimizer_state(parameter, moment)
@@ -119,6 +127,8 @@ class ZeroStepper:
         """Each rank keeps its part."""
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
+        if self.loss_scale:
+            self.loss_scale.load_state(tensors)
         self.begin_adam(tensors[STEP])
         model_of(self.objective).load_state_dict(part(tensors, WEIGHTS))
         for name, parameter in open_parameters(self.objective):
