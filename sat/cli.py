@@ -28,12 +28,12 @@ class StartAgain(Exception):
 
 PROGRAMS = {
     "prepare": ("preprocessing.prepare", "pictures and captions of any layout, ready to train on"),
-    "doctor": ("sat.doctor.examine", "what would stop a long run, found before it starts, and how to mend it"),
     "train": ("sat.train", "train the captioner of a configuration, or go on with it"),
     "evaluate": ("sat.evaluate", "score a trained model on a split"),
     "caption": ("sat.caption", "caption picture files, with pictures of the attention"),
     "draw": ("sat.draw", "pictures of the attention over a split's pictures"),
     "sync": ("sat.tracking.mlflow", "bring a run's metrics and artifacts to MLflow"),
+    "doctor": ("sat.doctor.examine", "what would stop a long run, found before it starts, and how to mend it"),
     "summary": ("sat.summary", "the table of a run's scores"),
 }
 """Sub-command -> the module whose `main` it calls, and what it does."""

@@ -69,6 +69,15 @@ def owned(folder: Path) -> Iterator[None]:
             path.unlink(missing_ok=True)
 
 
+def living_owner(folder: Path) -> str:
+    """Who trains in the run folder, "" where nobody does. Asked of an owner elsewhere it may take `PATIENCE_S`."""
+    path = folder / LOCK
+    if not path.exists():
+        return ""
+    owner = _read(path)
+    return str(owner or "another process") if _is_alive(path, owner) else ""
+
+
 def _create(path: Path, me: Owner) -> bool:
     data = json.dumps(asdict(me), indent=1).encode() + b"\n"
     try:

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import os
 import re
 import shutil
 import socket
@@ -24,6 +25,7 @@ from sat.doctor.together import Agreed, agreed
 from sat.engine.processes import Processes
 from sat.evaluation import metrics
 from sat.learner import build_learner
+from sat.run_lock import owned
 from sat.shards.manifest import load_manifest
 from sat.text import build_tokenizer
 from sat.training_data import open_data
@@ -288,6 +290,9 @@ def test_a_damaged_checkpoint_and_a_file_that_stops_are_told(root, trained, tmp_
     with pytest.warns(UserWarning, match="passed over"):
         found = list(rows.attempted("run folder", lambda: settings.check_run_folder(config, open_data(config))))
     assert found[-1].state == FAILED and "damaged" in found[-1].found and "restore one" in found[-1].mend
+    with owned(tmp_path / "run"):
+        (row,) = settings.check_run_folder(config, None)
+    assert row.state == FAILED and f"is being trained by process {os.getpid()} on" in row.found
     (tmp_path / "file").write_text("")
     (row,) = settings.check_run_folder(configured(root, tmp_path / "file"), None)
     assert row.state == FAILED and "train.run_dir" in row.mend

@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 from sat import files
-from sat.cli import run_program
+from sat.cli import StartAgain, run_program
 from sat.config import Config, load_config
 from sat.doctor.data import check_opening, check_samples, check_shards, check_words
 from sat.doctor.group import announced_ranks, check_alike, check_exchange, form_group, local_ranks
@@ -28,6 +28,7 @@ from sat.doctor.storage import check_disk, checkpoint_bytes
 from sat.doctor.together import Agreed, agreed
 from sat.doctor.tracking import check_mlflow
 from sat.engine.engine import Engine
+from sat.engine.losses import named
 from sat.engine.processes import Processes
 from sat.engine.start import is_first_announced
 from sat.evaluation.options import METRICS
@@ -148,8 +149,9 @@ def check_training(
         learner, model = _built(config, data, engine)
         yield from model
         yield from on_main(processes, "disk", lambda: check_disk(config, checkpoint_bytes(learner)))
-        yield from check_exchange(processes, gradient_bytes(learner))
-        measured = measure_steps(config, data, learner, processes)
+        with named(processes):
+            yield from check_exchange(processes, gradient_bytes(learner))
+            measured = measure_steps(config, data, learner, processes)
         yield from rows_of_steps(measured, here, processes.device.type == "cuda")
         evaluation = seconds_to_evaluate(config, data, learner, processes)
         yield from rows_of_run(config, data, measured.seconds, evaluation, price)
@@ -174,7 +176,7 @@ def gradient_bytes(learner: Learner) -> int:
 
 def lost(processes: Processes, error: Exception) -> Row:
     """What this rank has met alone: the others may wait for it, so all but rank 0 say it and leave."""
-    row = refused("steps", error)
+    row = refused("steps", error, "its own words stand above" * isinstance(error, StartAgain) * processes.is_main)
     if not processes.is_main:
         print(f"rank {processes.rank}: {row.found}", file=sys.stderr, flush=True)
         os._exit(0)  # its connections close, and rank 0 learns of it

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from sat.cli import StartAgain
+
 OK, WARNING, FAILED = "ok", "warning", "failed"
 STATES = (OK, WARNING, FAILED)
 """From good to bad."""
@@ -71,7 +73,7 @@ def failed(check: str, found: str, mend: str, **values: float | str) -> Row:
 def refused(check: str, error: Exception, mend: str = "") -> Row:
     """A check that ended in an error, which is one sentence; what it says behind its last semicolon is its way out."""
     said = " ".join(str(error).split()) or type(error).__name__
-    if not isinstance(error, ValueError | OSError):
+    if not isinstance(error, ValueError | OSError | StartAgain):
         said = f"{type(error).__name__}: {said}"[:500]
     found, semicolon, way_out = said.rpartition("; ")
     if mend or not semicolon:

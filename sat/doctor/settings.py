@@ -10,6 +10,7 @@ from sat.config import Config, fixed_settings, load_config
 from sat.doctor.rows import Row, attempted, counted, failed, ok, warning
 from sat.machine import available_cores
 from sat.run_folder import CONFIG_FILE, STOP_FILE, read_status
+from sat.run_lock import living_owner
 from sat.train_state import TrainState, finished_before
 from sat.training_data import TrainingData
 
@@ -59,6 +60,10 @@ def check_run_folder(config: Config, data: TrainingData | None) -> Iterator[Row]
     place = next(path for path in [folder, *folder.absolute().parents] if path.exists())
     if not place.is_dir() or not os.access(place, os.W_OK) or os.statvfs(place).f_flag & os.ST_RDONLY:
         yield failed("run folder", f"{place} cannot be written", "name another folder by train.run_dir")
+        return
+    if owner := living_owner(folder):
+        mend = f"wait for it, stop it (touch {folder / STOP_FILE}), or name another train.run_dir"
+        yield failed("run folder", f"{folder} is being trained by {owner}", mend)
         return
     saved = folder / CONFIG_FILE
     if not saved.is_file():
