@@ -75,7 +75,7 @@ class Learner:
         with self.stepper.micro_batch(last):
             with processes.autocast():
                 probability = self.sampling_probability(step)
-                sums = self.stepper(batch.grid, batch.captions, batch.lengths, probability, batch.regions)
+                sums = self.stepper(batch.grid, batch.captions, batch.lengths, probability, batch.regions, batch.keys)
             self.stepper.backward(total_loss(sums, tokens, captions))
         return sums.counts
 

@@ -1,7 +1,7 @@
 """Train a captioner: the file to read first. Fetch, step, log, save, score.
 
 The surprise: there is no hidden state. Which samples a step sees, its learning rate and its random numbers are pure
-functions of (seed, epoch, step, rank), so a run continues from its counters and weights alone.
+functions of the seed, the step and the samples, so a run continues from its counters and weights alone.
 """
 
 import itertools
@@ -108,7 +108,6 @@ def take_step(
         run.stop_wanted(),
     ]
     tokens, captions, stop = processes.sum_over_ranks(local)
-    torch.manual_seed(derive_key(config.train.seed, step, processes.rank) >> 1)
     rate = learner.set_learning_rate(step)
     counts = [
         learner.learn(batch, step, tokens, captions, last=batch is batches[-1], processes=processes)
@@ -257,6 +256,7 @@ def divergence(config: Config, step: int, watch: Watch, run: Run) -> str:
 def score_and_keep_best(config: Config, data: TrainingData, learner: Learner, progress: Progress, run: Run) -> Progress:
     """Score the evaluation split by free-running decoding; export the best model yet by CIDEr. All ranks enter."""
     model = learner.evaluated.eval()
+    torch.manual_seed(derive_key(config.train.seed, progress.step, run.processes.rank) >> 1)  # may sample locations
     split = config.data.eval_split
     result = evaluate([model], data.main, split, data.tokenizer, config.eval, data.reading, run.processes)
     learner.objective.train()

@@ -3,8 +3,10 @@
 import pytest
 import torch
 
+from sat.model import attention
 from sat.model.captioner import Captioner
 from sat.model.loss import LossSums, total_loss
+from sat.model.objectives import rollout
 from sat.model.objectives.teacher_forcing import TeacherForcing
 from sat.model.spec import PRESETS, CaptionerSpec, Sizes
 
@@ -169,5 +171,5 @@ def third_quantile(alpha):
 
 def draw_by_quantile(monkeypatch, drawn: bool = True) -> None:
     """Hard attention draws that location for every caption, or uses alpha itself."""
-    monkeypatch.setattr(torch, "multinomial", lambda p, n: third_quantile(p)[:, None])
-    monkeypatch.setattr(torch, "rand", lambda *shape, **_: torch.full(shape, 0.9 if drawn else 0.1))
+    monkeypatch.setattr(attention, "drawn_location", lambda alpha, _: third_quantile(alpha))
+    monkeypatch.setattr(rollout, "uniform", lambda keys: torch.full(keys.shape, 0.9 if drawn else 0.1))

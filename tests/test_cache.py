@@ -120,7 +120,7 @@ def epoch(tokenizer):
 
 
 def assert_same(ours, theirs):
-    assert [b.keys for b in ours] == [b.keys for b in theirs]
+    assert [b.sample_keys for b in ours] == [b.sample_keys for b in theirs]
     assert all(torch.equal(a.grid, b.grid) and torch.equal(a.captions, b.captions) for a, b in zip(ours, theirs))
 
 

@@ -3,8 +3,10 @@
 import pytest
 import torch
 
+from sat.model import captioner
 from sat.model.attention import attend_for_inference, attend_hard
 from sat.model.captioner import Captioner
+from sat.model.draws import Draws
 from sat.model.loss import total_loss
 from sat.model.objectives.rollout import roll_out
 from sat.model.packing import pack
@@ -43,7 +45,7 @@ def many_captions(model, sampling_probability):
     captions[:, :, 0] = 1
     packing = pack(captions, lengths)
     memory = model.encode(make_batch()[0][:1], packing.images)
-    return packing, roll_out(model, memory, packing, sampling_probability)
+    return packing, roll_out(model, memory, Draws.of(None, packing), sampling_probability)
 
 
 def test_the_presets_are_the_columns_of_the_table_of_differences():
@@ -111,7 +113,8 @@ def test_hard_attention_draws_its_locations_from_alpha():
     memory = model.encode(torch.randn(1, L, D).double())
     query = torch.randn(1, 1, A).double().expand(1, 20_000, A)
     never_exact = torch.zeros(1, 20_000, dtype=torch.bool)
-    attended = attend_hard(model.attention, memory.grid, memory.projection, query, never_exact)
+    uniform = torch.rand(1, 20_000, dtype=torch.float64)
+    attended = attend_hard(model.attention, memory.grid, memory.projection, query, never_exact, uniform)
     frequency = attended.chosen[0].bincount(minlength=L) / 20_000
     assert torch.allclose(frequency.double(), attended.alpha[0, 0], atol=0.02)
     assert torch.equal(attended.context[0], memory.grid[0, attended.chosen[0]])
@@ -150,9 +153,9 @@ def test_dropout_sits_on_the_initial_hidden_layer_and_before_the_vocabulary(pres
     def dropout(x, *_):
         return x * 1.5
 
-    monkeypatch.setattr(torch.nn.functional, "dropout", lambda x, p, training, inplace: dropout(x) if training else x)
-    assert_same(make_model(**preset), preset, tolerance=1e-6, dropout=dropout)
-    model = make_model(**preset).eval()
+    monkeypatch.setattr(captioner, "dropout", dropout)
+    assert_same(make_model(**preset, dropout=0.5), preset, tolerance=1e-6, dropout=dropout)
+    model = make_model(**preset, dropout=0.5).eval()
     grid, captions, lengths = make_batch()
     nll = Reference(model, preset).batch(grid, captions, lengths)[2]
     assert loss_sums(model, grid, captions, lengths).counts["nll"].item() == pytest.approx(nll.item())

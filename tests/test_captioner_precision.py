@@ -10,8 +10,10 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+from sat.model import attention
 from sat.model.captioner import Captioner
 from sat.model.loss import total_loss
+from sat.model.objectives import rollout
 from sat.model.spec import PRESETS, CaptionerSpec, Sizes
 from tests.helpers_captioner import all_attentions, loss_sums, make_batch, make_model
 
@@ -27,8 +29,8 @@ both_presets = pytest.mark.parametrize("preset", list(PRESETS))
 @pytest.fixture
 def same_draws(monkeypatch):
     """Hard attention draws location 2, always: rounding must not decide what is compared."""
-    monkeypatch.setattr(torch, "multinomial", lambda p, n: p.new_full((len(p), n), DRAWN, dtype=torch.int64))
-    monkeypatch.setattr(torch, "rand", lambda *shape, device=None: torch.full(shape, 0.9, device=device))
+    monkeypatch.setattr(attention, "drawn_location", lambda _, uniform: torch.full_like(uniform, DRAWN).long())
+    monkeypatch.setattr(rollout, "uniform", lambda keys: torch.full(keys.shape, 0.9, device=keys.device))
 
 
 def captioner(preset: str, attention: str, seed: int, kernels: str = "auto") -> Captioner:

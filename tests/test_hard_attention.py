@@ -9,6 +9,7 @@ import itertools
 import pytest
 import torch
 
+from sat.model import attention
 from sat.model.captioner import Captioner
 from sat.model.loss import total_loss
 from sat.model.objectives.teacher_forcing import TeacherForcing
@@ -85,9 +86,9 @@ def estimates(preset: dict, monkeypatch, **settings) -> torch.Tensor:
     for sequences in all_sequences():
         steps = iter(itertools.zip_longest(*sequences))
         monkeypatch.setattr(
-            torch,
-            "multinomial",
-            lambda p, _, steps=steps: torch.tensor([[place] for place in next(steps) if place is not None]),
+            attention,
+            "drawn_location",
+            lambda *_, steps=steps: torch.tensor([[place for place in next(steps) if place is not None]]),
         )
         model.zero_grad()
         sums = TeacherForcing(model)(features(), CAPTIONS, LENGTHS)

@@ -215,9 +215,9 @@ def test_a_stopped_training_goes_on_with_its_average(features, alone, tmp_path):
 def test_scheduled_sampling_grows_linearly_with_the_steps(features, alone, tmp_path, monkeypatch):
     seen, plain = [], TeacherForcing.forward
 
-    def forward(objective, grid, captions, lengths, sampling_probability=0.0, regions=None):
+    def forward(objective, grid, captions, lengths, sampling_probability=0.0, *more):
         seen.append(sampling_probability)
-        return plain(objective, grid, captions, lengths, sampling_probability, regions)
+        return plain(objective, grid, captions, lengths, sampling_probability, *more)
 
     monkeypatch.setattr(TeacherForcing, "forward", forward)
     trained([*features, "model.scheduled_sampling=0.6"], tmp_path / "run", alone)

@@ -41,7 +41,7 @@ def test_image_shards_give_pictures_and_empty_rows_where_there_is_no_sample(tmp_
     seen = set()
     for rank in range(2):
         for batch in read_batches([(manifest, 1.0)], tokenizer, rank=rank, world_size=2, **settings):
-            assert batch.grid.dtype == torch.uint8 and batch.grid.shape == (len(batch.keys), 3, 32, 32)
+            assert batch.grid.dtype == torch.uint8 and batch.grid.shape == (len(batch.sample_keys), 3, 32, 32)
             for row, image_id in enumerate(batch.image_ids):
                 if image_id:
                     seen.add(image_id)

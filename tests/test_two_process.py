@@ -62,6 +62,16 @@ def config(tmp_path_factory):
 EMPTY = "train.global_batch=7"
 """22 images: the fourth and last batch holds one, so all ranks but one, and all micro-batches but one, are empty."""
 SPOILT = ("infinite=1", "nan=2", "train.ema=0.5")
+DRAWING = [
+    ("model.dropout=0.5", *more, *(f"train.accumulation_steps={n}" for n in accumulation))
+    for more in (
+        (),
+        ("model.attention=hard", "model.scheduled_sampling=0.9"),
+        ("model.attention=none", "model.scheduled_sampling=0.9"),
+    )
+    for accumulation in ((), (2,))
+]
+"""All that draws random numbers: dropout, scheduled sampling, hard attention; in one micro-batch and in two."""
 VARIANTS: dict[tuple[str, int], list[tuple[str, ...]]] = {
     ("ddp", 1): [
         (),
@@ -70,6 +80,7 @@ VARIANTS: dict[tuple[str, int], list[tuple[str, ...]]] = {
         (EMPTY,),
         (EMPTY, "train.accumulation_steps=2"),
         SPOILT,
+        *DRAWING,
     ],
     ("ddp", 2): [
         (),
@@ -80,8 +91,9 @@ VARIANTS: dict[tuple[str, int], list[tuple[str, ...]]] = {
         (EMPTY,),
         (EMPTY, "train.accumulation_steps=2"),
         SPOILT,
+        *DRAWING,
     ],
-    ("ddp", 3): [(), (EMPTY,), (EMPTY, "train.accumulation_steps=2")],
+    ("ddp", 3): [(), (EMPTY,), (EMPTY, "train.accumulation_steps=2"), *DRAWING],
     ("zero2", 1): [(EMPTY,), (EMPTY, "train.accumulation_steps=2"), SPOILT],
     ("zero2", 2): [("train.accumulation_steps=2",), (EMPTY,), (EMPTY, "train.accumulation_steps=2"), SPOILT],
     ("zero2", 3): [(EMPTY,), (EMPTY, "train.accumulation_steps=2")],
@@ -124,6 +136,18 @@ def test_any_split_of_the_global_batch_has_the_same_loss_and_gradient(steps, pre
     torch.testing.assert_close(split["lines"], alone["lines"], rtol=1e-6, atol=1e-7)
     scale = alone["gradients"].abs().amax(1, keepdim=True)
     torch.testing.assert_close(split["gradients"] / scale, alone["gradients"] / scale, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("settings", DRAWING, ids=lambda settings: "-".join(s.split(".")[1] for s in settings))
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_random_numbers_are_the_same_on_any_ranks_and_in_any_micro_batches(steps, ranks, settings):
+    alone = steps("ddp", 1, *(each for each in settings if "accumulation" not in each))
+    split = steps("ddp", ranks, *settings)
+    torch.testing.assert_close(split["lines"], alone["lines"], rtol=1e-6, atol=1e-7)
+    scale = alone["gradients"].abs().amax(1, keepdim=True)
+    torch.testing.assert_close(split["gradients"] / scale, alone["gradients"] / scale, rtol=0, atol=2e-6)
+    without = steps("ddp", 1)["lines"]
+    assert ((alone["lines"][:, 0] - without[:, 0]).abs() > 1e-4).all()  # they do draw
 
 
 def test_deepspeed_takes_the_same_steps(steps):

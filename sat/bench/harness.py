@@ -75,9 +75,9 @@ def _serve(
 def gemm_peak(dtype: torch.dtype, *, device: str = "cpu", size: int = 2048, seconds: float = 1.0) -> float:
     """Best GFLOP/s of a `size` x `size` product in `dtype`, with torch's current settings, within about `seconds`."""
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    best, end = float("inf"), time.perf_counter() + seconds
     a @ b
-    while time.perf_counter() < end:
+    best, end = float("inf"), time.perf_counter() + seconds
+    while best == float("inf") or time.perf_counter() < end:
         _synchronise(device)
         begin = time.perf_counter()
         a @ b

@@ -213,7 +213,7 @@ class OurEpochs:
             del batch
         counted, began = 0, time.perf_counter()
         for batch in itertools.islice(self._batches, batches - self._ready):
-            counted += len(batch.keys)
+            counted += len(batch.sample_keys)
         return counted / (time.perf_counter() - began)
 
 

@@ -12,20 +12,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
-import xxhash
 from torch import Tensor
 
 from sat.data.buffers import Ring, attach
-from sat.data.order import choose_captions
+from sat.data.captions import CaptionOptions, captions_of
 from sat.data.plan import Slots
 from sat.data.reader import BadSample, Rows, SampleReader
 from sat.shards.features import FeatureSpec
-from sat.text import END, PAD, START, CaptionTokenizer
-
-Encoded = tuple[npt.NDArray[np.int32], int]
-"""int32 [k, 1 + T], for each caption its length and its padded ids; and how many ids the longest has."""
-NO_CAPTIONS: Encoded = np.zeros((0, 1), dtype=np.int32), 0
-"""Of a row without an image."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +32,13 @@ class CaptionBatch:
     """int64 [B, K, T], T >= 2: <start> w1 .. wn <end> <pad> ...; all <pad> where there is no caption."""
     lengths: Tensor
     """int64 [B, K]: n + 1 predicted tokens (the words and <end>); 0 where there is no caption."""
+    keys: Tensor
+    """int64 [B, K]: what the random numbers of each caption are drawn by, whichever rank meets it (see `captions`);
+    anything where there is no caption."""
     image_ids: list[str]
     """Empty strings in padding rows."""
-    keys: list[str]
+    sample_keys: list[str]
+    """Of the samples in their shards; empty strings in padding rows."""
     epoch: int
     step: int
     """Number of the global batch within the epoch."""
@@ -89,7 +86,7 @@ class CaptionBatch:
     def _map(self, function: Callable[[Tensor], Tensor]) -> "CaptionBatch":
         regions = None if self.regions is None else function(self.regions)
         grid, captions, lengths = function(self.grid), function(self.captions), function(self.lengths)
-        return replace(self, grid=grid, captions=captions, lengths=lengths, regions=regions)
+        return replace(self, grid=grid, captions=captions, lengths=lengths, keys=function(self.keys), regions=regions)
 
 
 @dataclass(frozen=True)
@@ -110,7 +107,7 @@ class InTransit:
         return _arrive, (rest, arrays, self.ring, self.slot, self.shape, grid.shape[1], grid.dtype)
 
 
-SMALL = ("captions", "lengths", "regions", "boxes")
+SMALL = ("captions", "lengths", "keys", "regions", "boxes")
 """Tensors of a batch beside its grid."""
 
 
@@ -149,16 +146,6 @@ def stretches_of(slots: Slots) -> list[Stretch]:
             found.append(Stretch(source, shard, sample, [row]))
         expected = (source, shard, sample + 1)
     return found
-
-
-@dataclass(frozen=True)
-class CaptionOptions:
-    """How captions become tokens; what an image shows in an epoch is a pure function of (seed, epoch, image_id)."""
-
-    tokenizer: CaptionTokenizer
-    per_image: int
-    max_words: int
-    seed: int
 
 
 @dataclass(frozen=True)
@@ -251,13 +238,14 @@ class BatchReader:
         target = _Target.of(whole, self.row)
         found, problems = self._fill(target, stretches)
         grid, regions, boxes = target.finished()
-        captions, lengths = self._captions_of(found, slots.epoch)
+        captions, lengths, keys = captions_of(found, self.captions, slots.epoch)
         batch = CaptionBatch(
             grid=grid,
             captions=captions,
             lengths=lengths,
+            keys=keys,
             image_ids=[rows.image_ids[sample] if rows else "" for rows, sample in found],
-            keys=[rows.keys[sample] if rows else "" for rows, sample in found],
+            sample_keys=[rows.keys[sample] if rows else "" for rows, sample in found],
             epoch=slots.epoch,
             step=slots.step,
             samples_done=slots.samples_done,
@@ -325,42 +313,3 @@ class BatchReader:
             raise reader.bad(rows, sample, f"its picture cannot be decoded: {error}") from error
         target.row(row)[:] = picture.numpy().reshape(-1).data
         return rows
-
-    def _captions_of(self, found: Sequence[tuple[Rows | None, int]], epoch: int) -> tuple[Tensor, Tensor]:
-        """captions int64 [B, K, T] and lengths int64 [B, K]; K = 0 where captions are left out."""
-        options = self.captions
-        if options is None:
-            return torch.zeros((len(found), 0, 0), dtype=torch.int64), torch.zeros((len(found), 0), dtype=torch.int64)
-        tokens = [_tokens(rows, sample, epoch, options) if rows else NO_CAPTIONS for rows, sample in found]
-        # At least <start> and one prediction, so that a batch without captions is a step like any other.
-        longest = max(2, *(width for _, width in tokens))
-        captions = np.full((len(tokens), options.per_image, longest), PAD, dtype=np.int64)
-        lengths = np.zeros(captions.shape[:2], dtype=np.int64)
-        for row, (each, width) in enumerate(tokens):
-            captions[row, : len(each), :width] = each[:, 1 : 1 + width]
-            lengths[row, : len(each)] = each[:, 0]
-        return torch.from_numpy(captions), torch.from_numpy(lengths)
-
-
-def _tokens(rows: Rows, sample: int, epoch: int, options: CaptionOptions) -> Encoded:
-    """The captions of an image that this epoch shows."""
-    found = rows.encoded.get(sample)
-    if found is None:
-        texts = rows.captions[sample].as_py()
-        found = rows.encoded[sample] = _encode(texts, options.tokenizer, options.max_words)
-    if len(found[0]) <= options.per_image:
-        return found
-    image = xxhash.xxh3_64_intdigest(rows.image_ids[sample].encode())
-    chosen = found[0][choose_captions(len(found[0]), options.per_image, image, options.seed, epoch)]
-    return chosen, int(chosen[:, 0].max()) + 1
-
-
-def _encode(texts: Sequence[str], tokenizer: CaptionTokenizer, max_words: int) -> Encoded:
-    """All captions of an image; those without a single word are dropped."""
-    ids = [words for text in texts if (words := tokenizer.encode(text, max_words))]
-    longest = max(map(len, ids), default=-2) + 2
-    out = np.full((len(ids), 1 + longest), PAD, dtype=np.int32)
-    for row, words in zip(out, ids, strict=True):
-        row[0] = len(words) + 1
-        row[1 : len(words) + 3] = [START, *words, END]
-    return out, longest

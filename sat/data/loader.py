@@ -20,8 +20,9 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from sat import stopping
-from sat.data.batch import BatchReader, CaptionBatch, CaptionOptions, GridRow, InTransit, Stretch, stretches_of
+from sat.data.batch import BatchReader, CaptionBatch, GridRow, InTransit, Stretch, stretches_of
 from sat.data.buffers import Ring
+from sat.data.captions import CaptionOptions
 from sat.data.options import CacheOptions, LoaderOptions
 from sat.data.plan import (
     Cursor,

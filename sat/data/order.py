@@ -43,6 +43,13 @@ def derive_key(*parts: int) -> int:
     return key
 
 
+def derive_keys(keys: npt.NDArray[np.uint64], *parts: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """`derive_key` goes on from each of `keys` with the parts: from derive_key(a) by b to derive_key(a, b)."""
+    for part in parts:
+        keys = mix64_array((keys + np.uint64(GOLDEN)) ^ mix64_array(part))
+    return keys
+
+
 def permute(index: Ints, size: int, key: int) -> Ints:
     """Image of each `index` (int64, in [0, size)) under the key's pseudo-random bijection of range(size).
 

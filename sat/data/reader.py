@@ -38,6 +38,8 @@ class Rows:
     """The manifest's rows of one shard, made quick to index."""
 
     name: str
+    data_set: int
+    """The first 64 bits of the data set's digest."""
     keys: list[str]
     image_ids: list[str]
     offsets: list[int]
@@ -89,7 +91,8 @@ class SampleReader:
         info = self.manifest.shards[shard]
         columns = {"keys": "key", "image_ids": "image_id", "offsets": "offset", "nbytes": "nbytes", "xxh3": "xxh3"}
         listed = {field: table[name].to_pylist() for field, name in columns.items()}
-        rows = Rows(info.name, captions=table["captions"].combine_chunks(), **listed)
+        data_set, captions = int(self.manifest.digest[:16], 16), table["captions"].combine_chunks()
+        rows = Rows(info.name, data_set, captions=captions, **listed)
         ends = [offset + nbytes for offset, nbytes in zip(rows.offsets, rows.nbytes, strict=True)]
         if min(rows.offsets) < 0 or min(rows.nbytes) < TAR_BLOCK or max(ends) > info.bytes:
             raise ValueError(f"{self.manifest.root}: {info.name}: the manifest places samples outside the shard")

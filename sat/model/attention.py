@@ -60,16 +60,24 @@ def attend_hard(
     projection: Tensor,
     query: Tensor,
     exact: Tensor,
+    uniform: Tensor,
     regions: Tensor | None = None,
 ) -> Attended:
     """Context of one location s_t ~ Multinoulli(alpha_t), or of alpha itself where `exact` (bool [B, k]) is true.
 
-    Paper, section 4.1. A drawn location passes no gradient to alpha: the objective supplies it.
+    Paper, section 4.1. `uniform` float64 [B, k] in [0, 1) decides the draw. A drawn location passes no gradient to
+    alpha: the objective supplies it.
     """
     alpha = attention.alpha(projection, query, regions)
-    chosen = torch.multinomial(alpha.detach().flatten(0, 1), 1).view(alpha.shape[:2])
+    chosen = drawn_location(alpha.detach(), uniform)
     weights = torch.where(exact[..., None], alpha, _one_hot(chosen, alpha))
     return Attended(weights.to(grid.dtype) @ grid, alpha, chosen.masked_fill(exact, -1))
+
+
+def drawn_location(alpha: Tensor, uniform: Tensor) -> Tensor:
+    """int64 [B, k]: the location that `uniform` float64 [B, k] in [0, 1) falls to, each by its share in alpha."""
+    ends = alpha.double().cumsum(-1)
+    return (ends <= uniform[..., None] * ends[..., -1:]).sum(-1)
 
 
 def attend_for_inference(

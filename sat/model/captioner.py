@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from sat.model.attention import Attended, Attention, attend_for_inference, beyond
+from sat.model.draws import Draws, Site, dropout
 from sat.model.initialise import initialise
-from sat.model.kernels.choose import choose_beam_kernels
+from sat.model.kernels.choose import choose_beam_kernels, choose_kernels
 from sat.model.spec import CaptionerSpec, Sizes
 
 START = 1
@@ -27,6 +28,8 @@ END = 2
 """Token id of `<end>` (the same in `sat.text`)."""
 CLAMP = 5.0
 """Standardised features are clamped to this many standard deviations: ResNet features have long tails."""
+_DROPOUT = 2
+"""Place of dropout in the two layers of an initial state."""
 
 
 class Memory(NamedTuple):
@@ -80,7 +83,6 @@ class Captioner(nn.Module):
         self.image_word = None if attends else nn.Linear(D, E)
         self.output_state = nn.Linear(H, E) if deep else None
         self.output_context = nn.Linear(D, E, bias=False) if deep and attends else None
-        self.output_dropout = nn.Dropout(spec.dropout)
         self.vocabulary = nn.Linear(E if deep else H, V)
         initialise(
             self,
@@ -145,11 +147,16 @@ class Captioner(nn.Module):
         """Whether decoding looks at the expected context, not at one location."""
         return self.spec.attention == "soft" or self.spec.hard_inference == "expectation"
 
-    def init_state(self, memory: Memory) -> State:
-        """LSTM state before the first word, h and c: [B, 1, H]. Show and Tell reads the image as a first word."""
+    def init_state(self, memory: Memory, draws: Draws | None = None) -> State:
+        """LSTM state before the first word, h and c: [B, 1, H]. Show and Tell reads the image as a first word.
+
+        In train mode with the dropout that `draws` decide.
+        """
         mean = _mean(memory)  # [B, 1, D]
         if self.init_h and self.init_c:
-            return State(self.init_h(mean).to(_wide(mean.dtype)), self.init_c(mean).to(_wide(mean.dtype)))
+            h = self._initial(self.init_h, mean, draws, Site.INITIAL_H)
+            c = self._initial(self.init_c, mean, draws, Site.INITIAL_C)
+            return State(h.to(_wide(mean.dtype)), c.to(_wide(mean.dtype)))
         assert self.image_word
         zeros = mean.new_zeros(len(mean), 1, self.state_gates.in_features, dtype=_wide(mean.dtype))
         return State(*self.lstm(self.word_gates(self.image_word(mean)), None, zeros, zeros))
@@ -218,14 +225,29 @@ class Captioner(nn.Module):
         c = f.sigmoid() * c + i.sigmoid() * g.tanh()
         return o.sigmoid() * c.tanh(), c
 
-    def output_features(self, words: Tensor, h: Tensor, context: Tensor | None, dropout: bool = True) -> Tensor:
-        """What the vocabulary layer sees: h_t, or E y_{t-1} + L_h h_t + L_z z_t (paper, eq. 7), after dropout."""
+    def output_features(self, words: Tensor, h: Tensor, context: Tensor | None) -> Tensor:
+        """What the vocabulary layer sees but for dropout: h_t, or E y_{t-1} + L_h h_t + L_z z_t (paper, eq. 7)."""
         features = h.to(words.dtype)
         if self.output_state:
             features = words + self.output_state(features)
             if self.output_context:
                 features = features + self.output_context(context)
-        return self.output_dropout(features) if dropout else features
+        return features
+
+    def dropped(self, x: Tensor, keys: Callable[[Site], Tensor], site: Site) -> Tensor:
+        """In train mode `x` [..., W] after the dropout that the site's `keys` int64 [...] decide, one per row."""
+        if not self.training or not self.spec.dropout:
+            return x
+        return dropout(x, keys(site), self.spec.dropout, choose_kernels(self.kernels, x))
+
+    def _initial(self, layers: nn.Module, mean: Tensor, draws: Draws | None, site: Site) -> Tensor:
+        """h0 or c0 [B, 1, H] of `mean` [B, 1, D]."""
+        if isinstance(layers, nn.Sequential):
+            mean = layers[:_DROPOUT](mean)
+            mean = mean if draws is None else self.dropped(mean, draws.of_images, site)
+            layers = layers[_DROPOUT:]
+        state: Tensor = layers(mean)
+        return state
 
     def _standardised(self, grid: Tensor, order: Tensor | None, regions: Tensor | None) -> Tensor:
         """Image by image on a CPU, where passes over the whole batch would each go to memory and back.
@@ -279,4 +301,5 @@ def _state_initialiser(spec: CaptionerSpec, feature_dim: int) -> nn.Module:
     H = spec.lstm_dim
     if spec.state_init == "linear":
         return nn.Linear(feature_dim, H)
-    return nn.Sequential(nn.Linear(feature_dim, H), nn.ReLU(), nn.Dropout(spec.dropout), nn.Linear(H, H), nn.Tanh())
+    # The third does nothing but to keep the names of the weights; there is where dropout comes in.
+    return nn.Sequential(nn.Linear(feature_dim, H), nn.ReLU(), nn.Identity(), nn.Linear(H, H), nn.Tanh())

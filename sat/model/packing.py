@@ -23,6 +23,8 @@ class Packing:
     """[N] image of each row, as a position in `images`."""
     row_slot: Tensor
     """[N] rank of each row among the captions of its image, longest first."""
+    row_caption: Tensor
+    """[N] position of each row's caption in the batch, among those of its image."""
     row_lengths: Tensor
     """[N] predicted tokens of each row, descending."""
     rows: tuple[int, ...]
@@ -37,6 +39,8 @@ class Packing:
     """[M] token to be predicted at each packed position (the words, then `<end>`)."""
     word_row: Tensor
     """[M] row of each packed position."""
+    word_step: Tensor
+    """[M] step of each packed position."""
 
     @cached_property
     def rows_by_image(self) -> tuple[Tensor, Tensor]:
@@ -106,18 +110,19 @@ def pack(captions: Tensor, lengths: Tensor) -> Packing:
     row_lengths, row = by_slot.flatten().sort(descending=True, stable=True)
     row = row[row_lengths > 0]
     row_lengths = row_lengths[row_lengths > 0]
-    row_image, row_slot = row // lengths.shape[1], row % lengths.shape[1]
+    row_image, row_slot, row_caption = row // lengths.shape[1], row % lengths.shape[1], caption.flatten()[row]
     steps = torch.arange(int(row_lengths[0]) if len(row) else 0)
     step, word_row = (row_lengths > steps[:, None]).nonzero(as_tuple=True)  # row-major: time first
 
     running = by_slot > steps[:, None, None]  # [T, B', K]
-    flat = (images[row_image] * captions.shape[1] + caption.flatten()[row])[word_row] * captions.shape[2] + step
+    flat = (images[row_image] * captions.shape[1] + row_caption)[word_row] * captions.shape[2] + step
     tokens = captions.flatten()
     flat = flat.to(device)
     return Packing(
         images=images.to(device),
         row_image=row_image.to(device),
         row_slot=row_slot.to(device),
+        row_caption=row_caption.to(device),
         row_lengths=row_lengths.to(device),
         rows=tuple(running.sum((1, 2)).tolist()),
         images_running=tuple(running.any(2).sum(1).tolist()),
@@ -125,6 +130,7 @@ def pack(captions: Tensor, lengths: Tensor) -> Packing:
         inputs=tokens[flat],
         targets=tokens[flat + 1],
         word_row=word_row.to(device),
+        word_step=step.to(device),
     )
 
 

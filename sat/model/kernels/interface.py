@@ -79,6 +79,12 @@ class Kernels(Protocol):
         `targets` int64 [n]. `logits` become the gradient of the loss smoothed by `smoothing`.
         """
 
+    def dropout(self, x: Tensor, keys: Tensor, rate: float) -> Tensor:
+        """`x` [..., W] with a share `rate` of its elements zero and the others divided by what is left.
+
+        Which ones, int64 `keys` [...] say, one per row: the same in all implementations, on all devices.
+        """
+
 
 class BeamKernels(Kernels, Protocol):
     """Kernels that attend in decoding too."""

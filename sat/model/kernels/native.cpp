@@ -16,66 +16,13 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <cstring>
 #include <limits>
 #include <type_traits>
 #include <vector>
 
+#include "numbers.h"
+
 namespace {
-
-struct bf16 {
-  uint16_t bits;
-};
-
-inline float wide(float x) { return x; }
-inline double wide(double x) { return x; }
-inline float wide(bf16 x) {
-  uint32_t bits = uint32_t(x.bits) << 16;
-  float result;
-  std::memcpy(&result, &bits, 4);
-  return result;
-}
-
-inline void narrow(float x, float& out) { out = x; }
-inline void narrow(double x, double& out) { out = x; }
-inline void narrow(float x, bf16& out) {  // round to nearest even; NaN stays NaN
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  out.bits = x != x ? 0x7fc0 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-}
-
-template <class T>
-using Wide = decltype(wide(T()));
-
-// exp to about one unit in the last place, without a library call that would keep loops from being vectorised:
-// x = n ln 2 + r, exp(x) = 2^n times a polynomial in r (Cephes). Saturates at exp(+-87); NaN stays NaN.
-inline float exponential(float x) {
-  x = std::min(std::max(x, -87.0f), 87.0f);
-  const float n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;  // adding 1.5 * 2^23 rounds to a whole number
-  const float r = x - n * 0.693359375f + n * 2.12194440e-4f;
-  float y = 1.9875691500e-4f;
-  y = y * r + 1.3981999507e-3f;
-  y = y * r + 8.3334519073e-3f;
-  y = y * r + 4.1665795894e-2f;
-  y = y * r + 1.6666665459e-1f;
-  y = y * r + 5.0000001201e-1f;
-  y = y * r * r + r + 1;
-  const int32_t bits = (int32_t(n) + 127) << 23;
-  float power;
-  std::memcpy(&power, &bits, 4);
-  return y * power;
-}
-inline double exponential(double x) { return std::exp(x); }
-
-template <class W>
-inline W sigmoid(W x) {
-  return 1 / (1 + exponential(-x));
-}
-
-template <class W>
-inline W tanh_by_exp(W x) {  // absolute error of one rounding
-  return 1 - 2 / (1 + exponential(2 * x));
-}
 
 template <class W>
 inline W bounded_exp2x(W x) {  // finite and non-zero, so that products of two never give inf * 0
@@ -105,7 +52,6 @@ int64_t count_below(const int64_t* begin, const int64_t* end, int64_t n) {
   return std::lower_bound(begin, end, n) - begin;
 }
 
-constexpr int64_t LANES = 16;   // numbers of a vector register, in float
 constexpr int64_t TILE = 4;     // rows, or neighbouring locations, handled together
 constexpr int64_t STRIP = 512;  // features of a tile that stay in the first-level cache
 
@@ -370,6 +316,44 @@ void cross_entropy(int64_t n, int64_t V, T* logits, const Wide<T>* bias, const i
   }
 }
 
+// The random integer of 16 bits of an element of a row: those of `random_integers` in torch_kernels.py.
+inline uint32_t mixed(uint32_t low, uint32_t high, uint32_t count) {
+  uint32_t x = low + count * 0x9e3779b9u;
+  x = ((x ^ (x >> 16)) * 0x7feb352du) ^ high;
+  x = (x ^ (x >> 15)) * 0x846ca68bu;
+  return x ^ (x >> 16);
+}
+
+// out [n, width] = x with each element dropped whose random integer is below `threshold`, the others scaled.
+template <class T>
+void dropout(int64_t n, int64_t width, const int64_t* keys, int64_t threshold, double scale, const T* x, T* out,
+             int64_t threads) {
+  using W = Wide<T>;
+  const W kept = W(scale), none = 0;
+  const uint32_t least = uint32_t(threshold);
+  const int64_t whole = width / (2 * LANES) * (2 * LANES);
+#pragma omp parallel for num_threads(threads)
+  for (int64_t r = 0; r < n; ++r) {
+    const uint32_t low = uint32_t(keys[r]), high = uint32_t(uint64_t(keys[r]) >> 32);
+    const T* from = x + r * width;
+    T* to = out + r * width;
+    for (int64_t begin = 0; begin < whole; begin += 2 * LANES) {
+      const uint32_t first = uint32_t(begin / 2);
+#pragma omp simd
+      for (int64_t l = 0; l < LANES; ++l) {
+        const uint32_t bits = mixed(low, high, first + uint32_t(l));
+        narrow(wide(from[begin + l]) * ((bits & 0xffff) < least ? none : kept), to[begin + l]);
+        narrow(wide(from[begin + LANES + l]) * ((bits >> 16) < least ? none : kept), to[begin + LANES + l]);
+      }
+    }
+    for (int64_t e = whole; e < width; ++e) {
+      const uint32_t bits = mixed(low, high, uint32_t(whole / 2 + (e - whole) % LANES));
+      const uint32_t mine = e - whole < LANES ? bits & 0xffff : bits >> 16;
+      narrow(wide(from[e]) * (mine < least ? none : kept), to[e]);
+    }
+  }
+}
+
 }  // namespace
 
 // Looked up by native.py: pointers to the instances, so that no parameter list is written twice.
@@ -384,6 +368,7 @@ void cross_entropy(int64_t n, int64_t V, T* logits, const Wide<T>* bias, const i
   void* cell_##NAME = (void*)cell<T>;                                                 \
   void* cell_backward_##NAME = (void*)cell_backward<T>;                               \
   void* cross_entropy_##NAME = (void*)cross_entropy<T>;                               \
+  void* dropout_##NAME = (void*)dropout<T>;                                           \
   }
 
 EXPORT(float32, float)

@@ -21,11 +21,12 @@ from torch import Tensor
 
 from sat import files
 from sat.model.kernels.interface import Seen
+from sat.model.kernels.torch_kernels import dropout_threshold
 
 FLAGS = ["-std=c++17", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC"]
 COMPILERS = ("c++", "g++", "clang++")
 """Tried in this order, as PATH has them."""
-SOURCE = Path(__file__).with_name("native.cpp")
+SOURCE, HEADER = (Path(__file__).with_name(name) for name in ("native.cpp", "numbers.h"))
 
 
 @functools.cache
@@ -40,7 +41,8 @@ def library() -> tuple[ctypes.CDLL | None, str]:
         return None, "there is no C++ compiler"
     try:
         version = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=60).stdout
-        identity = "\n".join([SOURCE.read_text(), compiler, version, *FLAGS, _cpu()])
+        sources = [path.read_text() for path in (SOURCE, HEADER)]
+        identity = "\n".join([*sources, compiler, version, *FLAGS, _cpu()])
         path = files.cache_folder(private=True) / f"kernels-{files.sha256_of(identity)[:24]}.so"
         if path.exists():
             with contextlib.suppress(OSError):
@@ -205,6 +207,13 @@ def cross_entropy(logits: Tensor, bias: Tensor, targets: Tensor, smoothing: floa
     correct = torch.empty(n, dtype=torch.bool)
     _call("cross_entropy", logits.dtype, n, V, logits, bias, targets, smoothing, nll, sum_log_p, correct)
     return nll, sum_log_p, correct
+
+
+def dropout(x: Tensor, keys: Tensor, rate: float) -> Tensor:
+    """`x` [..., W] with a share `rate` of its elements zero and the others scaled; int64 `keys` [...], one per row."""
+    x, out = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
+    _call("dropout", x.dtype, keys.numel(), x.shape[-1], keys.contiguous(), *dropout_threshold(rate), x, out)
+    return out
 
 
 def _call(name: str, dtype: torch.dtype, *arguments: Tensor | int | float) -> None:

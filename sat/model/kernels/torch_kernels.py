@@ -12,6 +12,8 @@ from torch import Tensor
 from sat.model.attention import beyond
 from sat.model.kernels.interface import Seen
 
+GOLDEN = 0x9E3779B9 - (1 << 32)
+LANES = 16
 CHUNK_BYTES = 4 << 20
 """Memory of one block of hidden units [images, slots, L, A] on a CPU: what stays in its cache."""
 
@@ -123,3 +125,40 @@ def cross_entropy(logits: Tensor, bias: Tensor, targets: Tensor, smoothing: floa
     delta = log_p.exp_().sub_(smoothing / logits.shape[1])
     logits.copy_(delta.scatter_add_(1, target, torch.full_like(delta[:, :1], smoothing - 1)))
     return nll, sum_log_p, correct
+
+
+def dropout(x: Tensor, keys: Tensor, rate: float) -> Tensor:
+    """`x` [..., W] with a share `rate` of its elements zero and the others scaled; int64 `keys` [...], one per row."""
+    threshold, scale = dropout_threshold(rate)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    factor = (random_integers(keys, x.shape[-1]) >= threshold).to(wide).mul_(scale)
+    return factor.mul_(x).to(x.dtype)
+
+
+def dropout_threshold(rate: float) -> tuple[int, float]:
+    """A random integer below the first drops its element; the others are multiplied by the second."""
+    threshold = min(round(rate * 65536), 65535)
+    return threshold, 65536 / (65536 - threshold)
+
+
+def random_integers(keys: Tensor, width: int) -> Tensor:
+    """int32 [..., width] in [0, 2^16) for int64 `keys` [...], whatever else is in the tensor and however wide it is.
+
+    A counter-based generator: number c of a row is C. Wellons' 32-bit mix `lowbias32` of the key's low half plus c
+    golden ratios, into which the high half enters midway, and gives two integers: elements 32 b + l and 32 b + 16 + l
+    (l < 16) are the halves of number 16 b + l, as suits vectors. int32 products wrap on every device.
+    """
+    blocks = -(-width // (2 * LANES))
+    counts = torch.arange(blocks * LANES, device=keys.device) * GOLDEN
+    low, high = _low_half(keys)[..., None], _low_half(keys >> 32)[..., None]
+    x = low + _low_half(counts)
+    x = (x ^ ((x >> 16) & 0xFFFF)).mul_(0x7FEB352D).bitwise_xor_(high)
+    x = (x ^ ((x >> 15) & 0x1FFFF)).mul_(0x846CA68B - (1 << 32))
+    low, high = x ^ (x >> 16), x >> 16
+    halves = torch.stack([half.bitwise_and_(0xFFFF).unflatten(-1, (blocks, LANES)) for half in (low, high)], -2)
+    return halves.flatten(-3)[..., :width]
+
+
+def _low_half(x: Tensor) -> Tensor:
+    """The lower 32 bits of int64 x as int32."""
+    return (((x & 0xFFFFFFFF) ^ 0x80000000) - 0x80000000).int()

@@ -36,11 +36,12 @@ class Objective(Protocol):
         lengths: Tensor,
         sampling_probability: float = 0.0,
         regions: Tensor | None = None,
+        keys: Tensor | None = None,
     ) -> LossSums:
-        """Loss sums of one micro-batch."""
+        """Loss sums of one micro-batch; random numbers are functions of int64 `keys` [B, K] of its captions."""
 
     def train(self) -> object:
-        """Draw random numbers again, after `model` was scored in eval mode."""
+        """Drop out and draw again, after `model` was scored in eval mode."""
 
     def after_step(self, totals: Mapping[str, float]) -> None:
         """Called after each optimizer step with the sums that it follows, the same on all ranks."""

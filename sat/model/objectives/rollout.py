@@ -12,6 +12,7 @@ from torch.nn.functional import embedding
 
 from sat.model.attention import Attended, Attention, attend_for_inference, attend_hard
 from sat.model.captioner import Captioner, Memory
+from sat.model.draws import Draws, Site, uniform
 from sat.model.kernels.choose import choose_kernels
 from sat.model.packing import Packing
 from sat.model.recurrence import Inputs, Loop, Weights, recur
@@ -34,15 +35,16 @@ class Rollout(NamedTuple):
     """[M] locations drawn by hard attention (-1: alpha itself was used), else None."""
 
 
-def roll_out(model: Captioner, memory: Memory, packing: Packing, sampling_probability: float) -> Rollout:
-    """Run `model` over the captions of `packing`; `memory` holds the images in the order of `packing.images`."""
+def roll_out(model: Captioner, memory: Memory, draws: Draws, sampling_probability: float) -> Rollout:
+    """Run `model` over the captions that `draws` are of; `memory` holds the images in the order of their packing."""
     if model.spec.attention == "soft" and not sampling_probability:
-        return fast(model, memory, packing)
-    return step_by_step(model, memory, packing, sampling_probability)
+        return fast(model, memory, draws)
+    return step_by_step(model, memory, draws, sampling_probability)
 
 
-def fast(model: Captioner, memory: Memory, packing: Packing) -> Rollout:
+def fast(model: Captioner, memory: Memory, draws: Draws) -> Rollout:
     """Soft attention, the true words fed, through the hand-derived loop; each distinct word meets the gates once."""
+    packing = draws.packing
     assert model.attention and model.context_gates
     dtype = memory.grid.dtype
     distinct, place = packing.inputs.unique(return_inverse=True)
@@ -58,11 +60,25 @@ def fast(model: Captioner, memory: Memory, packing: Packing) -> Rollout:
         context=model.context_gates.weight.to(dtype),
         score=model.attention.score.weight[0].to(dtype),
     )
-    h, c = (state[:, 0][packing.row_image] for state in model.init_state(memory))
+    h, c = (state[:, 0][packing.row_image] for state in model.init_state(memory, draws))
     inputs = Inputs(memory.grid, memory.projection, embedding(place, model.word_gates(vectors)), h.to(dtype), c)
     loop = Loop(choose_kernels(model.kernels, memory.grid), packing, model.attention.tanh, memory.regions)
     hidden, context, alpha_sum, alpha = recur(loop, inputs, weights)
     return Rollout(embedding(place, vectors), hidden, context, alpha_sum, alpha, None)
+
+
+class _Locations(NamedTuple):
+    """What decides where hard attention looks."""
+
+    exact: Tensor
+    """bool [N]: captions that see alpha itself."""
+    uniform: Tensor
+    """float64 [M]: of each word, which share of alpha it falls to."""
+
+    @classmethod
+    def of(cls, draws: Draws, exact_share: float) -> "_Locations":
+        exact = uniform(draws.of_captions(Site.EXACT)) < exact_share
+        return cls(exact, uniform(draws.of_words(Site.LOCATION)))
 
 
 class _Step(NamedTuple):
@@ -72,18 +88,20 @@ class _Step(NamedTuple):
     attended: Attended | None
 
 
-def step_by_step(model: Captioner, memory: Memory, packing: Packing, sampling_probability: float) -> Rollout:
+def step_by_step(model: Captioner, memory: Memory, draws: Draws, sampling_probability: float) -> Rollout:
     """Any attention, any words fed: one word after another."""
-    h, c = (state[:, 0][packing.row_image] for state in model.init_state(memory))
-    exact = torch.rand(len(h), device=h.device) < model.spec.hard_exact  # these captions see alpha itself
+    packing = draws.packing
+    h, c = (state[:, 0][packing.row_image] for state in model.init_state(memory, draws))
+    locations = _Locations.of(draws, model.spec.hard_exact) if model.spec.attention == "hard" else None
+    fed_own = uniform(draws.of_words(Site.OWN_WORD)) < sampling_probability
     steps: list[_Step] = []
     for t, words in enumerate(model.embed(packing.inputs).split(packing.rows)):
         n = len(words)
         if t and sampling_probability:
-            words = _mix_own_words(model, words, steps[-1], sampling_probability)
+            words = _mix_own_words(model, words, steps[-1], fed_own[packing.steps[t]])
 
         def attend(attention: Attention, query: Tensor, t: int = t) -> Attended:
-            return _attend_rows(model, attention, memory, packing, t, query, exact)
+            return _attend_rows(model, attention, memory, packing, t, query, locations)
 
         h, c, context, attended = model.advance(words, h[:n], c[:n], attend)
         steps.append(_Step(words, h, context, attended))
@@ -111,14 +129,16 @@ def _attend_rows(
     packing: Packing,
     t: int,
     query: Tensor,
-    exact: Tensor,
+    locations: _Locations | None,
 ) -> Attended:
     """Attend for the rows running at step t: `query` [n, A]. Rows of one image share its grid as slots [B_t, K_t]."""
     slots, B = packing.slots(t), packing.images_running[t]
     grid, projection, queries = memory.grid[:B], memory.projection[:B], slots.spread(query)
     regions = None if memory.regions is None else memory.regions[:B]
-    if model.spec.attention == "hard" and model.training:
-        attended = attend_hard(attention, grid, projection, queries, slots.spread(exact[: len(query)]), regions)
+    if locations and model.training:
+        exact = slots.spread(locations.exact[: len(query)])
+        numbers = slots.spread(locations.uniform[packing.steps[t]])
+        attended = attend_hard(attention, grid, projection, queries, exact, numbers, regions)
     else:
         how = "expectation" if model.expects else model.spec.hard_inference
         attended = attend_for_inference(attention, grid, projection, queries, how, regions)
@@ -126,14 +146,14 @@ def _attend_rows(
     return Attended(slots.collect(context), slots.collect(alpha), None if chosen is None else slots.collect(chosen))
 
 
-def _mix_own_words(model: Captioner, words: Tensor, before: _Step, probability: float) -> Tensor:
-    """Scheduled sampling (Bengio et al. 2015): each of `words` [n, E] gives way to the model's own with `probability`.
+def _mix_own_words(model: Captioner, words: Tensor, before: _Step, own_words: Tensor) -> Tensor:
+    """Scheduled sampling (Bengio et al. 2015): of `words` [n, E] those of bool `own_words` [n] give way to the model's.
 
     The model's own word is the most probable one after the step `before`, without dropout.
     """
     n = len(words)
     with torch.no_grad():
         context = None if before.context is None else before.context[:n]
-        features = model.output_features(before.words[:n], before.hidden[:n], context, dropout=False)
+        features = model.output_features(before.words[:n], before.hidden[:n], context)
         own = model.vocabulary(features).argmax(1)
-    return torch.where(torch.rand(n, 1, device=words.device) < probability, model.embed(own), words)
+    return torch.where(own_words[:, None], model.embed(own), words)

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from sat.model.attention import beyond
 from sat.model.captioner import END, START
+from sat.model.draws import Draws, Site
 from sat.model.kernels.choose import choose_kernels
 from sat.model.loss import LossSums, linear_cross_entropy
 from sat.model.objectives.hard_attention import BASELINE_DECAY, hard_attention_sums
 from sat.model.objectives.objective import Trained
 from sat.model.objectives.rollout import roll_out
-from sat.model.packing import Packing, pack
+from sat.model.packing import pack
 
 
 class TeacherForcing(nn.Module):
@@ -34,6 +35,7 @@ class TeacherForcing(nn.Module):
         lengths: Tensor,
         sampling_probability: float = 0.0,
         regions: Tensor | None = None,
+        keys: Tensor | None = None,
     ) -> LossSums:
         """Loss sums of `grid` [B, L, D] (as stored) with `captions` int64 [B, K, T + 1] and `lengths` int64 [B, K].
 
@@ -41,15 +43,18 @@ class TeacherForcing(nn.Module):
         so many locations of an image are real, and what is in the others does not matter. `lengths` counts predicted
         tokens (words and `<end>`), 0 for a caption that does not exist; inputs without captions are not looked at. In
         train mode dropout, hard attention and scheduled sampling (with `sampling_probability` the model's own last word
-        is fed) draw from the default generators. Without any caption the sums are zeros that still reach every
-        parameter. Raises ValueError for shapes and lengths that do not fit.
+        is fed) draw by int64 `keys` [B, K] of the captions; without them by fresh ones from torch's default generator.
+        Without any caption the sums are zeros that still reach every parameter. Raises ValueError for shapes and
+        lengths that do not fit.
         """
         packing = pack(captions, lengths)
+        if keys is not None and keys.shape != lengths.shape:
+            raise ValueError(f"keys [B, K] of {list(lengths.shape)} expected, got {list(keys.shape)}")
         if packing.rows:
-            return self._sums(grid, packing, sampling_probability, regions)
+            return self._sums(grid, Draws.of(keys, packing), sampling_probability, regions)
         made_up = pack(captions.new_tensor([[[START, END]]]), lengths.new_ones(1, 1))
         with _statistics_kept(self):
-            sums = self._sums(grid, made_up, sampling_probability, regions)
+            sums = self._sums(grid, Draws.of(lengths.new_zeros(1, 1), made_up), sampling_probability, regions)
         counts = {name: torch.zeros_like(count) for name, count in sums.counts.items()}
         return LossSums(sums.per_token * 0, sums.per_caption * 0, counts)
 
@@ -66,11 +71,12 @@ class TeacherForcing(nn.Module):
             mean = torch.as_tensor(totals["nll"] / totals["tokens"])
             baseline.lerp_(mean.to(baseline), 1 - BASELINE_DECAY)
 
-    def _sums(self, grid: Tensor, packing: Packing, sampling_probability: float, regions: Tensor | None) -> LossSums:
-        model = self.model.captioner
+    def _sums(self, grid: Tensor, draws: Draws, sampling_probability: float, regions: Tensor | None) -> LossSums:
+        model, packing = self.model.captioner, draws.packing
         memory = self.model.encode(grid, packing.images, regions)
-        rollout = roll_out(model, memory, packing, sampling_probability)
+        rollout = roll_out(model, memory, draws, sampling_probability)
         features = model.output_features(rollout.words, rollout.hidden, rollout.context)
+        features = model.dropped(features, draws.of_words, Site.OUTPUT)
         words = linear_cross_entropy(
             features,
             model.vocabulary.weight,
