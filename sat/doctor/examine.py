@@ -24,7 +24,7 @@ from sat.doctor.rows import FAILED, Row, attempted, ok, refused, summary, verdic
 from sat.doctor.scoring import check_metrics
 from sat.doctor.settings import check_ranks, check_run_folder
 from sat.doctor.steps import measure_steps, rows_of_run, rows_of_steps, seconds_to_evaluate
-from sat.doctor.storage import check_disk, checkpoint_bytes
+from sat.doctor.storage import check_disk, checkpoint_bytes, numbers_in
 from sat.doctor.together import Agreed, agreed
 from sat.doctor.tracking import check_mlflow
 from sat.engine.engine import Engine
@@ -154,7 +154,7 @@ def check_training(
             measured = measure_steps(config, data, learner, processes)
         yield from rows_of_steps(measured, here, processes.device.type == "cuda")
         evaluation = seconds_to_evaluate(config, data, learner, processes)
-        yield from rows_of_run(config, data, measured.seconds, evaluation, price)
+        yield from rows_of_run(config, data, measured, evaluation, price)
     except Agreed as error:
         yield refused("steps", error)
     except Exception as error:
@@ -165,13 +165,13 @@ def _built(config: Config, data: TrainingData, engine: Engine) -> tuple[Learner,
     processes = engine.processes
     agreed(processes, lambda: speed_up(config.train.kernels, processes.device))
     learner = build_learner(config, data, engine)
-    weights = sum(each.numel() for each in learner.model.parameters())
+    weights = sum(map(numbers_in, learner.model.parameters()))
     return learner, [ok("model", f"{weights / 1e6:.3g} million weights, {config.train.precision}", weights=weights)]
 
 
 def gradient_bytes(learner: Learner) -> int:
     """That the ranks exchange in a step."""
-    return 4 * sum(each.numel() for each in learner.model.parameters() if each.requires_grad)
+    return 4 * sum(numbers_in(each) for each in learner.model.parameters() if each.requires_grad)
 
 
 def lost(processes: Processes, error: Exception) -> Row:

@@ -2,15 +2,15 @@
 
 import os
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 from sat import checkpoint
-from sat.config import Config, fixed_settings, load_config
+from sat.config import Config, load_config
 from sat.doctor.rows import Row, attempted, counted, failed, ok, warning
 from sat.machine import available_cores
 from sat.run_folder import CONFIG_FILE, STOP_FILE, read_status
 from sat.run_lock import living_owner
+from sat.train import identity
 from sat.train_state import TrainState, finished_before
 from sat.training_data import TrainingData
 
@@ -84,9 +84,7 @@ def _checkpoint(config: Config, data: TrainingData, folder: Path) -> Iterator[Ro
         yield ok("run folder", f"{said}; without a checkpoint the training begins at step 1")
         return
     state = TrainState.read(path)
-    features: list[list[str | float]] = [[manifest.digest, weight] for manifest, weight in data.sources]
-    settings, words = fixed_settings(config), data.tokenizer.digest
-    state.identity.refuse(replace(state.identity, settings=settings, features=features, tokenizer=words))
+    state.identity.refuse(identity(config, data))
     step, best = state.progress.step, state.progress.best_cider
     scored = f", best CIDEr {best:.4f}" if best >= 0 else ""
     yield ok(

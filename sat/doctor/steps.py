@@ -48,6 +48,8 @@ class Measured:
     """Per step, the mean without the first ones."""
     memory_mb: float
     """Greatest of the ranks: of the GPU, or resident, libraries included."""
+    save_s: float
+    """That a save holds the training up: what it writes is copied, and written while training goes on."""
     line: JournalLine
     """What the journal would say of them."""
 
@@ -75,7 +77,10 @@ def measure_steps(config: Config, data: TrainingData, learner: Learner, processe
     memory = peak_memory_mb(steps, str(processes.device))
     counted = seconds[WARM_UP:] or seconds
     slowest = max(processes.gather(sum(counted) / len(counted)))
-    return Measured(count, slowest, max(processes.gather(memory)), meter.line(processes))
+    began = time.perf_counter()
+    learner.state(processes)
+    save = max(processes.gather(time.perf_counter() - began))
+    return Measured(count, slowest, max(processes.gather(memory)), save, meter.line(processes))
 
 
 def rows_of_steps(found: Measured, local_ranks: int, on_gpu: bool) -> Iterator[Row]:
@@ -147,16 +152,18 @@ def _seconds_to_decode(
     return seconds
 
 
-def rows_of_run(config: Config, data: TrainingData, step_s: float, evaluation_s: float, price: float) -> Iterator[Row]:
+def rows_of_run(
+    config: Config, data: TrainingData, found: Measured, evaluation_s: float, price: float
+) -> Iterator[Row]:
     """How long the whole run takes, evaluations included, and what it costs at `price` an hour (0: not known)."""
-    evaluations = -(-data.total_steps // data.eval_every)
-    hours = (data.total_steps * step_s + evaluations * evaluation_s) / 3600
+    evaluations, saves = -(-data.total_steps // data.eval_every), -(-data.total_steps // data.save_every)
+    hours = (data.total_steps * found.seconds + evaluations * evaluation_s + saves * found.save_s) / 3600
     said = (
-        f"{counted(data.total_steps, 'step')} of {step_s:.3g} s and {counted(evaluations, 'evaluation')} of "
-        f"{evaluation_s:.3g} s at most: {duration(hours * 3600)}"
+        f"{counted(data.total_steps, 'step')} of {found.seconds:.3g} s, {counted(evaluations, 'evaluation')} of "
+        f"at most {evaluation_s:.3g} s, {counted(saves, 'save')} of {found.save_s:.2g} s: {duration(hours * 3600)}"
     )
     said += f", earlier if {config.train.patience} evaluations in a row bring nothing" * bool(config.train.patience)
-    figures = {"hours": hours, "evaluation_s": evaluation_s, "evaluations": evaluations}
+    figures = {"hours": hours, "evaluations": evaluations, "evaluation_s": evaluation_s, "save_s": found.save_s}
     if price:
         said, figures = f"{said}; {hours * price:,.2f} at {price:g} an hour", figures | {"cost": hours * price}
     yield ok("whole run", said, **figures)

@@ -18,13 +18,13 @@ BESIDE = 0.2 * GB
 def checkpoint_bytes(learner: Learner) -> int:
     """Of one checkpoint: every tensor in float32, two moments of what is trained, and the average."""
     model = learner.model
-    weights = sum(map(_size, model.parameters())) + sum(each.numel() for each in model.buffers())
-    trained = sum(_size(each) for each in model.parameters() if each.requires_grad)
+    weights = sum(map(numbers_in, model.parameters())) + sum(each.numel() for each in model.buffers())
+    trained = sum(numbers_in(each) for each in model.parameters() if each.requires_grad)
     return 4 * (weights * (1 if learner.average is None else 2) + 2 * trained)
 
 
-def _size(parameter: nn.Parameter) -> int:
-    """Of the whole parameter, also where ZeRO 3 holds a part of it here."""
+def numbers_in(parameter: nn.Parameter) -> int:
+    """How many a parameter has as a whole, also where ZeRO 3 holds a part of it here."""
     return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
