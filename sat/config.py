@@ -86,8 +86,8 @@ class TrainConfig:
     """Images per optimizer step, over all ranks and accumulation steps."""
     accumulation_steps: int = setting(1, above=0, may_change=True)
     """Forward and backward passes per optimizer step and rank."""
-    learning_rate: float = setting(4e-4, above=0)
-    """Peak learning rate (Adam)."""
+    learning_rate: float = setting(4e-4, above=0, may_change=True)
+    """Peak learning rate (Adam); a run that diverged goes on with a lower one."""
     warmup_steps: int = setting(100)
     """Steps of linear warm-up; a cosine to zero follows."""
     weight_decay: float = setting(0.0)

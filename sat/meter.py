@@ -17,6 +17,7 @@ from torch import Tensor
 
 from sat.engine.engine import StepResult
 from sat.engine.processes import Processes
+from sat.train_state import LineSums
 
 T = TypeVar("T")
 OVERFLOWS_ALLOWED = 40
@@ -101,6 +102,8 @@ class Step:
 class Meter:
     """Filled by each step, emptied by `line`."""
 
+    before: LineSums = field(default_factory=LineSums)
+    """Of the steps of an earlier life since the last line."""
     steps: list[Step] = field(default_factory=list)
     waited: float = 0.0
     """Seconds this rank waited for data."""
@@ -120,34 +123,51 @@ class Meter:
         yield
         self.began += time.perf_counter() - began
 
+    def sums(self, processes: Processes) -> LineSums:
+        """Since the last line. All ranks enter."""
+        steps, seconds = self.steps, time.perf_counter() - self.began
+        if not steps:
+            return self.before
+        skipped = [bool(each) for each in torch.stack([step.result.skipped for step in steps]).tolist()]
+        taken = [step for step, left_out in zip(steps, skipped, strict=True) if not left_out]
+        names, sums = _sums([each for step in taken for each in step.counts])
+        *sums, waited, bad = processes.sum_over_ranks([*sums, self.waited, sum(step.bad_samples for step in steps)])
+        return self.before + LineSums(
+            steps=len(steps),
+            skipped=sum(skipped),
+            overflowed=int(torch.stack([step.result.overflowed for step in steps]).sum()),
+            tokens=sum(step.tokens for step in taken),
+            captions=sum(step.captions for step in taken),
+            all_captions=sum(step.captions for step in steps),
+            bad_samples=bad,
+            waited=waited / processes.world_size,
+            seconds=seconds,
+            totals=dict(zip(names, sums, strict=True)),
+        )
+
     def line(self, processes: Processes) -> JournalLine:
-        """Sums and averages since the last line, of which there was at least one step; the meter starts again.
+        """Sums and averages since the last line, with at least one step of ours; the meter starts again.
 
         All ranks enter.
         """
-        steps, waited, seconds = self.steps, self.waited, time.perf_counter() - self.began
-        self.steps, self.waited, self.began = [], 0.0, self.began + seconds
-        skipped = [bool(each) for each in torch.stack([step.result.skipped for step in steps]).tolist()]
-        overflowed = int(torch.stack([step.result.overflowed for step in steps]).sum())
-        taken = [step for step, left_out in zip(steps, skipped, strict=True) if not left_out]
-        names, sums = _sums([each for step in taken for each in step.counts])
-        *sums, waited, bad = processes.sum_over_ranks([*sums, waited, sum(step.bad_samples for step in steps)])
-        total = dict(zip(names, sums, strict=True))
-        tokens, captions = (sum(step.tokens for step in taken), sum(step.captions for step in taken))
-        nothing = 0.0 if taken else math.nan
+        sums, last = self.sums(processes), self.steps[-1]
+        self.before, self.steps, self.waited, self.began = LineSums(), [], 0.0, time.perf_counter()
+        total, nothing = sums.totals, 0.0 if sums.steps > sums.skipped else math.nan
+        tokens, captions = max(sums.tokens, 1), max(sums.captions, 1)
+        use = AttentionUse(sums.tokens, total["entropy"], total["top"]) if "entropy" in total else None
         return JournalLine(
-            nll_per_token=total.get("nll", nothing) / max(tokens, 1),
-            penalty_per_caption=total.get("penalty", nothing) / max(captions, 1),
-            accuracy=total.get("correct", nothing) / max(tokens, 1),
-            learning_rate=steps[-1].rate,
-            gradient_norm=float(steps[-1].result.gradient_norm),
-            captions_per_s=sum(step.captions for step in steps) / seconds,
-            data_wait_share=waited / processes.world_size / seconds,
-            seconds_per_step=seconds / len(steps),
-            bad_samples=int(bad),
-            skipped_steps=sum(skipped) - overflowed,
-            overflowed_steps=overflowed,
-            attention=AttentionUse(tokens, total["entropy"], total["top"]) if "entropy" in total else None,
+            nll_per_token=total.get("nll", nothing) / tokens,
+            penalty_per_caption=total.get("penalty", nothing) / captions,
+            accuracy=total.get("correct", nothing) / tokens,
+            learning_rate=last.rate,
+            gradient_norm=float(last.result.gradient_norm),
+            captions_per_s=sums.all_captions / sums.seconds,
+            data_wait_share=sums.waited / sums.seconds,
+            seconds_per_step=sums.seconds / sums.steps,
+            bad_samples=int(sums.bad_samples),
+            skipped_steps=sums.skipped - sums.overflowed,
+            overflowed_steps=sums.overflowed,
+            attention=use,
         )
 
 

@@ -2,7 +2,7 @@
 
 The surprise: a signal never interrupts anything. It is remembered, rides on the next step's count reduction, and all
 ranks then save the same step and leave with exit code 0; `status.json` says whether training is finished or to be
-resumed.
+resumed. What the disk does not take is a warning.
 """
 
 import contextlib
@@ -12,15 +12,20 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 from sat import files
-from sat.config import Config, TrackingConfig, flatten, load_config, save_config
+from sat.config import Config, flatten, load_config, save_config
 from sat.engine.engine import Engine
 from sat.engine.processes import Processes
-from sat.stopping import Wish, listen
-from sat.tracking.journal import Tracker
+from sat.run_lock import owned
+from sat.stopping import Wish
+from sat.tracking.journal import CLOSE_TIMEOUT_S, STOPPED_TIMEOUT_S, Tracker
+from sat.train_state import Progress
 
 STOP_FILE = "STOP"
 STATUS_FILE = "status.json"
 CONFIG_FILE = "config.yaml"
+BEST = "best"
+FAILED_SAVES_ALLOWED = 2
+"""In a row."""
 STATES = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
 """How a life of a run ends -> the same for MLflow. Until then the run is `running`."""
 
@@ -32,10 +37,12 @@ class Status:
     state: str
     """running, stopped (to be resumed), finished or failed (an error ended it)."""
     step: int = 0
+    saved_step: int = 0
+    """Of the newest checkpoint."""
     best_step: int = 0
     best_cider: float = -1.0
     error: str = ""
-    """What ended a failed run."""
+    """What ended a failed run, or why the newest checkpoint is not newer."""
 
 
 @dataclass
@@ -50,6 +57,12 @@ class Run:
     """What `open_run` writes when the run is left."""
     wish: Wish = field(default_factory=Wish)
     """Of this process, to stop."""
+    saved_step: int = 0
+    """Of the newest checkpoint; known on rank 0 and, after the end, on all."""
+    failed_saves: int = 0
+    """In a row; known as `saved_step` is."""
+    save_error: str = ""
+    """Of the last of them."""
 
     @property
     def checkpoints(self) -> Path:
@@ -59,11 +72,25 @@ class Run:
     @property
     def best(self) -> Path:
         """Folder of the exported model."""
-        return self.folder / "best"
+        return self.folder / BEST
 
     def stop_wanted(self) -> bool:
         """Whether this rank has been asked to stop, by a signal or (rank 0) by the file STOP in the run folder."""
         return self.wish.is_there() or (self.processes.is_main and (self.folder / STOP_FILE).exists())
+
+    def any_stop_wanted(self) -> bool:
+        """Whether any rank has been asked to stop. All ranks enter."""
+        return self.processes.sum_over_ranks([self.stop_wanted()])[0] > 0
+
+    def refuse_failing_saves(self, failed: float) -> None:
+        """Raise ValueError where too many saves in a row have `failed`. All ranks enter with the same number."""
+        if failed > FAILED_SAVES_ALLOWED:
+            error = self.processes.broadcast(self.save_error)
+            raise ValueError(f"{failed:.0f} saves in a row have failed, {error}; make room, and start it again")
+
+    def status_of(self, state: str, progress: Progress) -> Status:
+        """For `write_status`: how training stands."""
+        return Status(state, progress.step, self.saved_step, progress.best_step, progress.best_cider)
 
     def log(self, step: int, values: Mapping[str, float | None]) -> None:
         """One line of the journal. Rank 0 writes."""
@@ -81,11 +108,18 @@ class Run:
             self.tracker.flush()
 
     def write_status(self, status: Status) -> None:
-        """Rank 0 writes."""
+        """Rank 0 writes; a full disk keeps what was there."""
         self.status = status
         if self.processes.is_main:
             known = {name: value for name, value in asdict(status).items() if value != ""}
-            files.write_json(self.folder / STATUS_FILE, known)
+            try:
+                files.write_json(self.folder / STATUS_FILE, known)
+            except OSError as error:
+                print(f"warning: {self.folder / STATUS_FILE} is not up to date: {error}", file=sys.stderr, flush=True)
+
+    def fail(self, error: str) -> None:
+        """Rank 0 writes that it has ended by this."""
+        self.write_status(replace(self.status, state="failed", error=error))
 
 
 def read_status(folder: Path) -> Status | None:
@@ -102,7 +136,7 @@ def read_status(folder: Path) -> Status | None:
 def attach(folder: Path) -> Iterator[Tracker]:
     """The journal and MLflow run of a trained run folder, to add figures and files to. Rank 0 only."""
     config = load_config(folder / CONFIG_FILE)
-    tracker = _open_tracker(folder, config.tracking, flatten(config), resume_step=sys.maxsize)
+    tracker = Tracker(folder, config.tracking, flatten(config), resume_step=sys.maxsize)
     try:
         yield tracker
     finally:
@@ -110,37 +144,49 @@ def attach(folder: Path) -> Iterator[Tracker]:
 
 
 @contextlib.contextmanager
-def open_run(config: Config, engine: Engine, resume_step: int) -> Iterator[Run]:
-    """Make or re-open the run folder, listen to the wish to stop, and say in its status how it was left.
+def owned_run(folder: Path, processes: Processes) -> Iterator[None]:
+    """Be the only training in a run folder; see `sat.run_lock.owned`. All ranks enter, rank 0 holds the lock."""
+    with contextlib.ExitStack() as held:
+        processes.run_on_main(lambda: held.enter_context(owned(folder)))
+        yield
 
-    All ranks enter; only rank 0 writes. Journal lines after `resume_step` belong to a life that was lost, and are
-    superseded. Inside, the last act is to write a status; an exception makes it `failed`.
+
+def forget_stop(folder: Path) -> None:
+    """Remove the wish that was for an earlier life; at a program's very beginning, later ones are for this life."""
+    (folder / STOP_FILE).unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def open_run(config: Config, engine: Engine, progress: Progress, wish: Wish) -> Iterator[Run]:
+    """Make or re-open the run folder, and say in its status how it was left.
+
+    All ranks enter; only rank 0 writes. Journal lines after the step of `progress`, and those of an evaluation that is
+    to be done again, belong to a life that was lost and are superseded. Inside, the last act is to write a status; an
+    exception makes it `failed`.
     """
     folder, processes = Path(config.train.run_dir), engine.processes
 
     def prepare() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         save_config(config, folder / CONFIG_FILE)
-        (folder / STOP_FILE).unlink(missing_ok=True)  # it was for an earlier life
+        files.recover_folder(folder / BEST)
+        files.sweep(folder, f"{BEST}*")
 
     processes.run_on_main(prepare)
     tracker = None
     if processes.is_main:
         params = flatten(config) | {"world_size": processes.world_size, "engine": engine.name}
-        tracker = _open_tracker(folder, config.tracking, params, resume_step)
-    run = Run(folder, processes, tracker, wish=listen())
+        redone = f"{config.data.eval_split}/" if progress.evaluated_step != progress.step else ""
+        tracker = Tracker(folder, config.tracking, params, progress.step, redone)
+    run = Run(folder, processes, tracker, wish=wish, saved_step=progress.step)
     run.keep_artifact(folder / CONFIG_FILE)
-    run.write_status(Status("running", resume_step))
+    run.write_status(run.status_of("running", progress))
     try:
         yield run
     except BaseException as error:
-        with contextlib.suppress(OSError):  # the error itself is what is to be told
-            run.write_status(replace(run.status, state="failed", error=str(error) or type(error).__name__))
+        run.fail(str(error) or type(error).__name__)
         raise
     finally:
         if tracker:
-            tracker.close(STATES.get(run.status.state, "KILLED"))
-
-
-def _open_tracker(folder: Path, tracking: TrackingConfig, params: Mapping[str, object], resume_step: int) -> Tracker:
-    return Tracker(folder, tracking, params, resume_step)
+            patience = STOPPED_TIMEOUT_S if wish.is_there() else CLOSE_TIMEOUT_S
+            tracker.close(STATES.get(run.status.state, "KILLED"), patience)

@@ -39,16 +39,24 @@ def heard() -> list[signal.Signals]:
     return [each for each in STOP_SIGNALS if each != signal.SIGHUP or signal.getsignal(each) != signal.SIG_IGN]
 
 
+def follow_launcher() -> int:
+    """Have the end of the launcher, whatever ended it, come as SIGTERM; its process id, 0 where there is none.
+
+    Until `listen` is called the signals end the process at once: nothing is lost yet, and a call that waits for other
+    ranks to begin hears nothing else.
+    """
+    if not any(name in os.environ for name in _LAUNCHED):
+        return 0
+    launcher = int(os.environ.get(LAUNCHER, os.getppid()))
+    end_with_parent(signal.SIGTERM)
+    return launcher
+
+
 def listen() -> Wish:
-    """Remember the signals from now on; under a launcher its end comes as SIGTERM."""
-    launcher = 0
-    if any(name in os.environ for name in _LAUNCHED):
-        launcher = int(os.environ.get(LAUNCHER, os.getppid()))
-    wish = Wish(launcher=launcher)
+    """Remember the signals from now on."""
+    wish = Wish(launcher=follow_launcher())
     for number in heard():
         signal.signal(number, lambda received, _: wish.signals.append(received))
-    if launcher:
-        end_with_parent(signal.SIGTERM)
     return wish
 
 

@@ -5,35 +5,36 @@ functions of the seed, the step and the samples, so a run continues from its cou
 """
 
 import itertools
-import warnings
-from collections.abc import Generator
-from contextlib import closing
+import sys
+import time
+from collections.abc import Generator, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 from tqdm import tqdm
 
 from sat import checkpoint
-from sat.cli import run_program
+from sat.cli import StartAgain, run_program
 from sat.config import Config, fixed_settings, load_config
 from sat.data.batch import CaptionBatch
 from sat.data.loader import training_batches
-from sat.data.order import derive_key
 from sat.data.plan import Cursor, Share
+from sat.engine import losses
 from sat.engine.engine import Engine, StepResult
 from sat.engine.processes import Processes
 from sat.engine.start import is_first_announced, start
-from sat.evaluation.report import write_captions
-from sat.evaluation.split import evaluate
-from sat.export import save_model
+from sat.engine.watchdog import watched
 from sat.learner import Learner, build_learner
 from sat.machine import best_precision, speed_up
 from sat.meter import AttentionUse, Meter, Step, Watch
 from sat.optim import learning_rate
-from sat.run_folder import CONFIG_FILE, Run, Status, open_run, read_status
+from sat.run_folder import CONFIG_FILE, Run, forget_stop, open_run, owned_run, read_status
+from sat.saving import Saves
+from sat.scoring import score_and_keep_best, scoring_is_due
+from sat.stopping import Wish, follow_launcher, listen
 from sat.train_state import Identity, Progress, TrainState, finished_before
 from sat.training_data import TrainingData, open_data
 
@@ -41,39 +42,58 @@ FLAT_SHARE = 0.8
 """Attention over more than this share of the cells, in effect, is flat."""
 
 
-def train(config: Config, engine: Engine) -> Progress:
-    """Run, or continue, the training that `config` describes. All ranks enter; returns where it ended."""
-    data = open_data(config)
-    learner = build_learner(config, data, engine)
-    this = identity(config, data)
-    progress = resume(config, data, learner, this, engine)
-    with open_run(config, engine, progress.step) as run, progress_bar(data, progress, run) as bar:
-        meter, watch = Meter(), Watch(config.train.max_skipped_steps)
-        saver = checkpoint.Saver(run.checkpoints, run.processes, config.train.keep_checkpoints)
-        finished, stop = has_ended(config, data, progress), False
-        with closing(steps_from(config, data, progress.cursor, run.processes, meter)) as steps:
-            while not (finished or stop):
-                batches = next(steps)
-                result, stop = take_step(config, learner, batches, progress.step, run, meter)
-                progress = advanced(progress, batches)
-                bar.update()
-                last, diverged = progress.step == data.total_steps, watch.see(result)
-                if progress.step % config.train.log_every == 0 or last or diverged:
-                    log_step(progress.step, meter, learner, run, bar)
-                warn_of(saver.poll())
-                if diverged:
-                    warn_of(saver.wait())
-                    raise ValueError(divergence(config, progress.step, watch, run))
-                if progress.step % data.eval_every == 0 or last:
-                    with meter.paused():
-                        progress = score_and_keep_best(config, data, learner, progress, run)
-                finished = has_ended(config, data, progress)
-                if finished or stop or progress.step % data.save_every == 0:
-                    save(learner, TrainState(progress, this, data.total_steps, written_by(engine)), run, saver)
-        warn_of(saver.wait())
-        for path in sorted(run.best.glob("*")):
-            run.keep_artifact(path, "model")
-        run.write_status(status_of("finished" if finished else "stopped", progress))
+def train(config: Config, engine: Engine, wish: Wish | None = None) -> Progress:
+    """Run, or continue, the training that `config` describes. All ranks enter; returns where it ended.
+
+    `wish`: to stop, where the caller listens already. Raises ValueError where the run folder is another training's or
+    is being trained in, and StartAgain for what nobody is to blame for.
+    """
+    wish, processes = wish or listen(), engine.processes
+    with owned_run(Path(config.train.run_dir), processes), losses.named(processes):
+        data = open_data(config)
+        learner = build_learner(config, data, engine)
+        begun = resume(config, data, learner, fresh_state(config, data, engine), processes)
+        with open_run(config, engine, begun.progress, wish) as run, losses.named(processes):
+            with watched(processes, config.train.timeout, run.fail), progress_bar(data, begun.progress, run) as bar:
+                progress = take_all_steps(config, data, learner, begun, run, bar)
+            for path in sorted(run.best.glob("*")):
+                run.keep_artifact(path, "model")
+            run.write_status(run.status_of("finished" if has_ended(config, data, progress) else "stopped", progress))
+    if not progress.step:
+        raise StartAgain("stopped before the first step: start it again")
+    return progress
+
+
+def take_all_steps(
+    config: Config, data: TrainingData, learner: Learner, begun: TrainState, run: Run, bar: "tqdm[object]"
+) -> Progress:
+    """The loop, until the training has ended or a rank is asked to stop; what was reached is saved then."""
+    progress, meter, watch = begun.progress, Meter(begun.unlogged), Watch(config.train.max_skipped_steps)
+    saves = Saves(checkpoint.Saver(run.checkpoints, run.processes, config.train.keep_checkpoints), run, progress)
+    stop, owed = run.any_stop_wanted(), False
+    with closing(steps_from(config, data, progress.cursor, run.processes, meter)) as steps:
+        while not (stop or has_ended(config, data, progress)):
+            if scoring_is_due(data, progress):
+                with meter.paused(), bar_paused(bar):
+                    progress, stop = score_and_keep_best(config, data, learner, progress, run)
+                continue
+            run.processes.pulse.beat(f"the data of step {progress.step + 1}")
+            batches = next(steps)
+            result, stop = take_step(config, learner, batches, progress.step, run, meter)
+            progress = advanced(progress, batches)
+            bar.update()
+            last, diverged = progress.step == data.total_steps, watch.see(result)
+            if progress.step % config.train.log_every == 0 or last or diverged:
+                log_step(progress.step, meter, learner, run, bar)
+            saves.look(progress)
+            if diverged:
+                raise ValueError(divergence(config, progress.step, watch, run, saves))
+            owed = owed or progress.step % data.save_every == 0 or last
+            if owed and not watch.skipped:  # while steps are skipped the older checkpoints are the better ones
+                saves.begin(learner, replace(begun, progress=progress, unlogged=meter.sums(run.processes)))
+                owed = False
+    state = replace(begun, progress=progress, unlogged=meter.sums(run.processes))
+    saves.finish(learner, state, ended=has_ended(config, data, progress))
     return progress
 
 
@@ -106,8 +126,11 @@ def take_step(
         sum(int(batch.tokens) for batch in batches),
         sum(int(batch.caption_count) for batch in batches),
         run.stop_wanted(),
+        run.failed_saves,
     ]
-    tokens, captions, stop = processes.sum_over_ranks(local)
+    processes.pulse.beat(f"step {step + 1}")
+    tokens, captions, stop, failed = processes.sum_over_ranks(local)
+    run.refuse_failing_saves(failed)
     rate = learner.set_learning_rate(step)
     counts = [
         learner.learn(batch, step, tokens, captions, last=batch is batches[-1], processes=processes)
@@ -127,8 +150,9 @@ def advanced(progress: Progress, batches: list[CaptionBatch]) -> Progress:
 
 
 def has_ended(config: Config, data: TrainingData, progress: Progress) -> bool:
-    """Whether all steps are done, or too many evaluations in a row have brought nothing."""
-    return progress.step >= data.total_steps or 0 < config.train.patience <= progress.evaluations_without_gain
+    """Whether all steps are done and scored, or too many evaluations in a row have brought nothing."""
+    done = progress.step >= data.total_steps and not scoring_is_due(data, progress)
+    return done or 0 < config.train.patience <= progress.evaluations_without_gain
 
 
 # ------------------------------------------------------------------ continue and save
@@ -140,32 +164,36 @@ def identity(config: Config, data: TrainingData) -> Identity:
     return Identity(fixed_settings(config), features, data.tokenizer.digest)
 
 
-def written_by(engine: Engine) -> str:
-    """How training is spread now; the next life may be spread otherwise."""
-    return f"{engine.name} on {engine.processes.world_size} ranks"
+def fresh_state(config: Config, data: TrainingData, engine: Engine) -> TrainState:
+    """Before the first step."""
+    start = Progress(Cursor.start(data.sources, config.train.seed))
+    spread = f"{engine.name} on {engine.processes.world_size} ranks"
+    return TrainState(start, identity(config, data), data.total_steps, spread, config.train.learning_rate)
 
 
-def resume(config: Config, data: TrainingData, learner: Learner, current: Identity, engine: Engine) -> Progress:
-    """Load the newest whole checkpoint of the run folder, if there is one. All ranks enter.
+def resume(config: Config, data: TrainingData, learner: Learner, fresh: TrainState, processes: Processes) -> TrainState:
+    """`fresh`, or what the newest whole checkpoint of the run folder holds, which is loaded. All ranks enter.
 
     Raises ValueError when it belongs to another training, or when all checkpoints are damaged.
     """
-    processes = engine.processes
     path = processes.run_on_main(lambda: checkpoint.latest(Path(config.train.run_dir) / "checkpoints"))
     if path is None:
-        return Progress(Cursor.start(data.sources, config.train.seed))
+        return fresh
     state = TrainState.read(path)
-    state.identity.refuse(current)
+    state.identity.refuse(fresh.identity)
     learner.load_state(checkpoint.read(path))
     if processes.is_main:
         print(f"continuing {path} at step {state.progress.step} of {data.total_steps}", flush=True)
-        if state.written_by != written_by(engine):
-            print(f"it was written by {state.written_by}, and goes on with {written_by(engine)}", flush=True)
+        if state.written_by != fresh.written_by:
+            print(f"it was written by {state.written_by}, and goes on with {fresh.written_by}", flush=True)
         if state.total_steps != data.total_steps:
             print(other_length(config, state, data.total_steps), flush=True)
+        if state.learning_rate != fresh.learning_rate:
+            rates = f"{fresh.learning_rate:g} instead of {state.learning_rate:g}"
+            print(f"train.learning_rate is now {rates}, from this step on", flush=True)
         if has_ended(config, data, state.progress):
             print(f"{config.train.run_dir} is finished: nothing is left to do", flush=True)
-    return state.progress
+    return replace(fresh, progress=state.progress, unlogged=state.unlogged)
 
 
 def other_length(config: Config, state: TrainState, total_steps: int) -> str:
@@ -185,35 +213,29 @@ def other_length(config: Config, state: TrainState, total_steps: int) -> str:
     )
 
 
-def save(learner: Learner, state: TrainState, run: Run, saver: checkpoint.Saver) -> None:
-    """Begin to commit a checkpoint. All ranks enter."""
-    run.flush()
-    saver.begin(state.progress.step, learner.state(run.processes), state)
-    run.write_status(status_of("running", state.progress))
-
-
-def warn_of(results: list[checkpoint.SaveResult]) -> None:
-    """Tell of saves that have failed."""
-    for each in results:
-        if each.error:
-            warnings.warn(
-                f"checkpoint of step {each.step} was NOT saved ({each.error}); the older one stays", stacklevel=2
-            )
-
-
-def status_of(state: str, progress: Progress) -> Status:
-    """The run folder's word for where training stands."""
-    return Status(state, progress.step, progress.best_step, progress.best_cider)
-
-
 # ------------------------------------------------------------------ log and score
 
 
 def progress_bar(data: TrainingData, progress: Progress, run: Run) -> "tqdm[object]":
-    """Of the steps; rank 0 shows it."""
+    """Of the steps; rank 0 shows it, in a file a line every ten seconds."""
     return tqdm(
-        total=data.total_steps, initial=progress.step, desc="train", unit="step", disable=not run.processes.is_main
+        total=data.total_steps,
+        initial=progress.step,
+        desc="train",
+        unit="step",
+        disable=not run.processes.is_main,
+        mininterval=0.1 if sys.stderr.isatty() else 10.0,
     )
+
+
+@contextmanager
+def bar_paused(bar: "tqdm[object]") -> Iterator[None]:
+    """The time spent inside is no step's: the time left does not jump."""
+    began = time.time()
+    yield
+    if not bar.disable:
+        bar.start_t += time.time() - began
+        bar.last_print_t += time.time() - began
 
 
 def log_step(step: int, meter: Meter, learner: Learner, run: Run, bar: "tqdm[object]") -> None:
@@ -240,49 +262,24 @@ def flat_attention(step: int, use: AttentionUse, learner: Learner) -> str:
     )
 
 
-def divergence(config: Config, step: int, watch: Watch, run: Run) -> str:
+def divergence(config: Config, step: int, watch: Watch, run: Run, saves: Saves) -> str:
     """Why the run ends here, and the way on. All ranks enter."""
+    saves.saver.wait()
     train, path = config.train, run.processes.run_on_main(lambda: checkpoint.latest(run.checkpoints))
+    lower = f"the same command with train.learning_rate={train.learning_rate / 2:g}"
+    way_on = f"there is no checkpoint yet; begin anew with a lower rate, {lower}, or with a longer train.warmup_steps"
+    if path:
+        way_on = f"the last checkpoint, {path}, is good; go on from there at a lower rate, {lower}"
+    if run.status.best_step:
+        way_on += (
+            f"; or, should that diverge too, begin anew with the best model, "
+            f"train.start_from={train.run_dir} train.run_dir={train.run_dir}-2"
+        )
     return (
         f"step {step}: the loss or the gradient of {watch.skipped + watch.overflowed} steps in a row was not finite, "
-        f"train.max_skipped_steps allows {train.max_skipped_steps}; they have changed nothing, and "
-        + (f"the last checkpoint, {path}, is good; " if path else "there is no checkpoint yet; ")
-        + f"begin anew with a lower rate, e.g. train.learning_rate={train.learning_rate / 2:g} "
-        f"train.run_dir={train.run_dir}-2, or with a longer train.warmup_steps; at the first steps, "
-        "look for features that are not finite"
+        f"train.max_skipped_steps allows {train.max_skipped_steps}; they have changed nothing, and {way_on}; "
+        "at the first steps, look for features that are not finite"
     )
-
-
-def score_and_keep_best(config: Config, data: TrainingData, learner: Learner, progress: Progress, run: Run) -> Progress:
-    """Score the evaluation split by free-running decoding; export the best model yet by CIDEr. All ranks enter."""
-    model = learner.evaluated.eval()
-    torch.manual_seed(derive_key(config.train.seed, progress.step, run.processes.rank) >> 1)  # may sample locations
-    split = config.data.eval_split
-    result = evaluate([model], data.main, split, data.tokenizer, config.eval, data.reading, run.processes)
-    learner.objective.train()
-    values = result.scores.values | (result.attention.values() if config.model.attention != "none" else {})
-    scores = {f"{split}/{name}": value for name, value in values.items() if value is not None}
-    cider = result.scores.values["CIDEr"]
-    better = cider is not None and cider > progress.best_cider
-    best = {f"best/{name}": value for name, value in values.items() if better and value is not None}
-    run.log(progress.step, scores | best | {f"{split}/unfinished": result.unfinished})
-    if cider is None:
-        raise ValueError(f"CIDEr could not be computed: {result.scores.reasons.get('CIDEr')}")
-
-    def keep() -> None:
-        tqdm.write(
-            f"step {progress.step}: " + ", ".join(f"{name} {value:.4f}" for name, value in sorted(scores.items()))
-        )
-        captions = run.folder / "captions" / f"step-{progress.step:08d}.json"
-        write_captions(captions, result.captions)
-        run.keep_artifact(captions, "captions")
-        if better:
-            save_model(run.best, model.state_dict(), data.tokenizer, config, data.features, progress.step)
-
-    run.processes.run_on_main(keep)
-    if better:
-        return replace(progress, best_cider=cider, best_step=progress.step, evaluations_without_gain=0)
-    return replace(progress, evaluations_without_gain=progress.evaluations_without_gain + 1)
 
 
 # ------------------------------------------------------------------ the program
@@ -315,12 +312,17 @@ def main(
     ] = None,
 ) -> None:
     """Train the captioner that CONFIG describes, or go on with it; under `accelerate launch` one process per rank."""
+    follow_launcher()
     config = with_precision(load_config(configuration, settings or ()))
+    if is_first_announced():
+        forget_stop(Path(config.train.run_dir))
     if said := already_finished(config):
         if is_first_announced():
             print(said)
         return
-    engine = start(config.train.precision)
+    with losses.named():
+        engine = start(config.train.precision)
+    wish = listen()
     if len(found := set(engine.processes.gather(config.train.precision))) > 1:
         raise ValueError(
             f"the machines differ: some are best at {' and others at '.join(sorted(found))}; set train.precision"
@@ -328,7 +330,7 @@ def main(
     kernels = speed_up(config.train.kernels, engine.processes.device)
     if engine.processes.is_main:
         print(kernels, flush=True)
-    train(config, engine)
+    train(config, engine, wish)
     engine.processes.leave()
 
 

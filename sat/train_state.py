@@ -6,7 +6,7 @@ the longer schedule from there.
 
 import dataclasses
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,8 @@ class Progress:
     best_cider: float = -1.0
     best_step: int = 0
     evaluations_without_gain: int = 0
+    evaluated_step: int = 0
+    """Of the last evaluation; a checkpoint comes before the evaluation of its step."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,35 @@ class Identity:
 
 
 @dataclass(frozen=True)
+class LineSums:
+    """What a line of the journal is made of, over all ranks; a checkpoint between two lines takes it to the next life.
+
+    Of the steps that were not skipped, but for those numbers that say otherwise.
+    """
+
+    steps: int = 0
+    """All."""
+    skipped: int = 0
+    overflowed: int = 0
+    tokens: float = 0.0
+    captions: float = 0.0
+    all_captions: float = 0.0
+    bad_samples: float = 0.0
+    """Of all steps."""
+    waited: float = 0.0
+    """Seconds for data, mean over the ranks."""
+    seconds: float = 0.0
+    totals: dict[str, float] = field(default_factory=dict)
+    """Sums of `LossSums.counts`."""
+
+    def __add__(self, other: "LineSums") -> "LineSums":
+        names = sorted(self.totals | other.totals)
+        totals = {name: self.totals.get(name, 0.0) + other.totals.get(name, 0.0) for name in names}
+        numbers = [each.name for each in dataclasses.fields(self) if each.name != "totals"]
+        return LineSums(totals=totals, **{name: getattr(self, name) + getattr(other, name) for name in numbers})
+
+
+@dataclass(frozen=True)
 class TrainState:
     """Of one checkpoint."""
 
@@ -62,12 +93,16 @@ class TrainState:
     """Length of the schedule it was written under."""
     written_by: str
     """Engine and number of ranks, which the next life may change."""
+    learning_rate: float = 0.0
+    """Peak of the schedule it was written under, which the next life may change."""
+    unlogged: LineSums = field(default_factory=LineSums)
 
     def write(self, folder: Path) -> None:
         """Write it below the checkpoint `folder`."""
         identity = self.identity._flat()
         progress = dataclasses.asdict(self.progress)
-        about = {"total_steps": self.total_steps, "written_by": self.written_by, "format": FORMAT}
+        about: dict[str, object] = {"total_steps": self.total_steps, "written_by": self.written_by, "format": FORMAT}
+        about |= {"learning_rate": self.learning_rate, "unlogged": dataclasses.asdict(self.unlogged)}
         files.write_json(folder / FILE, {"progress": progress, "identity": identity, **about})
 
     @classmethod
@@ -82,7 +117,8 @@ class TrainState:
         settings = dict(saved["identity"])
         others = {name: settings.pop(name) for name in ("features", "tokenizer")}
         progress = Progress(**saved["progress"] | {"cursor": Cursor.from_dict(saved["progress"]["cursor"])})
-        return cls(progress, Identity(settings, **others), saved["total_steps"], saved["written_by"])
+        about = {name: saved[name] for name in ("total_steps", "written_by", "learning_rate")}
+        return cls(progress, Identity(settings, **others), unlogged=LineSums(**saved["unlogged"]), **about)
 
 
 def refuse_other_settings(before: dict[str, object], now: dict[str, object]) -> None:

@@ -64,6 +64,7 @@ def test_too_many_in_a_row_end_the_run_with_the_last_checkpoint_and_a_way_out_th
     alone,
     tmp_path,
     monkeypatch,
+    capsys,
 ):
     more = ("train.epochs=3", "train.max_skipped_steps=2")
     with monkeypatch.context() as patch:
@@ -72,17 +73,23 @@ def test_too_many_in_a_row_end_the_run_with_the_last_checkpoint_and_a_way_out_th
             run(features, tmp_path / "run", alone, *more)
     said, checkpoints = str(caught.value), sorted((tmp_path / "run/checkpoints").iterdir())
     assert said.startswith("step 7: ") and "of 3 steps in a row" in said and str(checkpoints[-1]) in said
-    assert [path.name for path in checkpoints] == ["step-00000003", "step-00000006"]
+    assert [path.name for path in checkpoints] == ["step-00000003"]  # that of step 6 was put off: 5 and 6 were bad
     assert all(damage(path) is None for path in checkpoints)
     for path in checkpoints:
         assert all(value.isfinite().all() for value in read(path).values())
     status = read_status(tmp_path / "run")
-    assert (status.state, status.step, status.error) == ("failed", 6, said)
+    assert (status.state, status.saved_step, status.error) == ("failed", 3, said)
     assert [line.get("skipped_steps", 0) for line in journal(tmp_path / "run")] == [0, 0, 0, 0, 1, 1, 1]
-    way_out = [word.strip(",;") for word in said.split() if word.startswith(("train.learning_rate=", "train.run_dir="))]
-    assert way_out == ["train.learning_rate=0.005", f"train.run_dir={tmp_path}/run-2"]
-    assert run(features, tmp_path / "run", alone, *more, *way_out).step == 9
-    assert run(features, tmp_path / "run", alone, *more).step == 9  # the cause is gone: it goes on where it was
+    way_out = [word.strip(",;") for word in said.split() if word.startswith("train.")]
+    assert way_out[1:] == [
+        "train.learning_rate=0.005",
+        f"train.start_from={tmp_path}/run",
+        f"train.run_dir={tmp_path}/run-2",
+    ]
+    assert run(features, tmp_path / "run", alone, *more, *way_out[2:]).step == 9
+    assert run(features, tmp_path / "run", alone, *more, way_out[1]).step == 9  # it goes on where it was
+    assert [line["step"] for line in journal(tmp_path / "run")] == list(range(1, 10))
+    assert "train.learning_rate is now 0.005 instead of 0.01" in capsys.readouterr().out
 
 
 def test_steps_between_two_good_ones_end_nothing(features, alone, tmp_path, monkeypatch):
@@ -196,7 +203,8 @@ def test_a_finished_run_says_so_unless_there_is_more_to_do_or_it_is_another_trai
 
 def test_an_unfinished_run_names_each_setting_that_differs_with_both_values(features, alone, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(train.Run, "stop_wanted", lambda run: True)
+        asked = iter((False, True))
+        patch.setattr(train.Run, "stop_wanted", lambda run: next(asked))
         run(features, tmp_path / "run", alone)
     assert read_status(tmp_path / "run").state == "stopped"
     with pytest.raises(ValueError) as caught:

@@ -6,6 +6,7 @@ import socket
 from collections.abc import Iterator
 
 import torch
+import torch.distributed as dist
 
 from sat.cli import StartAgain
 from sat.engine.processes import Processes
@@ -13,18 +14,19 @@ from sat.engine.processes import Processes
 _WORKER = re.compile(r"DataLoader worker \(pid\D* (\d+)\) (is killed by signal: \w+|exited unexpectedly)")
 _PEER = re.compile(
     r"connection (closed|reset|refused)|broken pipe|socket (timeout|closed)|timed? ?out waiting|application timeout|"
-    r"(remote process|peer) (has )?exited|network error|failed to (recv|send)|wait timeout",
+    r"(remote process|peer) (has )?exited|network error|failed to (recv|send)|wait timeout|connectFullMesh",
     re.IGNORECASE,
 )
 
 
 @contextlib.contextmanager
-def named(processes: Processes) -> Iterator[None]:
+def named(processes: Processes | None = None) -> Iterator[None]:
     """Inside, the loss of another rank or of a process that reads batches is raised as `StartAgain`, in a sentence.
 
-    Raises ValueError where a device has no memory left.
+    `processes`: None while they still meet. Raises ValueError where a device has no memory left.
     """
-    me = f"rank {processes.rank} on {socket.gethostname()}"
+    me = f"{f'rank {processes.rank}' if processes else 'a rank'} on {socket.gethostname()}"
+    several = processes is None or processes.world_size > 1
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError) as error:
@@ -37,7 +39,7 @@ def named(processes: Processes) -> Iterator[None]:
                 f"{me}: its process {found[1]}, which reads batches, {found[2]} (a kill is often lack of memory: lower "
                 "data.num_workers); what was saved stays: start it again"
             ) from error
-        if processes.world_size > 1 and _PEER.search(str(error)):
+        if several and (isinstance(error, dist.DistError) or _PEER.search(str(error))):
             raise StartAgain(
                 f"{me} has lost another rank ({_first_line(error)}); what was saved stays: start it again"
             ) from error

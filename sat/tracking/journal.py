@@ -87,15 +87,18 @@ class Tracker:
         tracking: TrackingConfig,
         params: Mapping[str, object] | None = None,
         resume_step: int = 0,
+        redone: str = "",
     ) -> None:
         """Open or continue `run_dir`. Lines of steps after `resume_step` are dropped: the steps will be taken again.
+
+        `redone`: so are lines of that step with names that begin so.
 
         A start at step 0 is a new MLflow run, with `params`; after any other step the folder's run goes on. Raises
         OSError for a folder that cannot be written. An MLflow that cannot be reached raises nothing, here or later.
         """
         self._folder = Path(run_dir).resolve()
         self._folder.mkdir(parents=True, exist_ok=True)
-        drop_after(self._folder / JOURNAL, resume_step)
+        drop_after(self._folder / JOURNAL, resume_step, redone)
         if not resume_step:
             (self._folder / ARTIFACTS).unlink(missing_ok=True)
         self._file = os.open(self._folder / JOURNAL, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -233,8 +236,10 @@ def entries(file: IO[bytes]) -> Iterator[tuple[Entry, int]]:
             yield entry, end
 
 
-def drop_after(path: Path, step: int) -> None:
+def drop_after(path: Path, step: int, redone: str = "") -> None:
     """Cut the journal behind its last whole line whose step is at most `step`. A missing journal is an empty one.
+
+    `redone`: also before the first line of that step with names that begin so.
 
     One truncation, so it can neither be interrupted nor need room on the disk: within a journal steps only grow.
     """
@@ -243,7 +248,8 @@ def drop_after(path: Path, step: int) -> None:
     keep = 0
     with open(path, "rb+") as file:
         for entry, end in entries(file):
-            if entry["step"] > step:
+            again = redone and entry["step"] == step and any(name.startswith(redone) for name in entry)
+            if again or entry["step"] > step:
                 break
             keep = end
         file.truncate(keep)
