@@ -57,7 +57,9 @@ USAGE = """usage: sat COMMAND [OPTIONS]      sat COMMAND --help shows the option
 
   sat train --launch launch/cpu.yaml [--processes N] CONFIG ... runs on the processes that an accelerate configuration
   describes, as `accelerate launch --config_file launch/cpu.yaml -m sat.train CONFIG ...` does, but an error is one
-  sentence and signals reach every process. So do evaluate and doctor."""
+  sentence and signals reach every process. So do evaluate and doctor. On many machines start it on each, with
+  --machines M --machine R --address HOST:PORT: how many, which of them this is (from 0), where machine 0 is to be
+  reached; N is then over all."""
 
 OTHER_MACHINE_WAITS_S = 10.0
 """A rank without sight of rank 0 leaves it this long to speak and to have everybody ended."""
@@ -137,8 +139,8 @@ def _benchmark(name: str, arguments: list[str]) -> None:
 
 
 def _launch(command: str, arguments: list[str]) -> int:
-    """Take `--launch FILE` and `--processes N` out of the arguments and start the ranks; their exit status."""
-    rest, taken = [], {"--launch": "", "--processes": "0"}
+    """Take the launcher's options out of the arguments and start the ranks; their exit status."""
+    rest, taken = [], {"--launch": "", "--processes": "0", "--machines": "1", "--machine": "0", "--address": ""}
     words = iter(arguments)
     for word in words:
         option, _, value = word.partition("=")
@@ -148,10 +150,22 @@ def _launch(command: str, arguments: list[str]) -> int:
             rest.append(word)
     if not Path(taken["--launch"]).is_file():
         raise ValueError(f"no launcher configuration {taken['--launch']!r}; the shipped ones are in launch/")
-    if not taken["--processes"].isdecimal():
-        raise ValueError(f"--processes is {taken['--processes']!r}; it must be a whole number")
-    launch = importlib.import_module("sat.engine.launcher").launch
-    status = launch(Path(taken["--launch"]), PROGRAMS[command][0], rest, int(taken["--processes"]))
+    for option in ("--processes", "--machines", "--machine"):
+        if not taken[option].isdecimal():
+            raise ValueError(f"{option} is {taken[option]!r}; it must be a whole number")
+    launcher = importlib.import_module("sat.engine.launcher")
+    machines = None
+    if taken["--address"]:
+        host, _, port = taken["--address"].rpartition(":")
+        if not (host and port.isdecimal() and int(taken["--machine"]) < int(taken["--machines"])):
+            raise ValueError(
+                "several machines need --machines N, --machine R from 0 to N-1, and --address HOST:PORT of machine 0; "
+                f"given were {taken['--machines']}, {taken['--machine']} and {taken['--address']!r}"
+            )
+        machines = launcher.Machines(int(taken["--machines"]), int(taken["--machine"]), host.strip("[]"), int(port))
+    elif taken["--machines"] != "1":
+        raise ValueError(f"--machines {taken['--machines']} needs --address HOST:PORT of machine 0")
+    status = launcher.launch(Path(taken["--launch"]), PROGRAMS[command][0], rest, int(taken["--processes"]), machines)
     assert isinstance(status, int)
     return status
 

@@ -8,9 +8,11 @@ and SIGUSR1 reach every rank; nobody is killed for taking its time to save. Rank
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
@@ -18,11 +20,33 @@ from sat.cli import START_AGAIN
 from sat.stopping import LAUNCHER, heard
 
 
-def launch(config: Path, module: str, arguments: Sequence[str], processes: int = 0) -> int:
+@dataclass(frozen=True)
+class Machines:
+    """This machine among those of a launch; each has a launcher of its own."""
+
+    count: int
+    rank: int
+    address: str
+    """Of the machine with rank 0, as the others reach it."""
+    port: int = 29500
+
+    def options(self) -> list[str]:
+        """For accelerate."""
+        return [
+            *("--num_machines", str(self.count), "--machine_rank", str(self.rank)),
+            *("--main_process_ip", self.address, "--main_process_port", str(self.port)),
+        ]
+
+
+def launch(
+    config: Path, module: str, arguments: Sequence[str], processes: int = 0, machines: Machines | None = None
+) -> int:
     """Run `python -m MODULE ARGUMENTS` on the processes that an accelerate configuration describes; their exit status.
 
-    `processes`: how many, instead of the configuration's number. Waits for them. A rank that was killed is said here,
-    as it cannot say so itself: 75 is then the status, as the same command goes on; 128 + its signal where it crashed.
+    `processes`: how many over all machines, and `machines`: which, instead of what the configuration says. Waits for
+    them. A rank that was killed is said here, as it cannot say so itself: 75 is then the status, as the same command
+    goes on; 128 + its signal where it crashed. Raises ValueError where the configuration is for GPUs and this machine
+    has too few.
     """
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -30,7 +54,10 @@ def launch(config: Path, module: str, arguments: Sequence[str], processes: int =
     for name in ("torch.distributed.elastic.multiprocessing.api", "torch.distributed.run"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # after the import, which sets it
     number = ["--num_processes", str(processes)] if processes else []
-    given = launch_command_parser().parse_args(["--config_file", str(config), *number, "-m", module, *arguments])
+    where = machines.options() if machines else []
+    options = ["--config_file", str(config), *number, *where, "-m", module, *arguments]
+    given = launch_command_parser().parse_args(options)
+    _refuse_missing_gpus(config, given.num_processes, given.num_machines)
     given.signals_to_handle = "SIGUSR2"  # torch's handler would end the ranks: all others are ours
     os.environ[LAUNCHER] = str(os.getpid())
     for each in heard():
@@ -42,6 +69,22 @@ def launch(config: Path, module: str, arguments: Sequence[str], processes: int =
     except subprocess.CalledProcessError as error:
         return _status({"the process": error.returncode})
     return 0
+
+
+def _refuse_missing_gpus(config: Path, processes: int | None, machines: int | None) -> None:
+    """Ranks without a GPU of their own would compute on the CPU, or share one, and nobody would be told."""
+    import torch
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    asked = load_config_from_file(str(config))
+    here = (processes or asked.num_processes) // (machines or asked.num_machines)
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if not asked.use_cpu and found < here:
+        none = "none (nvidia-smi shows whether the driver does)"
+        raise ValueError(
+            f"{config} is for GPUs, one per process: {here} on this machine ({socket.gethostname()}), where PyTorch "
+            f"finds {found or none}; give as many --processes as there are GPUs, or launch/cpu.yaml to compute on CPUs"
+        )
 
 
 def _pass_on(number: int, _: FrameType | None) -> None:

@@ -1,7 +1,9 @@
 """Join the processes that the launcher started: the only place that looks up ranks and chooses an engine."""
 
 import os
+import socket
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,11 +11,13 @@ import torch.distributed as dist
 
 from sat.engine.ddp import Ddp
 from sat.engine.engine import Engine
+from sat.engine.network import choose_interface
 from sat.engine.processes import Processes
 from sat.engine.zero import Zero
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 """A rank that hears nothing for so long gives up; scoring on rank 0 must fit in it."""
+_DRIVER = Path("/proc/driver/nvidia/gpus")
 _AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -29,6 +33,8 @@ def start(precision: str = "fp32") -> Engine:
         raise ValueError("train.precision is fp16, which a CPU computes 15 times slower than bf16; use bf16 or fp32")
     announced = int(os.environ.get("WORLD_SIZE", "1"))
     _refuse_a_lonely_process(announced)
+    _refuse_broken_gpus(on_cpu)
+    choose_interface()
     accelerator = _join(with_deepspeed, on_cpu)
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     if not announced == world_size == accelerator.num_processes:
@@ -80,4 +86,15 @@ def _refuse_a_lonely_process(announced: int) -> None:
             "several processes were announced, but this one was started alone (as `accelerate launch --cpu "
             "--num_processes 2` does); start with "
             "`accelerate launch --config_file launch/cpu.yaml -m sat.train CONFIG`"
+        )
+
+
+def _refuse_broken_gpus(on_cpu: bool) -> None:
+    """A machine whose GPUs PyTorch cannot use would train on its CPU, and nobody would be told for days."""
+    hidden = "CUDA_VISIBLE_DEVICES" in os.environ  # by whoever asks for the CPU, as launch/cpu.yaml does
+    if on_cpu and not hidden and _DRIVER.is_dir() and any(_DRIVER.iterdir()):
+        raise ValueError(
+            f"{socket.gethostname()} has GPUs ({_DRIVER}), but PyTorch cannot use them: see what nvidia-smi and "
+            "`python -c 'import torch; torch.cuda.init()'` say; to compute on the CPU all the same, set "
+            "CUDA_VISIBLE_DEVICES=-1 or use launch/cpu.yaml"
         )
