@@ -21,7 +21,7 @@ PLACEHOLDERS = {
     "PORT": "29500",
     "STRIPES": "2",
     "PROGRAM": "shard_images",
-    "MODULE": "sat.train",
+    "COMMAND": "train",
 }
 """Words that stand for something in a document, and what to put there."""
 OTHERS = {
@@ -126,7 +126,7 @@ def check_script(script: str, arguments: list[str], variables: list[str], open_e
         assert arguments[0].isdecimal()
         check_module(f"preprocessing.{arguments[1]}", arguments[2:], open_ended)
     elif script == "slurm/on_all_nodes.sh":
-        check_module(arguments[0], arguments[1:], open_ended=True)
+        check_sat(arguments, open_ended=True)
     else:
         raise AssertionError(f"nobody checks {script}")
 
@@ -145,8 +145,8 @@ def check_sbatch(words: list[str]) -> None:
     known = {"--nodes", "--gpus-per-node", "--cpus-per-task", "--time"}
     options, arguments = words[: words.index(script)], words[words.index(script) + 1 :]
     assert {option.split("=")[0] for option in options} <= known, options
-    (module,) = re.findall(r'^exec bash slurm/on_all_nodes\.sh (\S+) "\$@"', (ROOT / script).read_text(), re.M)
-    check_module(module, arguments)
+    (command,) = re.findall(r'bash slurm/on_all_nodes\.sh (\S+) .*"\$@"', (ROOT / script).read_text())
+    check_sat([command, *arguments])
 
 
 def check_launch(words: list[str]) -> None:

@@ -39,7 +39,7 @@ LAYERS = (
         "sat.word_vectors",
     ),
     ("sat.engine",),
-    ("sat.checkpoint", "sat.export", "sat.meter", "sat.run_lock"),
+    ("sat.checkpoint", "sat.export", "sat.meter", "sat.run_lock", "sat.lives"),
     ("sat.run_folder", "sat.training_data", "sat.warm_start"),
     ("sat.learner",),
     ("sat.evaluation", "sat.captioning"),

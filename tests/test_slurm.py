@@ -1,20 +1,16 @@
-"""The Slurm scripts on a real Slurm of two nodes: preprocessing loses tasks, training and scoring run on both."""
+"""slurm/preprocess.sh on a real Slurm of two nodes: tasks are lost, the data set is the same."""
 
-import json
 import os
 import re
 import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
 import psutil
 import pytest
 
-from sat.data.loader import read_references
 from sat.shards.manifest import load_manifest
-from sat.text import build_tokenizer
-from tests.helpers_shards import make_coco, make_feature_dataset, run_program, snapshot
+from tests.helpers_shards import make_coco, run_program, snapshot
 from tests.slurm_cluster import poll
 
 ROOT = Path(__file__).parents[1]
@@ -104,52 +100,3 @@ def test_impossible_numbers_of_stripes_are_refused_before_planning(slurm, tmp_pa
     result = subprocess.run(command, env=slurm.env, capture_output=True, text=True)
     assert result.returncode == 2 and "expected a number from 1 to 1001" in result.stderr
     assert not (tmp_path / "shards").exists()
-
-
-@pytest.fixture
-def experiment(tmp_path):
-    """A configuration file for 20 tiny feature grids and a tiny model."""
-    manifest = make_feature_dataset(tmp_path / "features", splits={"train": 20, "val": 5})
-    captions = [caption for captions in read_references(manifest, "train").values() for caption in captions]
-    build_tokenizer(captions, 1).save(tmp_path / "tokenizer.json")
-    path = tmp_path / "config.yaml"
-    path.write_text(
-        f"data: {{features: {tmp_path}/features, tokenizer: {tmp_path}/tokenizer.json, num_workers: 0}}\n"
-        "model: {embedding_dim: 12, lstm_dim: 10, attention_dim: 8, dropout: 0.0, weight_init: uniform}\n"
-        f"train: {{run_dir: {tmp_path}/run, global_batch: 6, epochs: 2, warmup_steps: 2, precision: fp32, "
-        "log_every: 1}\n"
-        "eval: {metrics: [CIDEr, BLEU], beam_size: 2, max_length: 8}\n"
-        "tracking: {mlflow_uri: none}\n"
-    )
-    return path
-
-
-def test_two_nodes_train_and_evaluate_as_one_process_does(slurm, experiment, tmp_path):
-    def submit(script: str, *arguments: str) -> None:
-        command = ["sbatch", "--parsable", "--nodes=2", f"--output={tmp_path}/job.out", f"slurm/{script}", *arguments]
-        job = slurm.run(*command, cwd=ROOT)
-        slurm.wait_for(job, "COMPLETED", timeout=180)
-
-    run = tmp_path / "run"
-    submit("train.sh", str(experiment))
-    submit("evaluate.sh", str(run), "--split", "val")
-    alone = subprocess.run(
-        [sys.executable, "-m", "sat.train", str(experiment), f"train.run_dir={tmp_path}/alone"],
-        cwd=ROOT,
-        env=slurm.env,
-        capture_output=True,
-        text=True,
-        timeout=180,
-    )
-    assert alone.returncode == 0, alone.stderr
-    ours, theirs = (journal(folder, "nll_per_token") for folder in (run, tmp_path / "alone"))
-    assert len(ours) == 8
-    assert ours == pytest.approx(theirs, rel=1e-5)
-    assert json.loads((run / "status.json").read_text())["state"] == "finished"
-    assert json.loads((run / "evaluation-val.json").read_text())["images"] == 5
-
-
-def journal(run: Path, name: str) -> list[float]:
-    """All values of one name in metrics.jsonl, in the order of the steps."""
-    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    return [line[name] for line in lines if name in line]
