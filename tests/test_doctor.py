@@ -270,8 +270,8 @@ def test_a_run_folder_goes_on_with_its_own_settings_features_and_vocabulary_alon
         )
 
     assert row().state == OK and "it goes on at step 7 of 14" in row().found
-    other = row("train.learning_rate=0.5")
-    assert other.state == FAILED and "train.learning_rate: the run has 0.0004, now 0.5" in other.found
+    other = row("train.global_batch=7")
+    assert other.state == FAILED and "train.global_batch: the run has 6, now 7" in other.found
     build_tokenizer(["a red circle"], 1).save(tmp_path / "tokenizer.json")
     other = row(f"data.tokenizer={tmp_path}/tokenizer.json")
     assert other.state == FAILED and "tokenizer: the run has" in other.found and "train.run_dir" in other.mend

@@ -9,6 +9,7 @@ Every check is done, whatever the others found. Nothing is written into the run 
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -20,7 +21,7 @@ from sat.config import Config, load_config
 from sat.doctor.data import check_opening, check_samples, check_shards, check_words
 from sat.doctor.group import announced_ranks, check_alike, check_exchange, form_group, local_ranks
 from sat.doctor.machine import check_machine
-from sat.doctor.rows import FAILED, Row, attempted, ok, refused, summary, verdict, warning
+from sat.doctor.rows import FAILED, Row, attempted, failed, ok, refused, summary, verdict, warning
 from sat.doctor.scoring import check_metrics
 from sat.doctor.settings import check_ranks, check_run_folder
 from sat.doctor.steps import measure_steps, rows_of_run, rows_of_steps, seconds_to_evaluate
@@ -31,6 +32,7 @@ from sat.engine.engine import Engine
 from sat.engine.losses import named
 from sat.engine.processes import Processes
 from sat.engine.start import is_first_announced
+from sat.engine.watchdog import watched
 from sat.evaluation.options import METRICS
 from sat.learner import Learner, build_learner
 from sat.machine import best_precision, speed_up
@@ -149,11 +151,11 @@ def check_training(
         learner, model = _built(config, data, engine)
         yield from model
         yield from on_main(processes, "disk", lambda: check_disk(config, checkpoint_bytes(learner)))
-        with named(processes):
+        with named(processes), watched(processes, config.train.timeout, partial(hung, processes)):
             yield from check_exchange(processes, gradient_bytes(learner))
             measured = measure_steps(config, data, learner, processes)
-        yield from rows_of_steps(measured, here, processes.device.type == "cuda")
-        evaluation = seconds_to_evaluate(config, data, learner, processes)
+            yield from rows_of_steps(measured, here, processes.device.type == "cuda")
+            evaluation = seconds_to_evaluate(config, data, learner, processes)
         yield from rows_of_run(config, data, measured, evaluation, price)
     except Agreed as error:
         yield refused("steps", error)
@@ -172,6 +174,14 @@ def _built(config: Config, data: TrainingData, engine: Engine) -> tuple[Learner,
 def gradient_bytes(learner: Learner) -> int:
     """That the ranks exchange in a step."""
     return 4 * sum(numbers_in(each) for each in learner.model.parameters() if each.requires_grad)
+
+
+def hung(processes: Processes, sentence: str) -> None:
+    """The last row, where the ranks wait for one another in vain; called by the watchdog."""
+    if processes.is_main:
+        mend = "see what that rank and its machine are at; the stacks of all threads stand above"
+        show(failed("steps", sentence.partition("; what was saved")[0], mend), processes)
+        os._exit(1)
 
 
 def lost(processes: Processes, error: Exception) -> Row:

@@ -129,7 +129,11 @@ def seconds_to_evaluate(config: Config, data: TrainingData, learner: Learner, pr
     per_image = agreed(processes, lambda: _seconds_to_decode(config, data, learner, processes, share))
     learner.objective.train()
     decoding = max(processes.gather(per_image)) * -(-images // processes.world_size)
-    return decoding + processes.run_on_main(lambda: seconds_to_score(images, config.eval.metrics))
+
+    def scored() -> float:
+        return seconds_to_score(images, config.eval.metrics)
+
+    return decoding + processes.run_beside_on_main(scored, lambda: False)
 
 
 @torch.inference_mode()
