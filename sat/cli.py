@@ -40,6 +40,7 @@ PROGRAMS = {
 
 BENCHMARKS = {
     "step": ("sat.bench.step", "training step against a straightforward per-caption loop"),
+    "train": ("sat.bench.train", "the real loop against its bare step, on one process and on two"),
     "decode": ("sat.bench.decode", "batched beam search against one image at a time"),
     "features": ("preprocessing.bench_features", "feature extraction against the bare network and a naive loop"),
     "loader": ("sat.bench.loader", "the reader against a raw sequential read and stock webdataset"),

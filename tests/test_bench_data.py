@@ -1,11 +1,11 @@
-"""The benchmarks of plan, loader and features give the rows they promise, here on data that takes seconds."""
+"""The benchmarks of plan, loader, training and features give the rows they promise, here on data that takes seconds."""
 
 import json
 
 import pytest
 
 from preprocessing import bench_features
-from sat.bench import loader, plan
+from sat.bench import loader, plan, train
 from sat.shards.manifest import load_manifest
 
 
@@ -46,6 +46,36 @@ def test_the_loader_benchmark_compares_three_readers_of_the_same_shards(tmp_path
     for row in rows:
         assert min(row[f"{name}samples_per_s"] for name in ("", "raw_", "webdataset_")) > 0
     assert list(tmp_path.iterdir()) == [tmp_path / "loader.json"], "the shards are removed"
+
+
+def test_the_training_benchmark_splits_the_time_of_the_real_loop_on_one_process_and_on_two(tmp_path, monkeypatch):
+    sizes = ("model.embedding_dim=6", "model.lstm_dim=8", "model.attention_dim=5", "model.attention=hard")
+    tiny = train.Shape(2, 8, 30, 64, (*sizes, "train.global_batch=9", "data.num_workers=1"))
+    monkeypatch.setattr(train, "SHAPES", {"tiny": tiny})
+    out = tmp_path / "rows.json"
+    rows = train.run(out, "tiny", processes="1,2", precision="fp32", steps=2, rounds=1, folder=tmp_path)
+    assert json.loads(out.read_text()) == rows
+    assert [(row["shape"], row["processes"]) for row in rows] == [("tiny", 1), ("tiny", 2)]
+    for row in rows:
+        shares = [row[f"{name}_share"] for name in ("wait", "compute", "exchange", "rest")]
+        assert sum(shares) == pytest.approx(1) and min(shares) > 0 and row["compute_share"] > 0.2
+        assert row["of_bare"] == pytest.approx(row["captions_per_s"] / row["bare_captions_per_s"])
+        assert row["captions_per_s"] * row["processes"] * row["seconds_per_step"] == pytest.approx(9 * 5, rel=0.01)
+    assert rows[1]["exchange_share"] > rows[0]["exchange_share"]
+    assert list(tmp_path.iterdir()) == [out], "the shards are removed"
+
+
+@pytest.mark.parametrize(
+    "wrong, said",
+    [
+        ({"shapes": "coco,9x9"}, "9x9, coco is unknown; choose from demonstration, coco-7x7, coco-14x14"),
+        ({"processes": "1,two"}, "processes '1,two', steps 8 and rounds 3 must be whole numbers from 1 on"),
+        ({"steps": 0}, "steps 0 and rounds 3 must be"),
+    ],
+)
+def test_the_training_benchmark_refuses_what_it_cannot_measure(wrong, said):
+    with pytest.raises(ValueError, match=said):
+        train.run(**{"shapes": "demonstration", "processes": "1", "precision": "fp32", "steps": 8, "rounds": 3} | wrong)
 
 
 def test_the_features_benchmark_compares_the_job_with_network_and_naive_loop(tmp_path):

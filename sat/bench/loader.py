@@ -12,7 +12,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -65,15 +65,24 @@ def write_shards(root: Path, side: int, samples: int, shard_size: int = 256) -> 
     """A finished feature data set of random fp16 grids."""
     spec = FeatureSpec("grid", (side, side), DIM, "fp16", encoder=None, transform=None)
     random, fingerprint = np.random.default_rng(1), spec.to_fingerprint()
-    sidecars = [write_shard(root, spec, number, shard_size, random) for number in range(samples // shard_size)]
+    numbers, captions = range(samples // shard_size), map(captions_of, itertools.cycle(range(shard_size)))
+    sidecars = [write_shard(root, spec, number, shard_size, random, captions) for number in numbers]
     shards = write_sample_tables(root, sidecars)
     write_shard_table(root, shards)
     write_manifest(root, "features", fingerprint, shards)
 
 
-def write_shard(root: Path, spec: FeatureSpec, number: int, samples: int, random: np.random.Generator) -> Sidecar:
-    """Write one shard of random grids; returns what is known of it."""
-    name, rows, digest = f"train-{number:06d}.tar", [], hashlib.sha256()
+def write_shard(
+    root: Path,
+    spec: FeatureSpec,
+    number: int,
+    samples: int,
+    random: np.random.Generator,
+    captions: Iterator[tuple[str, ...]],
+    split: str = "train",
+) -> Sidecar:
+    """Write one shard of random grids with the next `captions`; returns what is known of it."""
+    name, rows, digest = f"{split}-{number:06d}.tar", [], hashlib.sha256()
     with files.replacing(root / name) as temporary, open(temporary, "wb") as file:
         for index in range(samples):
             grid = random.integers(0, 1 << 14, spec.shape, dtype=np.uint16).view(np.float16)
@@ -81,12 +90,12 @@ def write_shard(root: Path, spec: FeatureSpec, number: int, samples: int, random
                 key=f"k{number}-{index}",
                 image_id=f"k{number}-{index}",
                 file_name=f"{index}.jpg",
-                split="train",
+                split=split,
                 shard=name,
                 offset=file.tell(),
                 nbytes=0,
                 xxh3=0,
-                captions=captions_of(index),
+                captions=next(captions),
                 width=224,
                 height=224,
             )
@@ -105,7 +114,7 @@ def write_shard(root: Path, spec: FeatureSpec, number: int, samples: int, random
         digest.update(END_OF_TAR)
         file.write(END_OF_TAR)
         size = file.tell()
-    return Sidecar(name, "train", "", samples, size, digest.hexdigest(), tuple(rows), ())
+    return Sidecar(name, split, "", samples, size, digest.hexdigest(), tuple(rows), ())
 
 
 def captions_of(index: int) -> tuple[str, ...]:

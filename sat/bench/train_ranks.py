@@ -1,0 +1,201 @@
+"""One rank of `sat bench train`: usage: python -m sat.bench.train_ranks CONFIG STEPS ROUNDS
+
+Takes turns of STEPS steps: in the loop of `sat.train`, then bare. What each part of a step takes is timed where the
+loop calls it; a GPU is waited for at the ends of the parts. Exchange is what a rank waits for the others: the sums of
+counts, and in the backward pass what comes after its own last gradient (the exchange that is hidden behind the pass
+costs nothing but computing power).
+"""
+
+import sys
+import time
+from collections.abc import Callable, Generator, Sequence
+from contextlib import AbstractContextManager, closing
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from sat import files
+from sat.bench.train import ROUNDS_FILE
+from sat.config import Config, load_config
+from sat.data.batch import CaptionBatch
+from sat.data.plan import Cursor
+from sat.engine.ddp import Ddp
+from sat.engine.engine import Stepper, StepResult
+from sat.engine.processes import Processes
+from sat.engine.start import start
+from sat.learner import Learner, build_learner
+from sat.machine import speed_up
+from sat.meter import Meter
+from sat.model.loss import LossSums
+from sat.run_folder import Run
+from sat.train import steps_from, take_step
+from sat.training_data import open_data
+
+T = TypeVar("T")
+Batches = Generator[list[CaptionBatch], None, None]
+
+
+@dataclass
+class Clock:
+    """Seconds of this rank."""
+
+    device: torch.device
+    compute: float = 0.0
+    exchange: float = 0.0
+    ready: float = 0.0
+    """When this rank's last gradient was there."""
+
+    def now(self) -> float:
+        """After all that the device was asked for."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def computed(self, function: Callable[[], T]) -> T:
+        """The result of `function()`, its time booked as computing."""
+        began = self.now()
+        result = function()
+        self.compute += self.now() - began
+        return result
+
+    def watch(self, model: nn.Module) -> None:
+        """Note when gradients arrive."""
+
+        def arrived(_: Tensor) -> None:
+            self.ready = time.perf_counter()
+
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(arrived)
+
+
+@dataclass(frozen=True)
+class TimedProcesses(Processes):
+    """The ranks, and how long they wait for one another's counts."""
+
+    clock: Clock = field(default_factory=lambda: Clock(torch.device("cpu")))
+
+    def sum_over_ranks(self, values: Sequence[float]) -> list[float]:
+        """See `Processes`."""
+        began = time.perf_counter()
+        sums = super().sum_over_ranks(values)
+        self.clock.exchange += time.perf_counter() - began
+        return sums
+
+
+@dataclass(frozen=True)
+class TimedStepper:
+    """A stepper whose parts are timed."""
+
+    plain: Stepper
+    clock: Clock
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.plain, name)
+
+    @property
+    def objective(self) -> nn.Module:
+        """See `Stepper`, as all that follows."""
+        return self.plain.objective
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        return self.plain.optimizer
+
+    def micro_batch(self, last: bool) -> AbstractContextManager[object]:
+        return self.plain.micro_batch(last)
+
+    def __call__(self, *batch: Any) -> LossSums:
+        return self.clock.computed(lambda: self.plain(*batch))
+
+    def backward(self, loss: Tensor) -> None:
+        """Time after the last gradient of its own is the exchange's."""
+        began = self.clock.now()
+        self.plain.backward(loss)
+        end = self.clock.now()
+        ready = self.clock.ready if self.clock.device.type == "cpu" else end
+        self.clock.compute += ready - began
+        self.clock.exchange += end - ready
+
+    def step(self) -> StepResult:
+        return self.clock.computed(self.plain.step)
+
+    def state(self) -> dict[str, Tensor]:
+        return self.plain.state()
+
+    def load_state(self, tensors: Any) -> None:
+        self.plain.load_state(tensors)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """What takes the steps."""
+
+    config: Config
+    learner: Learner
+    run: Run
+    meter: Meter
+    clock: Clock
+
+    def loop(self, batches: Batches, first: int, steps: int) -> dict[str, float]:
+        """One turn of the real loop, from step `first` on."""
+        self.run.processes.barrier()
+        self.clock.compute = self.clock.exchange = self.meter.waited = 0.0
+        began = self.clock.now()
+        for step in range(first, first + steps):
+            take_step(self.config, self.learner, next(batches), step, self.run, self.meter)
+        waited = self.meter.waited
+        captions = sum(step.captions for step in self.meter.steps)
+        self.meter.line(self.run.processes)
+        seconds = self.clock.now() - began
+        known = {"wait": waited, "compute": self.clock.compute, "exchange": self.clock.exchange}
+        shares = {f"{name}_share": each / seconds for name, each in known.items()}
+        shares["rest_share"] = 1 - sum(shares.values())
+        rate = captions / seconds / self.run.processes.world_size
+        return shares | {"captions_per_s": rate, "seconds_per_step": seconds / steps}
+
+    def bare(self, batches: Batches, first: int, steps: int) -> dict[str, float]:
+        """One turn of bare steps, over batches that are fetched beforehand."""
+        plain = replace(self.learner, stepper=self.learner.stepper.plain)  # type: ignore[attr-defined]  # it is timed
+        kept = [next(batches) for _ in range(steps)]
+        self.run.processes.barrier()
+        began, captions = self.clock.now(), 0.0
+        for step, (batch,) in enumerate(kept, first):
+            tokens, of_batch = float(batch.tokens), float(batch.caption_count)
+            plain.learn(batch, step, tokens, of_batch, last=False, processes=self.run.processes)
+            plain.stepper.step()
+            captions += of_batch
+        return {"bare_captions_per_s": captions / (self.clock.now() - began)}
+
+
+def measure(config: Config, steps: int, rounds: int) -> None:
+    """Write down of each round the mean over the ranks. All ranks enter."""
+    engine = start(config.train.precision)
+    speed_up(config.train.kernels, engine.processes.device)
+    clock = Clock(engine.processes.device)
+    processes = TimedProcesses(**vars(engine.processes), clock=clock)
+    data = open_data(config)
+    learner = build_learner(config, data, Ddp(processes))
+    clock.watch(learner.model)
+    timed = replace(learner, stepper=TimedStepper(learner.stepper, clock))
+    ranks = Ranks(config, timed, Run(Path(config.train.run_dir), processes, None), Meter(), clock)
+    found: list[dict[str, float]] = []
+    cursor = Cursor.start(data.sources, config.train.seed)
+    with closing(steps_from(config, data, cursor, processes, ranks.meter)) as batches:
+        for turn in range(rounds + 1):  # the first only warms up
+            for _ in range(2 * config.data.num_workers):
+                next(batches)  # what the workers had ready
+            one = ranks.loop(batches, 2 * turn * steps, steps) | ranks.bare(batches, (2 * turn + 1) * steps, steps)
+            everybody = processes.gather(one)
+            found.append({name: sum(each[name] for each in everybody) / len(everybody) for name in one})
+    if processes.is_main:
+        table = {name: [each[name] for each in found[1:]] for name in found[0]}
+        files.write_json(Path(config.train.run_dir).parent / ROUNDS_FILE, table)
+    processes.leave()
+
+
+if __name__ == "__main__":
+    measure(load_config(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
