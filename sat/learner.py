@@ -85,7 +85,8 @@ class Learner:
         if not (self.average or follows) or bool(result.skipped):
             return
         if self.average is not None:
-            self.average.update(self.model)
+            with self.stepper.whole():
+                self.average.update(self.model)
         if follows:
             local = [float(sum(part[name].float() for part in counts)) for name in follows]
             self.objective.after_step(dict(zip(follows, processes.sum_over_ranks(local), strict=True)))
@@ -116,6 +117,7 @@ def build_learner(config: Config, data: TrainingData, engine: Engine) -> Learner
         weight_decay=train.weight_decay,
         encoder_learning_rate=config.encoder.learning_rate,
     )
+    average = WeightAverage(model, train.ema) if train.ema else None  # before any engine splits the weights
     stepper = engine.wrap(
         objective,
         optimizer,
@@ -123,7 +125,6 @@ def build_learner(config: Config, data: TrainingData, engine: Engine) -> Learner
         accumulation_steps=train.accumulation_steps,
         clip_norm=train.clip_norm,
     )
-    average = WeightAverage(model, train.ema) if train.ema else None
     return Learner(stepper, objective, model, average, config, data.total_steps)
 
 

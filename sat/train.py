@@ -24,8 +24,9 @@ from sat.data.loader import training_batches
 from sat.data.plan import Cursor, Share
 from sat.engine import losses
 from sat.engine.engine import Engine, StepResult
+from sat.engine.launched import is_first_announced
 from sat.engine.processes import Processes
-from sat.engine.start import is_first_announced, start
+from sat.engine.start import start
 from sat.engine.watchdog import watched
 from sat.learner import Learner, build_learner
 from sat.machine import best_precision, speed_up
@@ -74,7 +75,7 @@ def take_all_steps(
     with closing(steps_from(config, data, progress.cursor, run.processes, meter)) as steps:
         while not (stop or has_ended(config, data, progress)):
             if scoring_is_due(data, progress):
-                with meter.paused(), bar_paused(bar):
+                with meter.paused(), bar_paused(bar), learner.stepper.whole():
                     progress, stop = score_and_keep_best(config, data, learner, progress, run)
                 continue
             run.processes.pulse.beat(f"the data of step {progress.step + 1}")

@@ -5,27 +5,49 @@ usage: two_process_worker.py CONFIG STEPS OUT [key=value ...] [-- key=value ...]
 
 Each `--` begins a variant: settings over those of CONFIG. `infinite=STEP` adds infinity to the loss of that step's last
 micro-batch on rank 0, which leaves its gradient finite; `nan=STEP` makes the last rank's gradient NaN in that step.
+`engine=NAME` takes another engine of ENGINES than the launcher's; `keep=FILE` writes the learner's state after HALF of
+the steps, and `go_on=FILE` takes the other steps from there.
 """
 
 import itertools
 import math
 import sys
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from sat.config import load_config
 from sat.data.plan import Cursor
 from sat.engine.ddp import Ddp
 from sat.engine.engine import Engine
 from sat.engine.start import start
+from sat.engine.zero import Zero, ZeroSettings
 from sat.learner import Learner, build_learner
 from sat.meter import Meter
 from sat.run_folder import Run
 from sat.train import steps_from, take_step
 from sat.training_data import open_data
+
+HALF = 2
+ENGINES = {
+    "zero1": ZeroSettings(1),
+    "zero2": ZeroSettings(2),
+    "zero3": ZeroSettings(3),
+    "zero2_offload": ZeroSettings(2, offload_optimizer=True),
+    "zero3_offload": ZeroSettings(3, offload_optimizer=True, offload_weights=True),
+}
+TYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def chosen(engine: Engine, name: str | None, precision: str) -> Engine:
+    """The engine of that name on the same ranks, at a precision that `start` would refuse on a CPU too."""
+    if name is None:
+        return engine
+    processes = replace(engine.processes, autocast_type=TYPES[precision])
+    return Ddp(processes) if name == "ddp" else Zero(processes, ENGINES[name])
 
 
 def gradients_are_kept(learner: Learner, kept: list[torch.Tensor]) -> None:
@@ -63,11 +85,15 @@ def losses_are_spoilt(learner: Learner, rank: int, world_size: int, spoilt: dict
 
 def take_steps(engine: Engine, path: str, steps: int, settings: list[str]) -> dict[str, torch.Tensor]:
     """What the steps of one variant did."""
-    names = ("infinite=", "nan=")
-    spoilt = {name: int(value) for name, value in (s.split("=") for s in settings if s.startswith(names))}
+    names = ("infinite=", "nan=", "engine=", "keep=", "go_on=")
+    words = dict(setting.split("=", 1) for setting in settings if setting.startswith(names))
     config = load_config(path, [setting for setting in settings if not setting.startswith(names)])
+    engine = chosen(engine, words.get("engine"), config.train.precision)
     processes, data = engine.processes, open_data(config)
     learner = build_learner(config, data, engine)
+    if "go_on" in words:
+        learner.load_state(load_file(words["go_on"]))
+    spoilt = {name: int(words[name]) for name in ("infinite", "nan") if name in words}
     run, meter, gradients, losses = Run(Path(config.train.run_dir), processes, None), Meter(), [], []
     losses_are_spoilt(learner, processes.rank, processes.world_size, spoilt)
     losses_are_kept(learner, losses)
@@ -78,6 +104,8 @@ def take_steps(engine: Engine, path: str, steps: int, settings: list[str]) -> di
     with closing(steps_from(config, data, cursor, processes, meter)) as batches:
         for step in range(steps):
             of_step = next(batches)
+            if "go_on" in words and step < HALF:
+                continue
             take_step(config, learner, of_step, step, run, meter)
             line = meter.line(processes)
             found["micro_batches"].append(torch.tensor(processes.gather(losses[-len(of_step) :])).double().flatten())
@@ -86,7 +114,11 @@ def take_steps(engine: Engine, path: str, steps: int, settings: list[str]) -> di
                 found["baselines"].append(torch.tensor(baselines).double())
             numbers = [line.nll_per_token, line.penalty_per_caption, line.gradient_norm, line.skipped_steps]
             found["lines"].append(torch.tensor(numbers).double())
-            found["weights"].append(flat(learner.model))
+            with learner.stepper.whole():
+                found["weights"].append(flat(learner.model))
+            if "keep" in words and step == HALF - 1:
+                state = learner.state(processes)
+                processes.run_on_main(lambda state=state: save_file(state, words["keep"]))
             if learner.average is not None:
                 found["averages"].append(flat(learner.average.module))
     return {name: torch.stack(values) for name, values in (found | {"gradients": gradients}).items() if values}

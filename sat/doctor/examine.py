@@ -29,9 +29,9 @@ from sat.doctor.storage import check_disk, checkpoint_bytes, numbers_in
 from sat.doctor.together import Agreed, agreed
 from sat.doctor.tracking import check_mlflow
 from sat.engine.engine import Engine
+from sat.engine.launched import is_first_announced
 from sat.engine.losses import named
 from sat.engine.processes import Processes
-from sat.engine.start import is_first_announced
 from sat.engine.watchdog import watched
 from sat.evaluation.options import METRICS
 from sat.learner import Learner, build_learner

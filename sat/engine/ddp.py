@@ -87,6 +87,10 @@ class DdpStepper:
         overflowed = self.loss_scale.update(skipped) if self.loss_scale else torch.zeros_like(skipped)
         return StepResult(norm, skipped, overflowed)
 
+    def whole(self) -> AbstractContextManager[object]:
+        """They always are."""
+        return contextlib.nullcontext()
+
     def state(self) -> dict[str, Tensor]:
         """All ranks hold the same; the first copies it."""
         if not self.processes.is_main:

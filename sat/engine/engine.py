@@ -59,6 +59,10 @@ class Stepper(Protocol):
         """Clip the gradient, update unless something is not finite, and forget the gradient."""
         ...
 
+    def whole(self) -> AbstractContextManager[object]:
+        """Inside, every rank holds all weights, to look at and not to change."""
+        ...
+
     def state(self) -> dict[str, Tensor]:
         """Weights and optimizer state by name (`sat.engine.state`), copied to the host on rank 0; {} on the others."""
         ...

@@ -4,13 +4,19 @@ import os
 import socket
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from sat.engine.ddp import Ddp
 from sat.engine.engine import Engine
+from sat.engine.launched import (
+    RIGHT,
+    announced,
+    refuse_a_lonely_process,
+    refuse_what_shapes_the_result,
+    zero_settings,
+)
 from sat.engine.network import choose_interface
 from sat.engine.processes import Processes
 from sat.engine.zero import Zero
@@ -27,66 +33,59 @@ def start(precision: str = "fp32") -> Engine:
     Raises ValueError for what cannot be computed here, and when the group that forms is not the one the launcher
     announced: two trainings that both think they are rank 0 would overwrite each other.
     """
-    with_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
     on_cpu = not torch.cuda.is_available()
     if precision == "fp16" and on_cpu:
         raise ValueError("train.precision is fp16, which a CPU computes 15 times slower than bf16; use bf16 or fp32")
-    announced = int(os.environ.get("WORLD_SIZE", "1"))
-    _refuse_a_lonely_process(announced)
+    refuse_a_lonely_process()
+    refuse_what_shapes_the_result()
     _refuse_broken_gpus(on_cpu)
     choose_interface()
-    accelerator = _join(with_deepspeed, on_cpu)
+    zero = zero_settings()
+    device = _join(zero is not None, on_cpu)
     world_size = dist.get_world_size() if dist.is_initialized() else 1
-    if not announced == world_size == accelerator.num_processes:
+    if announced() != world_size:
         raise ValueError(
-            f"the launcher announced WORLD_SIZE={announced}, the process group has {world_size} ranks and accelerate "
-            f"counts {accelerator.num_processes}: ranks would train apart and overwrite each other; start with "
-            "`accelerate launch --config_file launch/cpu.yaml -m sat.train CONFIG` (or launch/multi_gpu.yaml)"
+            f"the launcher announced WORLD_SIZE={announced()}, the process group has {world_size} ranks: they would "
+            f"train apart and overwrite each other; start with {RIGHT}"
         )
     processes = Processes(
         rank=dist.get_rank() if world_size > 1 else 0,
         world_size=world_size,
-        device=accelerator.device,
+        device=device,
         autocast_type=_AUTOCAST[precision],
         host_group=dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT) if world_size > 1 else None,
     )
-    return Zero(processes, accelerator) if with_deepspeed else Ddp(processes)
+    return Zero(processes, zero) if zero else Ddp(processes)
 
 
-def is_first_announced() -> bool:
-    """Whether this is rank 0 of the launch, asked before the process group forms."""
-    return os.environ.get("RANK", "0") == "0"
+def _join(with_deepspeed: bool, on_cpu: bool) -> torch.device:
+    """This rank's device, after the group has formed; a process alone forms none."""
+    if with_deepspeed and "LOCAL_RANK" not in os.environ:
+        raise ValueError("DeepSpeed needs a launcher: `sat train --launch launch/deepspeed_zero2.yaml CONFIG`")
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    if not on_cpu:
+        if local >= (gpus := torch.cuda.device_count()):
+            raise ValueError(
+                f"rank {local} of this machine has no GPU of its own, there are {gpus}; start with --processes {gpus}"
+            )
+        torch.cuda.set_device(local)
+    backend = "gloo" if on_cpu else "nccl"
+    if with_deepspeed:
+        _join_deepspeed(backend, on_cpu)
+    elif "LOCAL_RANK" in os.environ:
+        dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
+    return torch.device("cpu") if on_cpu else torch.device("cuda", local)
 
 
-def _join(with_deepspeed: bool, on_cpu: bool) -> Any:
-    """Accelerate's view of this process, after the group has formed."""
-    if with_deepspeed and on_cpu:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed reads it at its first import
-        import deepspeed.ops
+def _join_deepspeed(backend: str, on_cpu: bool) -> None:
+    os.environ["DS_ACCELERATOR"] = "cpu" if on_cpu else "cuda"  # read at DeepSpeed's first import
+    import deepspeed
+    import deepspeed.ops
 
+    if on_cpu:
         # Its shared-memory all-reduce wants a compiler and a minute, and aborts some processes at exit; gloo serves.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    from accelerate import Accelerator
-    from accelerate.utils import InitProcessGroupKwargs
-
-    backend = InitProcessGroupKwargs(backend="gloo" if on_cpu else "nccl", timeout=COLLECTIVE_TIMEOUT)
-    return Accelerator(
-        cpu=on_cpu and not with_deepspeed,
-        mixed_precision="no",  # autocast is entered around the forward pass, whatever the engine
-        kwargs_handlers=[backend] if "LOCAL_RANK" in os.environ else [],
-        step_scheduler_with_optimizer=False,
-    )
-
-
-def _refuse_a_lonely_process(announced: int) -> None:
-    """`accelerate launch --cpu --num_processes 2` starts one process that nothing else tells from a plain one."""
-    several = announced > 1 or {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= os.environ.keys()
-    if several and "LOCAL_RANK" not in os.environ:
-        raise ValueError(
-            "several processes were announced, but this one was started alone (as `accelerate launch --cpu "
-            "--num_processes 2` does); start with "
-            "`accelerate launch --config_file launch/cpu.yaml -m sat.train CONFIG`"
-        )
+    deepspeed.init_distributed(backend, auto_mpi_discovery=False, timeout=COLLECTIVE_TIMEOUT)
 
 
 def _refuse_broken_gpus(on_cpu: bool) -> None:

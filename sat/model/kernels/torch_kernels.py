@@ -131,7 +131,7 @@ def dropout(x: Tensor, keys: Tensor, rate: float) -> Tensor:
     """`x` [..., W] with a share `rate` of its elements zero and the others scaled; int64 `keys` [...], one per row."""
     threshold, scale = dropout_threshold(rate)
     wide = torch.promote_types(x.dtype, torch.float32)
-    factor = (random_integers(keys, x.shape[-1]) >= threshold).to(wide).mul_(scale)
+    factor = (random_integers(keys.reshape(x.shape[:-1]), x.shape[-1]) >= threshold).to(wide).mul_(scale)
     return factor.mul_(x).to(x.dtype)
 
 

@@ -1,0 +1,64 @@
+"""A small training that real processes take steps of, under any launcher configuration."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from sat.data.loader import read_references
+from sat.text import build_tokenizer
+from tests.helpers_shards import make_feature_dataset
+
+ROOT = Path(__file__).parents[1]
+STEPS = 4
+
+
+def launch(arguments: list[str], ranks: int, launcher: str | None, expect: int = 0) -> str:
+    """Run a program on `ranks` real processes under launch/LAUNCHER.yaml and return what it printed.
+
+    Another exit status than `expect` fails and shows it. Without a launcher: a bare process.
+    """
+    command = [sys.executable]
+    if launcher:
+        command += ["-m", "accelerate.commands.launch", "--config_file", f"launch/{launcher}.yaml"]
+        command += ["--num_processes", str(ranks)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == expect, f"{' '.join(arguments)} on {ranks} ranks:\n{done.stdout}\n{done.stderr}"
+    return done.stdout + done.stderr
+
+
+def small_config(root: Path) -> Path:
+    """22 images of 3 to 7 words, 3 captions used of 5: batches of 6 leave a last batch of 4, uneven on any ranks."""
+    manifest = make_feature_dataset(root / "features", splits={"train": 22, "val": 7})
+    captions = [caption for captions in read_references(manifest, "train").values() for caption in captions]
+    build_tokenizer(captions, 1).save(root / "tokenizer.json")
+    path = root / "config.yaml"
+    path.write_text(
+        f"data: {{features: {root}/features, tokenizer: {root}/tokenizer.json, "
+        "captions_per_image: 3, num_workers: 0}\n"
+        "model: {embedding_dim: 12, lstm_dim: 10, attention_dim: 8, dropout: 0.0, weight_init: uniform}\n"
+        f"train: {{run_dir: {root}/run, global_batch: 6, epochs: 2, warmup_steps: 2, "
+        "precision: fp32, learning_rate: 0.01}\n"
+        "eval: {metrics: [CIDEr, BLEU], beam_size: 2, max_length: 8}\n"
+    )
+    return path
+
+
+def launch_variants(
+    config: Path, launcher: str | None, ranks: int, variants: list[tuple[str, ...]]
+) -> dict[tuple[str, ...], dict[str, torch.Tensor]]:
+    """What `STEPS` steps of each variant did, one after the other in one launch: starting processes is what costs."""
+    out = config.parent / f"{launcher}-{ranks}.safetensors"
+    words = [word for variant in variants for word in (*(variant or ("train.seed=1",)), "--")]
+    launch(["tests/two_process_worker.py", str(config), str(STEPS), str(out), *words], ranks, launcher)
+    found = load_file(out)
+    return {
+        variant: {name.removeprefix(f"{i}."): value for name, value in found.items() if name.startswith(f"{i}.")}
+        for i, variant in enumerate(variants)
+    }
