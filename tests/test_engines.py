@@ -66,6 +66,12 @@ def alone(taken):
     return taken[1][1, "engine=ddp", *BATCHES]
 
 
+def assert_same_weights(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    """To rounding; where a gradient is almost zero Adam makes up to 1 % of its step of 0.01 from rounding alone."""
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+    assert ((ours - theirs).abs() > 1e-5).float().mean() < 1e-3
+
+
 @pytest.mark.parametrize("accumulation", [(), (TWICE,)], ids=["once", "twice"])
 @pytest.mark.parametrize("engine", [*ENGINES, *OFFLOADED])
 @pytest.mark.parametrize("ranks", RANKS)
@@ -76,7 +82,7 @@ def test_the_loss_curve_and_the_weights_are_those_of_one_process(taken, alone, r
     keep = (f"keep={kept(root, engine)}",) if ranks == 2 and not accumulation and engine in ENGINES else ()
     split = found[ranks, f"engine={engine}", *BATCHES, *accumulation, *keep]
     torch.testing.assert_close(split["lines"], alone["lines"], rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(split["weights"], alone["weights"], rtol=0, atol=1e-5)
+    assert_same_weights(split["weights"], alone["weights"])
     assert (alone["weights"][-1] - alone["weights"][-2]).abs().max() > 1e-3  # the step that leaves ranks empty moves
 
 
@@ -93,7 +99,7 @@ def test_what_two_ranks_of_an_engine_saved_others_go_on_with(taken, alone, ranks
     root, found = taken
     halves = found[ranks, f"engine={to}", *BATCHES, f"go_on={kept(root, of)}"]
     torch.testing.assert_close(halves["lines"][:, 0], alone["lines"][2:, 0], rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(halves["weights"], alone["weights"][2:], rtol=0, atol=1e-5)
+    assert_same_weights(halves["weights"], alone["weights"][2:])
 
 
 def test_all_engines_save_the_same_names_shapes_and_types(taken):
