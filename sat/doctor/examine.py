@@ -155,7 +155,8 @@ def check_training(
             yield from check_exchange(processes, gradient_bytes(learner))
             measured = measure_steps(config, data, learner, processes)
             yield from rows_of_steps(measured, here, processes.device.type == "cuda")
-            evaluation = seconds_to_evaluate(config, data, learner, processes)
+            with learner.stepper.whole():
+                evaluation = seconds_to_evaluate(config, data, learner, processes)
         yield from rows_of_run(config, data, measured, evaluation, price)
     except Agreed as error:
         yield refused("steps", error)
