@@ -19,6 +19,7 @@ PLACEHOLDERS = {
     "R": "0",
     "HOST": "127.0.0.1",
     "PORT": "29500",
+    "HOST:PORT": "127.0.0.1:29500",
     "STRIPES": "2",
     "PROGRAM": "shard_images",
     "COMMAND": "train",
@@ -183,8 +184,10 @@ def check_sat(words: list[str], open_ended: bool = False) -> None:
     for word in rest:
         if word == "--launch":
             assert (ROOT / next(rest)).is_file()
-        elif word == "--processes":
+        elif word in ("--processes", "--machines", "--machine"):
             assert next(rest).isdecimal()
+        elif word == "--address":
+            assert re.fullmatch(r"[^:]+:\d+", next(rest))
         else:
             arguments.append(word)
     check_module(PROGRAMS[words[0]][0], arguments, open_ended)

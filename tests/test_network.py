@@ -134,8 +134,8 @@ def test_a_cable_cut_in_mid_epoch_ends_both_sides_and_the_next_start_goes_on(hos
     make_feature_dataset(tmp_path / "data", splits={"train": 40, "val": 3})
     config = tmp_path / "config.yaml"
     config.write_text("{}\n")
-    long = ["train.epochs=30", "train.global_batch=4", "train.eval_every=1000", "train.save_every=20"]
-    settings = [*SMALL, *with_tokenizer(tmp_path), *long]
+    long = ["train.epochs=12", "train.global_batch=4", "train.eval_every=1000", "train.save_every=20"]
+    settings = [*SMALL, *with_tokenizer(tmp_path), *long, "train.timeout=20"]
 
     both = partial(train_on_both, hosts, tmp_path, [str(config), *settings])
     journal = tmp_path / "run/metrics.jsonl"
@@ -143,8 +143,8 @@ def test_a_cable_cut_in_mid_epoch_ends_both_sides_and_the_next_start_goes_on(hos
         poll(lambda: count_lines(journal) > 25 or ended(processes), 120, "step 25")
         hosts[1].run("ip", "link", "set", "eth0", "down")
         said = wait_for(processes, tmp_path, 60)
-    assert all(each.returncode not in (0, None) for each in processes), said
-    assert 25 < count_lines(journal) < 300, said
+    assert [each.returncode for each in processes] == [75, 75], said
+    assert 25 < count_lines(journal) < 120, said
 
     hosts[1].run("ip", "link", "set", "eth0", "up")
     with both("run") as processes:
@@ -162,15 +162,17 @@ def test_a_cable_cut_in_mid_epoch_ends_both_sides_and_the_next_start_goes_on(hos
 def train_on_both(
     hosts: list[Host], folder: Path, arguments: list[str], run: str
 ) -> Iterator[list[subprocess.Popen[bytes]]]:
-    """A launcher with two ranks on each host, that train in `folder/run`; none of them outlives the block."""
+    """A launcher with one rank on each host, that train in `folder/run`; none of them outlives the block."""
     processes = []
     try:
         for index, host in enumerate(hosts):
-            worker = [sys.executable, "-m", "tests.impatient_worker", "launch", str(index), f"{ADDRESSES[0]}:{PORT}"]
+            machine = ["--machines", "2", "--machine", str(index), "--address", f"{ADDRESSES[0]}:{PORT}"]
+            command = ["sat.cli", "train", "--launch", "launch/cpu.yaml", "--processes", "2", *machine]
+            worker = [sys.executable, "-m", *command]
             with open(folder / f"host{index}.log", "wb") as log:
                 environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-                command = host.command(*worker, *arguments, f"train.run_dir={folder / run}")
-                processes.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log))
+                words = host.command(*worker, *arguments, f"train.run_dir={folder / run}")
+                processes.append(subprocess.Popen(words, cwd=ROOT, env=environment, stdout=log, stderr=log))
         yield processes
     finally:
         for each in processes:
@@ -199,5 +201,5 @@ def count_lines(journal: Path) -> int:
 def last_checkpoint(run: Path) -> dict[str, bytes]:
     """The tensor files of the checkpoint of the last step."""
     folder = max((run / "checkpoints").glob("step-*"))
-    assert folder.name.endswith("300")
+    assert folder.name.endswith("120")
     return {path.name: path.read_bytes() for path in sorted(folder.rglob("*.safetensors"))}

@@ -1,7 +1,8 @@
 """Nobody waits for ever: a rank that has not got on for too long shows where it stands and ends.
 
-Each rank has a thread that looks at its pulse, and tells the others of it through the launcher's store. So those that
-wait for a rank can name it, its host and what it is at, also when it is stopped and cannot speak.
+Each rank has a thread that looks at its pulse, and another that tells the others of it through the launcher's store. So
+those that wait for a rank can name it, its host and what it is at, also when it is stopped and cannot speak; and a rank
+that is cut off from the store, where a call may never return, ends in time all the same.
 """
 
 import contextlib
@@ -39,13 +40,18 @@ def watched(processes: Processes, timeout: float, last_words: Callable[[str], No
     """
     watch = _Watch(processes, timeout, last_words)
     thread = threading.Thread(target=watch.look, name="watchdog", daemon=True)
+    talking = threading.Thread(target=watch.talk, name="watchdog's word", daemon=True)
     processes.pulse.beat()
     thread.start()
+    if processes.world_size > 1:
+        talking.start()
     try:
         yield
     finally:
         watch.ended.set()
         thread.join()
+        if processes.world_size > 1:
+            talking.join(watch.every)
         faulthandler.cancel_dump_traceback_later()
 
 
@@ -56,59 +62,59 @@ class _Watch:
     last_words: Callable[[str], None]
     ended: threading.Event = field(default_factory=threading.Event)
     store: Any = None
-    """A connection of our own to the launcher's store; None alone, or where it is out of reach."""
-    looks: int = 0
+    """A connection of our own to the launcher's; known to the thread that talks."""
+    others: dict[int, str] = field(default_factory=dict)
+    """What each other rank last said of itself."""
+    talks: int = 0
+    """How often the store has been reached."""
 
     @property
     def every(self) -> float:
         return min(LOOK_EVERY_S, self.timeout / 40)
 
     def look(self) -> None:
-        """The thread."""
-        with contextlib.suppress(RuntimeError, ValueError, KeyError):
-            if self.processes.world_size > 1:
-                address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-                wait = timedelta(seconds=self.every)
-                self.store = dist.TCPStore(address, port, is_master=False, timeout=wait)  # type: ignore[attr-defined]  # public
+        """The thread that judges. It waits for nobody."""
         while not self.ended.wait(self.every):
-            self._tell()
             with contextlib.suppress(OSError):
                 faulthandler.dump_traceback_later(self.timeout + STUCK_FOR_GOOD_S, exit=True, file=2)
             if time.monotonic() - self.processes.pulse.at > EARLY * self.timeout:
                 self._give_up()
 
+    def talk(self) -> None:
+        """The thread that tells and hears; a cut connection holds it up for ever."""
+        with contextlib.suppress(RuntimeError, ValueError, KeyError):
+            address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            wait = timedelta(seconds=self.every)
+            self.store = dist.TCPStore(address, port, is_master=False, timeout=wait)  # type: ignore[attr-defined]  # public
+            while not self.ended.wait(self.every):
+                self._tell()
+                self.others = self._heard()
+                self.talks += 1
+
     def _tell(self) -> None:
-        self.looks += 1
         pulse = self.processes.pulse
-        still = f"{self.looks}|{socket.gethostname()}|{os.getpid()}|{time.monotonic() - pulse.at:.0f}|{pulse.doing}"
-        with contextlib.suppress(RuntimeError):
-            if self.store is not None:
-                self.store.set(f"sat/pulse/{self.processes.rank}", still)
+        still = f"{self.talks}|{socket.gethostname()}|{os.getpid()}|{time.monotonic() - pulse.at:.0f}|{pulse.doing}"
+        self.store.set(f"sat/pulse/{self.processes.rank}", still)
 
     def _heard(self) -> dict[int, str]:
-        """What each other rank last said of itself."""
-        found: dict[int, str] = {}
-        with contextlib.suppress(RuntimeError):
-            for rank in range(self.processes.world_size) if self.store is not None else ():
-                key = f"sat/pulse/{rank}"
-                if rank != self.processes.rank and self.store.check([key]):
-                    found[rank] = self.store.get(key).decode()
-        return found
+        keys = {rank: f"sat/pulse/{rank}" for rank in range(self.processes.world_size) if rank != self.processes.rank}
+        return {rank: self.store.get(key).decode() for rank, key in keys.items() if self.store.check([key])}
 
     def _give_up(self) -> None:
         """Say who stands where, show the stacks, and end; those who are waited for end too where they are at hand."""
-        pulse, before = self.processes.pulse, self._heard()
-        for _ in range(3):
-            time.sleep(self.every)
-            self._tell()
+        pulse, before, talks = self.processes.pulse, self.others, self.talks
+        time.sleep(4 * self.every)
+        heard = self.others if self.talks > talks else {}
         others: list[str] = []
         silent: list[tuple[str, int]] = []
-        for rank, words in self._heard().items():
+        for rank, words in heard.items():
             _, host, number, seconds, doing = words.split("|", 4)
             gone = words == before.get(rank)
             silent += [(host, int(number))] if gone else []
             state = "gives no sign of life since it was at" if gone else f"has been for {seconds} s at"
             others.append(f"rank {rank} on {host} {state}: {doing}")
+        if not heard and self.processes.world_size > 1:
+            others.append("nothing is heard of the other ranks: the machine of rank 0 is out of reach")
         waited = time.monotonic() - pulse.at
         if waited < EARLY * self.timeout:
             return  # it has got on meanwhile
