@@ -106,6 +106,8 @@ def check(line: str) -> None:
         check_sat(words[1:], open_ended)
     elif start == "mlflow":
         check_mlflow(words[1:])
+    elif start == "torchrun":
+        check_torchrun(words[1:])
     else:
         assert " ".join(words) in OTHERS, f"nobody checks this command: {line}"
 
@@ -160,8 +162,20 @@ def check_launch(words: list[str]) -> None:
     check_module(given.training_script, given.training_script_args)
 
 
+def check_torchrun(words: list[str]) -> None:
+    """`torchrun` by its own parser, the module's arguments by the module's."""
+    from torch.distributed.run import get_args_parser
+
+    given = get_args_parser().parse_args(words)
+    assert given.module
+    check_module(given.training_script, given.training_script_args)
+
+
 def check_module(module: str, arguments: list[str], open_ended: bool = False) -> None:
     """`python -m MODULE ARGUMENTS`."""
+    if module == "tests.chaos":
+        importlib.import_module(module).parser().parse_args(arguments)
+        return
     assert any(module.startswith(package) for package in ("sat.", "preprocessing.")), module
     if module == "sat.cli":
         check_sat(arguments, open_ended)
