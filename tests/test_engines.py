@@ -24,8 +24,8 @@ TOLERANCE = 0.02
 """In bf16, of the loss per token after four steps at a rate of 0.01, against float32."""
 
 
-def kept(root: Path, engine: str) -> str:
-    return str(root / f"{engine}-on-2.safetensors")
+def kept(root: Path, engine: str, ranks: int = 2) -> str:
+    return str(root / f"{engine}-on-{ranks}.safetensors")
 
 
 def variants(root: Path, ranks: int) -> list[tuple[str, ...]]:
@@ -38,7 +38,8 @@ def variants(root: Path, ranks: int) -> list[tuple[str, ...]]:
         found += [(f"engine={engine}", *SPOILT) for engine in ENGINES]
         found += [(f"engine={engine}", *BATCHES, *precision) for engine in ENGINES for precision in (BF16, FP16)]
     else:
-        found += [(f"engine={engine}", *BATCHES) for engine in ENGINES]
+        found += [(f"engine={engine}", *BATCHES, f"keep={kept(root, engine, ranks)}") for engine in ENGINES]
+        found += [(f"engine={engine}", *BATCHES, f"go_on={kept(root, engine, ranks)}") for engine in ENGINES]
         found += [(f"engine={to}", *BATCHES, f"go_on={kept(root, of)}") for of, to in pairs(ranks)]
     return found
 
@@ -63,7 +64,8 @@ def taken(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def alone(taken):
-    return taken[1][1, "engine=ddp", *BATCHES]
+    root, found = taken
+    return found[1, "engine=ddp", *BATCHES, f"keep={kept(root, 'ddp', 1)}"]
 
 
 def assert_same_weights(ours: torch.Tensor, theirs: torch.Tensor) -> None:
@@ -72,14 +74,14 @@ def assert_same_weights(ours: torch.Tensor, theirs: torch.Tensor) -> None:
     assert ((ours - theirs).abs() > 1e-5).float().mean() < 1e-3
 
 
-@pytest.mark.parametrize("accumulation", [(), (TWICE,)], ids=["once", "twice"])
-@pytest.mark.parametrize("engine", [*ENGINES, *OFFLOADED])
-@pytest.mark.parametrize("ranks", RANKS)
+@pytest.mark.parametrize(
+    ("ranks", "engine", "accumulation"),
+    [(ranks, engine, each) for ranks in RANKS for engine in ENGINES for each in ((), (TWICE,))]
+    + [(2, engine, ()) for engine in OFFLOADED],
+)
 def test_the_loss_curve_and_the_weights_are_those_of_one_process(taken, alone, ranks, engine, accumulation):
     root, found = taken
-    if engine in OFFLOADED and (ranks != 2 or accumulation):
-        pytest.skip("offloaded on two ranks only")
-    keep = (f"keep={kept(root, engine)}",) if ranks == 2 and not accumulation and engine in ENGINES else ()
+    keep = (f"keep={kept(root, engine, ranks)}",) if not accumulation and engine in ENGINES else ()
     split = found[ranks, f"engine={engine}", *BATCHES, *accumulation, *keep]
     torch.testing.assert_close(split["lines"], alone["lines"], rtol=1e-5, atol=1e-6)
     assert_same_weights(split["weights"], alone["weights"])
@@ -87,10 +89,11 @@ def test_the_loss_curve_and_the_weights_are_those_of_one_process(taken, alone, r
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_the_same_engine_and_ranks_go_on_bit_by_bit(taken, engine):
+@pytest.mark.parametrize("ranks", RANKS)
+def test_the_same_engine_and_ranks_go_on_bit_by_bit(taken, ranks, engine):
     root, found = taken
-    whole = found[2, f"engine={engine}", *BATCHES, f"keep={kept(root, engine)}"]
-    halves = found[2, f"engine={engine}", *BATCHES, f"go_on={kept(root, engine)}"]
+    whole = found[ranks, f"engine={engine}", *BATCHES, f"keep={kept(root, engine, ranks)}"]
+    halves = found[ranks, f"engine={engine}", *BATCHES, f"go_on={kept(root, engine, ranks)}"]
     assert torch.equal(halves["weights"], whole["weights"][2:]) and torch.equal(halves["lines"], whole["lines"][2:])
 
 

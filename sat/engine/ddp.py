@@ -1,6 +1,7 @@
 """Every rank holds everything and gradients are exchanged (DistributedDataParallel); with one rank, plain torch."""
 
 import contextlib
+import warnings
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -38,7 +39,12 @@ class Ddp:
         processes, module = self.processes, objective
         if processes.world_size > 1:
             device = [processes.device] if processes.device.type == "cuda" else None
-            module = DistributedDataParallel(objective, device_ids=device, gradient_as_bucket_view=True)
+            # Otherwise the buckets are laid out anew after the first step of every life, and a ring of three ranks and
+            # more then adds the shares of a gradient in another order: a resumed run would differ in its last bits.
+            warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
+            module = DistributedDataParallel(
+                objective, device_ids=device, gradient_as_bucket_view=True, find_unused_parameters=True
+            )
         return DdpStepper(objective, module, optimizer, clip_norm, processes, LossScale.of(processes))
 
 
