@@ -60,16 +60,18 @@ def listen() -> Wish:
     return wish
 
 
-def serve(end_with_parents_thread: bool = True) -> None:
-    """For a forked process that serves another: ignore the signals, and end at once when its parent has ended.
+def serve(parent: int) -> None:
+    """For a forked process that serves `parent`: ignore the signals, and end at once when the parent has ended.
 
-    Only where the parent's main thread has forked it: with another thread it would end too early.
+    0: the parent's main thread is not what forked it, and with another thread it would end too early.
     """
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-    if end_with_parents_thread:
+    if parent:
         end_with_parent(signal.SIGKILL)
+        if os.getppid() != parent:  # it was gone before the system knew
+            os._exit(0)
 
 
 @contextlib.contextmanager

@@ -144,29 +144,26 @@ def finished(folder: Path) -> bool:
     return files.read_json(folder / "status.json").get("state") == "finished"
 
 
-def chaos(root: Path, kills: int, seed: int, say=print) -> int:
+def chaos(root: Path, ranks: Ranks, kills: int, seed: int, say=print) -> int:
     """Kill so often; the number of trainings that got to their end. Raises AssertionError where one is not the same."""
-    settings, ranks, draw = make_config(root), Ranks.serve(), random.Random(seed)
-    try:
-        began = time.monotonic()
-        ranks.start(arguments_of(settings, root / "undisturbed"), root / "undisturbed.log", "slow_steps")
-        codes, orphans = ranks.wait(300)
-        assert codes == [0, 0, 0] and not orphans, (codes, (root / "undisturbed.log").read_text())
-        longest, expected, folder, ends = time.monotonic() - began, result_of(root / "undisturbed"), root / "run", 0
-        for number in range(1, kills + 1):
-            said = one_life(ranks, settings, folder, draw, longest)
-            say(f"{number}: {said}, step {files.read_json(folder / 'status.json').get('saved_step', 0)}")
-            if number == kills and not finished(folder):
-                ranks.start(arguments_of(settings, folder), folder.with_suffix(".log"))
-                codes, orphans = ranks.wait(300)
-                assert codes == [0, 0, 0] and not orphans, (codes, folder.with_suffix(".log").read_text()[-3000:])
-            if finished(folder):
-                ends += 1
-                assert result_of(folder) == expected, f"not as undisturbed: {result_of(folder)} {expected}"
-                shutil.rmtree(folder)
-        return ends
-    finally:
-        ranks.close()
+    settings, draw = make_config(root), random.Random(seed)
+    began = time.monotonic()
+    ranks.start(arguments_of(settings, root / "undisturbed"), root / "undisturbed.log", "slow_steps")
+    codes, orphans = ranks.wait(300)
+    assert codes == [0, 0, 0] and not orphans, (codes, (root / "undisturbed.log").read_text())
+    longest, expected, folder, ends = time.monotonic() - began, result_of(root / "undisturbed"), root / "run", 0
+    for number in range(1, kills + 1):
+        said = one_life(ranks, settings, folder, draw, longest)
+        say(f"{number}: {said}, step {files.read_json(folder / 'status.json').get('saved_step', 0)}")
+        if number == kills and not finished(folder):
+            ranks.start(arguments_of(settings, folder), folder.with_suffix(".log"))
+            codes, orphans = ranks.wait(300)
+            assert codes == [0, 0, 0] and not orphans, (codes, folder.with_suffix(".log").read_text()[-3000:])
+        if finished(folder):
+            ends += 1
+            assert result_of(folder) == expected, f"not as undisturbed: {result_of(folder)} {expected}"
+            shutil.rmtree(folder)
+    return ends
 
 
 def parser() -> argparse.ArgumentParser:
@@ -182,7 +179,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         root = given.folder or Path(temporary)
         root.mkdir(parents=True, exist_ok=True)
-        ends = chaos(root, given.kills, given.seed, lambda line: print(line, flush=True))
+        ranks = Ranks.serve()
+        try:
+            ends = chaos(root, ranks, given.kills, given.seed, lambda line: print(line, flush=True))
+        finally:
+            ranks.close()
     print(f"{given.kills} kills; {ends} trainings got to their end, each as the undisturbed one")
 
 

@@ -178,6 +178,7 @@ def _iterate(
 ) -> Generator[CaptionBatch, None, None]:
     workers, allowed = reading.options.num_workers, reading.options.max_bad_samples
     remote = any(each.store.is_remote for each in reader.readers)
+    parent = os.getpid() if threading.current_thread() is threading.main_thread() else 0
     # Item i goes to worker i % workers and comes back in order: DataLoader's own round robin.
     loader: DataLoader[Any] = DataLoader(
         PlannedBatches(plan, reader, ahead=4 if remote else 1),
@@ -185,7 +186,7 @@ def _iterate(
         shuffle=False,
         num_workers=workers,
         pin_memory=reading.pin_memory,
-        worker_init_fn=partial(_settle_worker, threading.current_thread() is threading.main_thread()),
+        worker_init_fn=partial(_settle_worker, parent),
         multiprocessing_context="fork" if workers else None,  # workers inherit the ring
     )
     with stopping.held():  # workers are born deaf to the wish to stop, which schedulers send to everybody
@@ -211,11 +212,11 @@ def _iterate(
         logger.warning("%d reads failed and were repeated with success", retries)
 
 
-def _settle_worker(by_main_thread: bool, _: int) -> None:
+def _settle_worker(parent: int, _: int) -> None:
     """For a forked process: it serves its parent, no threads in the tokenizers library, no search for garbage in what
     was inherited.
     """
-    stopping.serve(by_main_thread)
+    stopping.serve(parent)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     gc.freeze()
 

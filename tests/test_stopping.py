@@ -1,0 +1,237 @@
+"""Stopped, killed, locked, watched: real ranks, each life of one run with another fault, and the end as undisturbed."""
+
+import dataclasses
+import json
+import os
+import re
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from sat import files, run_lock
+from sat.cli import START_AGAIN
+from sat.run_lock import LOCK, owned
+from sat.tracking.journal import drop_after
+from sat.train_state import LineSums
+from tests.chaos import GRACE_S, Ranks, arguments_of, chaos, make_config, result_of
+
+pytestmark = pytest.mark.faults
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    """Where trainings on two ranks are started."""
+    server = Ranks.serve()
+    yield server
+    server.close()
+
+
+class Run:
+    """A run folder and the lives of its training."""
+
+    def __init__(self, root: Path, ranks: Ranks) -> None:
+        self.settings, self.folder, self.ranks = make_config(root), root / "run", ranks
+        self.log = root / "run.log"
+
+    def begin(self, *more: str, how: tuple[str, ...] = ()) -> None:
+        self.log.write_text("")
+        self.ranks.start(arguments_of(self.settings, self.folder, *more), self.log, *how)
+
+    def until(self, words: str, seconds: float = GRACE_S) -> None:
+        """Wait until the log has these words."""
+        end = time.monotonic() + seconds
+        while not re.search(words, self.said()):
+            assert time.monotonic() < end, f"no {words!r} in\n{self.said()}"
+            time.sleep(0.02)
+
+    def reached(self, step: int) -> None:
+        """Wait until this step or a later one is saved."""
+        end = time.monotonic() + GRACE_S
+        while self.status().get("saved_step", 0) < step:
+            assert time.monotonic() < end, self.said()
+            time.sleep(0.02)
+
+    def said(self) -> str:
+        return self.log.read_text()
+
+    def status(self) -> dict:
+        return files.read_json(self.folder / "status.json")
+
+    def ended(self) -> list[int | None]:
+        """Exit codes of launcher and ranks; nothing is left."""
+        codes, orphans = self.ranks.wait()
+        assert not orphans, self.said()
+        return codes
+
+    def workers(self, rank: int) -> list[int]:
+        """Processes that read batches for a rank."""
+        pid = self.ranks.pids["ranks"][rank]
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def test_a_run_goes_on_through_every_way_to_stop_as_if_nothing_had_been(tmp_path, ranks):
+    undisturbed, run = Run(tmp_path / "undisturbed", ranks), Run(tmp_path / "disturbed", ranks)
+    undisturbed.begin()
+    assert undisturbed.ended() == [0, 0, 0], undisturbed.said()
+
+    run.begin("data.num_workers=2", how=("slow_steps",))  # SIGTERM to everybody at once, as schedulers send it
+    run.reached(2)
+    os.killpg(ranks.pids["launcher"], signal.SIGTERM)
+    codes = run.ended()
+    assert codes[1:] == [0, 0] and run.status()["state"] == "stopped", run.said()
+    assert 0 < run.status()["step"] == run.status()["saved_step"] < 10
+
+    run.begin(how=("slow_steps",))  # another rank than the first, another signal; the launcher is fine
+    run.until("continuing")
+    run.reached(run.status()["saved_step"] + 2)
+    os.kill(ranks.pids["ranks"][1], signal.SIGUSR1)
+    assert run.ended() == [0, 0, 0] and run.status()["state"] == "stopped", run.said()
+
+    run.begin(how=("slow_evaluation",))  # in an evaluation, which is left and done again
+    run.until("decode val")
+    began = time.monotonic()
+    os.kill(ranks.pids["ranks"][0], signal.SIGHUP)
+    os.kill(ranks.pids["ranks"][1], signal.SIGINT)
+    assert run.ended() == [0, 0, 0] and run.status()["step"] == run.status()["saved_step"] == 12, run.said()
+    assert time.monotonic() - began < 30 and "step 12: val" not in run.said()
+
+    run.begin(how=("slow_steps",))  # the launcher is killed
+    run.until("step 12: val")
+    run.reached(14)
+    os.kill(ranks.pids["launcher"], signal.SIGKILL)
+    assert run.ended() == [-signal.SIGKILL, 0, 0] and run.status()["state"] == "stopped", run.said()
+
+    run.begin()
+    assert run.ended() == [0, 0, 0] and run.status()["state"] == "finished", run.said()
+    assert result_of(run.folder) == result_of(undisturbed.folder)
+
+
+def test_a_lost_process_ends_all_in_a_sentence_and_the_run_goes_on(tmp_path, ranks):
+    run = Run(tmp_path, ranks)
+    run.begin("train.epochs=40", how=("slow_steps",))
+    run.reached(2)
+    owner = rf"trained by process {ranks.pids['ranks'][0]} on .* since 20.*STOP"
+    with pytest.raises(ValueError, match=owner), owned(run.folder):
+        pass
+    os.kill(ranks.pids["ranks"][1], signal.SIGKILL)
+    codes = run.ended()
+    assert codes[1] == START_AGAIN and "rank 0 on" in run.said() and "has lost another rank" in run.said()
+    assert "Traceback" not in run.said() and run.status()["state"] == "failed"
+
+    run.begin("train.epochs=40", how=("slow_steps",))
+    run.until("continuing")
+    run.reached(run.status()["saved_step"] + 2)
+    killed = run.workers(1)[-1]
+    os.kill(killed, signal.SIGKILL)
+    codes = run.ended()
+    assert codes[2] == START_AGAIN and f"its process {killed}, which reads batches" in run.said(), run.said()
+
+    run.begin("train.epochs=40", "train.timeout=10", how=("slow_steps",))
+    run.until("continuing")
+    run.reached(run.status()["saved_step"] + 2)
+    stopped = ranks.pids["ranks"][1]
+    os.kill(stopped, signal.SIGSTOP)
+    codes = run.ended()
+    assert codes[1:] == [START_AGAIN, -signal.SIGKILL], run.said()
+    assert re.search(r"rank 0 on \S+ has not got on for \d+ s at: .*rank 1 on \S+ gives no sign of life", run.said())
+    assert "most recent call first" in run.said() and "take_step" in run.said()
+    assert "rank 1 on" in run.status()["error"] and run.status()["state"] == "failed"
+
+    run.begin("train.epochs=1")
+    assert run.ended() == [0, 0, 0] and run.status()["state"] == "finished", run.said()
+
+
+def test_random_kills_change_nothing(tmp_path, ranks):
+    assert chaos(tmp_path, ranks, kills=4, seed=5) >= 1
+
+
+# ------------------------------------------------------------------ the lock, without ranks
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(run_lock, "BEAT_S", 0.05)
+    monkeypatch.setattr(run_lock, "PATIENCE_S", 1.0)
+
+
+def lock_of(folder: Path, **changed: object) -> None:
+    """As another machine's process would have left it."""
+    owner = dataclasses.replace(run_lock._myself(), **changed)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / LOCK).write_text(json.dumps(dataclasses.asdict(owner)))
+
+
+def test_the_lock_of_a_dead_process_is_taken_over_and_freed(tmp_path, capsys):
+    lock_of(tmp_path, pid=2**22 + 1, job="77")
+    with owned(tmp_path):
+        assert files.read_json(tmp_path / LOCK)["pid"] == os.getpid()
+    assert not (tmp_path / LOCK).exists() and "Slurm job 77, since" in capsys.readouterr().out
+    lock_of(tmp_path, born="1")  # our process id, but another process had it
+    with owned(tmp_path):
+        pass
+
+
+def test_an_owner_elsewhere_is_alive_while_it_gives_signs_of_life(tmp_path, quick):
+    lock_of(tmp_path, machine="another", host="node7", job="12")
+    os.utime(tmp_path / LOCK, (4e9, 4e9))  # its clock is far ahead
+    ended = threading.Event()
+
+    def beat():
+        stamp = 4e9
+        while not ended.wait(0.1):
+            stamp += 1
+            os.utime(tmp_path / LOCK, (stamp, stamp))
+
+    thread = threading.Thread(target=beat)
+    thread.start()
+    with pytest.raises(ValueError, match=r"on node7, Slurm job 12, since"), owned(tmp_path):
+        pass
+    ended.set()
+    thread.join()
+    with owned(tmp_path):
+        assert files.read_json(tmp_path / LOCK)["host"] != "node7"
+    (tmp_path / LOCK).write_text("not a lock")
+    with owned(tmp_path):
+        pass
+
+
+def test_of_many_that_take_over_a_dead_lock_one_has_it(tmp_path, quick):
+    lock_of(tmp_path, pid=2**22 + 1)
+    owners, refused, all_in = [], [], threading.Barrier(8)
+
+    def contend():
+        all_in.wait()
+        try:
+            with owned(tmp_path):
+                owners.append(threading.get_ident())
+                time.sleep(0.5)
+        except ValueError:
+            refused.append(threading.get_ident())
+
+    threads = [threading.Thread(target=contend) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(owners) == 1 and len(refused) == 7
+
+
+# ------------------------------------------------------------------ the journal
+
+
+def test_a_journal_is_cut_before_an_evaluation_that_is_done_again(tmp_path):
+    path, lines = tmp_path / "metrics.jsonl", [{"step": 4}, {"step": 5, "nll": 1.0}, {"step": 5, "val/CIDEr": 0.5}]
+    path.write_text("".join(json.dumps(line | {"time": 1.0}) + "\n" for line in [*lines, {"step": 6}]))
+    drop_after(path, 5)
+    assert len(path.read_text().splitlines()) == 3
+    drop_after(path, 5, "val/")
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [4, 5]
+
+
+def test_sums_of_two_lives_are_those_of_one():
+    parts = LineSums(steps=2, tokens=3.0, totals={"nll": 1.5}), LineSums(steps=1, skipped=1, totals={"nll": 0.25})
+    assert parts[0] + parts[1] == LineSums(steps=3, skipped=1, tokens=3.0, totals={"nll": 1.75})
+    assert LineSums() + parts[0] == parts[0]
