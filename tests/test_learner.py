@@ -1,5 +1,6 @@
 """What a training moves, keeps and hands on: from pictures and from features, average, sampling, word vectors."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from preprocessing import shard_images
-from sat import caption, train
+from sat import caption, scoring, train
 from sat.config import Config, load_config
 from sat.data.plan import Cursor
 from sat.evaluation.split import evaluate
@@ -76,8 +77,9 @@ def trained(given: list[str], folder: Path, alone) -> Config:
 
 def stopped_then_continued(given: list[str], folder: Path, alone) -> Path:
     """The folder of a training that is asked to stop in its first step, and then started again."""
+    asked = itertools.chain([False], itertools.repeat(True))  # before the first step, then in it
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Run, "stop_wanted", lambda run: True)
+        patch.setattr(Run, "stop_wanted", lambda run: next(asked))
         trained(given, folder, alone)
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-00000001"]
     trained(given, folder, alone)
@@ -177,7 +179,7 @@ def test_a_training_from_features_never_runs_an_encoder(features, alone, tmp_pat
 def test_the_average_is_what_is_saved_scored_and_exported(features, alone, tmp_path, monkeypatch):
     given = [*features, "train.ema=0.5", "train.eval_every=100", "model.weight_init=uniform"]
     weights, scored = [], []
-    plain_after_step, plain_evaluate = train.Learner.after_step, train.evaluate
+    plain_after_step, plain_evaluate = train.Learner.after_step, scoring.evaluate
 
     def after_step(learner, *arguments):
         plain_after_step(learner, *arguments)
@@ -189,7 +191,7 @@ def test_the_average_is_what_is_saved_scored_and_exported(features, alone, tmp_p
         return plain_evaluate(models, *arguments)
 
     monkeypatch.setattr(train.Learner, "after_step", after_step)
-    monkeypatch.setattr(train, "evaluate", evaluated)
+    monkeypatch.setattr(scoring, "evaluate", evaluated)
     trained(given, tmp_path / "run", alone)
     assert len(weights) == 3 and len(scored) == 1
     exported = load_file(tmp_path / "run/best/model.safetensors")
