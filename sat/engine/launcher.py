@@ -99,7 +99,8 @@ def _pass_on(number: int, _: FrameType | None) -> None:
 def _status(codes: Mapping[str, int]) -> int:
     """One for the failures of a launch: a killed rank explains what the others then met, as does another's error."""
     killed = {who: signal.Signals(-code) for who, code in codes.items() if code < 0}
-    for who, number in killed.items():
+    first = {who: number for who, number in killed.items() if number not in heard()}  # torch ends the others by SIGTERM
+    for who, number in (first or killed).items():
         print(f"error: {who} was ended by {number.name}", file=sys.stderr, flush=True)
     crashes = [128 + number for number in killed.values() if number not in (signal.SIGKILL, *heard())]
     errors = [code for code in codes.values() if code > 0 and code != START_AGAIN]
