@@ -28,6 +28,9 @@ class ThreadUploader:
         self._thread.join(timeout)
         assert not self._thread.is_alive(), "the uploader did not end in time"
 
+    def poll(self):
+        return None if self._thread.is_alive() else 0
+
 
 class NoUploader:
     """Stands for an uploader that never gets anywhere."""

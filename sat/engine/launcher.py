@@ -98,10 +98,11 @@ def _pass_on(number: int, _: FrameType | None) -> None:
 
 def _status(codes: Mapping[str, int]) -> int:
     """One for the failures of a launch: a killed rank explains what the others then met, as does another's error."""
-    killed = {who: signal.Signals(-code) for who, code in codes.items() if code < 0}
-    first = {who: number for who, number in killed.items() if number not in heard()}  # torch ends the others by SIGTERM
-    for who, number in (first or killed).items():
+    ended = {who: signal.Signals(-code) for who, code in codes.items() if code < 0}
+    errors = [code for code in codes.values() if code > 0 and code != START_AGAIN]
+    # torch ends the others by SIGTERM, which is no news where anything else explains it
+    killed = {who: number for who, number in ended.items() if number not in heard()} or ({} if errors else ended)
+    for who, number in killed.items():
         print(f"error: {who} was ended by {number.name}", file=sys.stderr, flush=True)
     crashes = [128 + number for number in killed.values() if number not in (signal.SIGKILL, *heard())]
-    errors = [code for code in codes.values() if code > 0 and code != START_AGAIN]
     return (crashes or (errors if not killed else []) or [START_AGAIN])[0]
