@@ -18,13 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-START_AGAIN = 75
-"""Exit status, EX_TEMPFAIL of sysexits.h: a process was lost, or a stop has saved nothing new."""
-
-
-class StartAgain(Exception):
-    """An end for which starting the same command again is right; exit status `START_AGAIN`."""
-
+from sat.stopping import START_AGAIN, StartAgain
 
 PROGRAMS = {
     "prepare": ("preprocessing.prepare", "pictures and captions of any layout, ready to train on"),

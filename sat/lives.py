@@ -19,8 +19,9 @@ from typing import Annotated
 import typer
 
 from sat import files
-from sat.cli import START_AGAIN, run_program
+from sat.cli import run_program
 from sat.config import load_config
+from sat.stopping import START_AGAIN
 
 LIVES = "lives.jsonl"
 DEATHS = 2

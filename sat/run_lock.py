@@ -18,7 +18,7 @@ from pathlib import Path
 from uuid import uuid4
 
 from sat import files
-from sat.cli import START_AGAIN
+from sat.stopping import START_AGAIN
 
 LOCK = "lock"
 BEAT_S = 5.0

@@ -10,10 +10,10 @@ from dataclasses import dataclass, replace
 from tqdm import tqdm
 
 from sat.checkpoint import Saver, SaveResult
-from sat.cli import StartAgain
 from sat.files import crash_point
 from sat.learner import Learner
 from sat.run_folder import Run
+from sat.stopping import StartAgain
 from sat.train_state import Progress, TrainState
 
 

@@ -20,6 +20,14 @@ _LAUNCHED = (LAUNCHER, "LOCAL_RANK", "ACCELERATE_MIXED_PRECISION")
 _PR_SET_PDEATHSIG = 1  # from linux/prctl.h
 
 
+START_AGAIN = 75
+"""Exit status, EX_TEMPFAIL of sysexits.h: a process was lost, or a stop has saved nothing new."""
+
+
+class StartAgain(Exception):
+    """An end for which starting the same command again is right; exit status `START_AGAIN`."""
+
+
 @dataclass(frozen=True)
 class Wish:
     """What has been asked of this process since `listen`."""

@@ -17,7 +17,7 @@ import typer
 from tqdm import tqdm
 
 from sat import checkpoint
-from sat.cli import StartAgain, run_program
+from sat.cli import run_program
 from sat.config import Config, fixed_settings, load_config
 from sat.data.batch import CaptionBatch
 from sat.data.loader import training_batches
@@ -35,7 +35,7 @@ from sat.optim import learning_rate
 from sat.run_folder import CONFIG_FILE, Run, forget_stop, open_run, owned_run, read_status
 from sat.saving import Saves
 from sat.scoring import score_and_keep_best, scoring_is_due
-from sat.stopping import Wish, follow_launcher, listen
+from sat.stopping import StartAgain, Wish, follow_launcher, listen
 from sat.train_state import Identity, Progress, TrainState, finished_before
 from sat.training_data import TrainingData, open_data
 

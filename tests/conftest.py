@@ -20,6 +20,12 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
             pytest.skip("no CUDA device")
 
 
+@pytest.fixture(autouse=True)
+def no_store_of_anybody_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the shell's MLflow server nor what MLflow itself has left in the environment in an earlier test."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+
 @pytest.fixture(scope="module")
 def alone() -> Iterator[object]:
     """The engine of a training in this process, the only rank."""

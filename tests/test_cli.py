@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from sat import cli
+from sat.stopping import START_AGAIN
 
 ROOT = Path(__file__).parents[1]
 
@@ -179,7 +180,7 @@ def test_a_bug_shows_its_traceback_once(environment, tmp_path):
 def test_success_and_a_killed_rank_have_their_exit_status(environment, tmp_path):
     assert run(command("ours", 2, "succeed", tmp_path), environment).returncode == 0
     killed = run(command("ours", 2, "killed", tmp_path), environment)
-    assert killed.returncode == cli.START_AGAIN
+    assert killed.returncode == START_AGAIN
     assert killed.stderr == "error: rank 0 was ended by SIGKILL\n"
 
 

@@ -25,7 +25,8 @@ PATHS = {
 }
 
 LAYERS = (
-    ("sat.files", "sat.settings", "sat.stopping", "sat.cli"),
+    ("sat.files", "sat.settings", "sat.stopping"),
+    ("sat.cli",),
     ("sat.text", "sat.shards", "sat.model.spec", "sat.data.options", "sat.evaluation.options"),
     ("sat.config",),
     ("sat.data", "sat.model"),

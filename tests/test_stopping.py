@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from sat import files, run_lock
-from sat.cli import START_AGAIN
 from sat.run_lock import LOCK, owned
+from sat.stopping import START_AGAIN
 from sat.tracking.journal import drop_after
 from sat.train_state import LineSums
 from tests.chaos import GRACE_S, Ranks, arguments_of, chaos, make_config, result_of

@@ -16,7 +16,7 @@ from typing import Annotated
 import typer
 
 from sat import files
-from sat.cli import StartAgain, run_program
+from sat.cli import run_program
 from sat.config import Config, load_config
 from sat.doctor.data import check_opening, check_samples, check_shards, check_words
 from sat.doctor.group import announced_ranks, check_alike, check_exchange, form_group, local_ranks
@@ -36,6 +36,7 @@ from sat.engine.watchdog import watched
 from sat.evaluation.options import METRICS
 from sat.learner import Learner, build_learner
 from sat.machine import best_precision, speed_up
+from sat.stopping import StartAgain
 from sat.train import with_precision
 from sat.training_data import TrainingData
 

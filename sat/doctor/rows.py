@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from sat.cli import StartAgain
+from sat.stopping import StartAgain
 
 OK, WARNING, FAILED = "ok", "warning", "failed"
 STATES = (OK, WARNING, FAILED)

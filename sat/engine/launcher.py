@@ -16,8 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from sat.cli import START_AGAIN
-from sat.stopping import LAUNCHER, heard
+from sat.stopping import LAUNCHER, START_AGAIN, heard
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 
-from sat.cli import StartAgain
 from sat.engine.processes import Processes
+from sat.stopping import StartAgain
 
 _WORKER = re.compile(r"DataLoader worker \(pid\D* (\d+)\) (is killed by signal: \w+|exited unexpectedly)")
 _PEER = re.compile(

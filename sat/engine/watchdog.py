@@ -21,8 +21,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from sat.cli import START_AGAIN
 from sat.engine.processes import Processes
+from sat.stopping import START_AGAIN
 
 EARLY = 0.8
 """Share of the time-out after which a rank gives up: the whole job is to have ended within it."""
