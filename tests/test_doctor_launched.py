@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[1]
 PROGRAM = '''
 """The checks of `sat doctor` twice: the last rank sees other data and none, then it fails alone in a step."""
 import json, os, sys
+from dataclasses import asdict
 from pathlib import Path
 from sat.cli import run_program
 from sat.config import load_config
@@ -39,7 +40,7 @@ def main(config: Path, other: Path, out: Path) -> None:
         given = load_config(config, settings if last else [])
         found += examine.examine(given, engine, True, 0.0)
         if engine.processes.is_main:
-            (out / f"{name}.json").write_text(json.dumps([row.to_document() for row in found]))
+            (out / f"{name}.json").write_text(json.dumps([asdict(row) for row in found]))
         steps.take_step = take_step
     examine.end(engine, engine.processes, 1)
 

@@ -9,7 +9,7 @@ costs nothing but computing power).
 import sys
 import time
 from collections.abc import Callable, Generator, Sequence
-from contextlib import AbstractContextManager, closing
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -88,25 +88,13 @@ class TimedProcesses(Processes):
 
 @dataclass(frozen=True)
 class TimedStepper:
-    """A stepper whose parts are timed."""
+    """A stepper whose parts are timed; the rest is the plain one's."""
 
     plain: Stepper
     clock: Clock
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.plain, name)
-
-    @property
-    def objective(self) -> nn.Module:
-        """See `Stepper`, as all that follows."""
-        return self.plain.objective
-
-    @property
-    def optimizer(self) -> torch.optim.Optimizer:
-        return self.plain.optimizer
-
-    def micro_batch(self, last: bool) -> AbstractContextManager[object]:
-        return self.plain.micro_batch(last)
 
     def __call__(self, *batch: Any) -> LossSums:
         return self.clock.computed(lambda: self.plain(*batch))
@@ -122,12 +110,6 @@ class TimedStepper:
 
     def step(self) -> StepResult:
         return self.clock.computed(self.plain.step)
-
-    def state(self) -> dict[str, Tensor]:
-        return self.plain.state()
-
-    def load_state(self, tensors: Any) -> None:
-        self.plain.load_state(tensors)
 
 
 @dataclass(frozen=True)

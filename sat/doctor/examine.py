@@ -9,6 +9,7 @@ Every check is done, whatever the others found. Nothing is written into the run 
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -74,7 +75,7 @@ def main(
         print(summary(rows), flush=True)
         if json_file:
             document = {"verdict": verdict(rows), "ranks": processes.world_size}
-            files.write_json(json_file, document | {"rows": [row.to_document() for row in rows]})
+            files.write_json(json_file, document | {"rows": [asdict(row) for row in rows]})
     end(engine, processes, 1 if verdict(rows) == FAILED else 0)
 
 

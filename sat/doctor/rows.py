@@ -6,7 +6,6 @@ A row is printed as soon as it is known, so that a check that hangs or dies take
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from sat.stopping import StartAgain
 
@@ -43,16 +42,6 @@ class Row:
             textwrap.fill(words, WIDTH, initial_indent=first, subsequent_indent=later, break_on_hyphens=False)
             for first, later, words in parts
         )
-
-    def to_document(self) -> dict[str, Any]:
-        """The row for JSON."""
-        return {
-            "check": self.check,
-            "state": self.state,
-            "found": self.found,
-            "mend": self.mend,
-            "values": dict(self.values),
-        }
 
 
 def ok(check: str, found: str, **values: float | str) -> Row:
