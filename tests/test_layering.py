@@ -66,7 +66,7 @@ OWNERS = {
     "tokenizers": ("sat.text",),
     "fsspec": ("sat.shards",),
     "aiohttp": ("sat.shards",),
-    "pyarrow": ("sat.shards", "sat.data", "sat.word_vectors", "preprocessing", "sat.bench"),
+    "pyarrow": ("sat.shards", "sat.data", "sat.word_vectors", "sat.evaluation", "preprocessing", "sat.bench"),
     "torchvision": ("sat.model.encoders",),
     "timm": ("sat.model.encoders",),
     "triton": ("sat.model.kernels",),
