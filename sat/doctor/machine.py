@@ -142,7 +142,7 @@ def check_precision(wanted: str) -> Iterator[Row]:
 
 def check_compiler() -> Iterator[Row]:
     """A C++ compiler, for the native kernels on CPUs."""
-    from sat.model.kernels.native import COMPILERS
+    from sat.model.kernels.build import COMPILERS
 
     if path := next(filter(None, map(shutil.which, COMPILERS)), None):
         said = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=60).stdout

@@ -19,9 +19,12 @@ import tempfile
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 NAMES = {
     "CIDEr": ["CIDEr"],
@@ -45,6 +48,10 @@ Tokens = dict[int, list[str]]
 """Captions of each image, as the package takes them."""
 
 
+def _no_counts() -> npt.NDArray[np.int64]:
+    return np.zeros((0, 10), np.int64)
+
+
 @dataclass(frozen=True)
 class Scores:
     """What a set of captions is worth."""
@@ -55,6 +62,17 @@ class Scores:
     """Why a value is missing; also under `tokenizer` and `images` what was not done as usual."""
     images: int
     """Images scored."""
+    image_ids: tuple[str, ...] = ()
+    """The images scored, sorted."""
+    per_image: Mapping[str, npt.NDArray[np.float64]] = field(default_factory=dict, compare=False, repr=False)
+    """Name of a value -> [images], the score of each of `image_ids` alone."""
+    bleu_counts: npt.NDArray[np.int64] = field(default_factory=_no_counts, compare=False, repr=False)
+    """[images, 10]: of n-grams of 1 to 4 words those found in a reference, those there are; the words of the caption
+    and of the reference nearest in length. BLEU of any set of images follows from their sum."""
+    signature: Mapping[str, str] = field(default_factory=dict)
+    """Metric -> how it was computed, as sacrebleu has it: `CIDEr|refs:5|tok:ptb-3.4.1|pycocoevalcap:1.2`."""
+    references_digest: str = ""
+    """SHA-256 of the images' ids and references: scores of different references cannot be compared."""
 
 
 def score(

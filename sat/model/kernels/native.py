@@ -1,64 +1,31 @@
 """The fast step's own kernels on CPUs: `native.cpp`, compiled on first use and called through ctypes.
 
 Surprising: not a PyTorch extension. Without PyTorch's headers the build takes seconds instead of most of a minute and
-needs a C++ compiler only; the finished library is kept in the user's cache. Where there is no compiler, `library` says
-why and `sat.model.kernels.torch_kernels` does the same work. What each kernel does: `sat.model.kernels.interface`;
+needs a C++ compiler only (see `sat.model.kernels.build`). Where there is none, `library` says why and
+`sat.model.kernels.torch_kernels` does the same work. What each kernel does: `sat.model.kernels.interface`;
 shapes as in `native.cpp`.
 """
 
-import contextlib
 import ctypes
 import functools
-import platform
-import shutil
-import subprocess
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from sat import files
+from sat.model.kernels.build import build
 from sat.model.kernels.interface import Seen
 from sat.model.kernels.torch_kernels import dropout_threshold
 
 FLAGS = ["-std=c++17", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC"]
-COMPILERS = ("c++", "g++", "clang++")
-"""Tried in this order, as PATH has them."""
 SOURCE, HEADER = (Path(__file__).with_name(name) for name in ("native.cpp", "numbers.h"))
 
 
 @functools.cache
 def library() -> tuple[ctypes.CDLL | None, str]:
-    """The loaded library and where it is from, or None and why there is none.
-
-    Built once per source, compiler and kind of CPU. Processes that build at the same time do not disturb one another:
-    each renames its own file into place. A file that cannot be loaded is built anew.
-    """
-    compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
-    if compiler is None:
-        return None, "there is no C++ compiler"
-    try:
-        version = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=60).stdout
-        sources = [path.read_text() for path in (SOURCE, HEADER)]
-        identity = "\n".join([*sources, compiler, version, *FLAGS, _cpu()])
-        path = files.cache_folder(private=True) / f"kernels-{files.sha256_of(identity)[:24]}.so"
-        if path.exists():
-            with contextlib.suppress(OSError):
-                return ctypes.CDLL(str(path)), str(path)
-        begin = time.perf_counter()
-        with files.replacing(path) as partial:
-            _compile([compiler, *FLAGS, str(SOURCE), "-o", str(partial)])
-        return ctypes.CDLL(str(path)), f"{path}, built in {time.perf_counter() - begin:.0f} s"
-    except subprocess.CalledProcessError as error:
-        return None, f"{' '.join(error.cmd)} failed: {error.stderr.strip()[-500:]}"
-    except (OSError, subprocess.SubprocessError) as error:
-        return None, f"building them with {compiler} failed: {error}"
-
-
-def _compile(command: list[str]) -> None:
-    subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+    """The loaded library and where it is from, or None and why there is none."""
+    return build("kernels", SOURCE, FLAGS, [HEADER])
 
 
 def prepare(projection: Tensor, tanh: bool) -> Tensor:
@@ -241,12 +208,3 @@ def _function(symbol: str) -> Callable[..., None]:
     address = ctypes.c_void_p.in_dll(loaded, symbol).value
     assert address is not None, symbol
     return ctypes.CFUNCTYPE(None)(address)
-
-
-def _cpu() -> str:
-    """What -march=native depends on; homes are shared by machines of several kinds."""
-    try:
-        text = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
-        return "\n".join(line for line in text.splitlines() if line.startswith(("model name", "flags", "Features")))
-    except OSError:
-        return platform.processor() or platform.machine()
