@@ -24,6 +24,7 @@ PROGRAMS = {
     "prepare": ("preprocessing.prepare", "pictures and captions of any layout, ready to train on"),
     "train": ("sat.train", "train the captioner of a configuration, or go on with it"),
     "evaluate": ("sat.evaluate", "score a trained model on a split"),
+    "compare": ("sat.compare", "whether one run is better than another, and on which pictures"),
     "caption": ("sat.caption", "caption picture files, with pictures of the attention"),
     "draw": ("sat.draw", "pictures of the attention over a split's pictures"),
     "sync": ("sat.tracking.mlflow", "bring a run's metrics and artifacts to MLflow"),

@@ -45,7 +45,7 @@ LAYERS = (
     ("sat.learner",),
     ("sat.evaluation", "sat.captioning"),
     ("sat.saving", "sat.scoring"),
-    ("sat.train", "sat.evaluate", "sat.caption", "sat.draw", "sat.summary"),
+    ("sat.train", "sat.evaluate", "sat.caption", "sat.draw", "sat.summary", "sat.compare"),
     ("sat.bench",),
     ("sat.doctor",),
 )
