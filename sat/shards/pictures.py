@@ -51,7 +51,7 @@ class BadPicture(ValueError):
         self.reason, self.detail = reason, detail
 
 
-def decode(data: bytes) -> Image.Image:
+def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """The picture upright in mode RGB; of an animation the first frame. `format` tells what the file was.
 
     Raises BadPicture with the reason for everything that is no sound picture; no other exception.
@@ -59,7 +59,7 @@ def decode(data: bytes) -> Image.Image:
     if not data:
         raise BadPicture("empty file")
     try:
-        return _decode(data)
+        return _decode(data, max_pixels)
     except BadPicture as bad:
         if not data.startswith(_PNG) or bad.reason == "too many pixels":
             raise
@@ -67,18 +67,18 @@ def decode(data: bytes) -> Image.Image:
         if len(bare) == len(data):
             raise
         try:
-            rgb = _decode(bare)
+            rgb = _decode(bare, max_pixels)
         except BadPicture:
             raise bad from None
         rgb.info[NOTE] = "damaged or oversized metadata ignored"
         return rgb
 
 
-def _decode(data: bytes) -> Image.Image:
+def _decode(data: bytes, max_pixels: int) -> Image.Image:
     try:
         Image.init()  # registers all formats, once; opening by `formats` needs that
         image = Image.open(io.BytesIO(data), formats=FORMATS)
-        if image.width * image.height > MAX_PIXELS:
+        if image.width * image.height > max_pixels:
             raise BadPicture("too many pixels", f"{image.width} x {image.height}")
         image.load()
         rgb = _upright(_to_rgb(image, data), image)
