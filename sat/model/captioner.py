@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from sat.model.attention import Attended, Attention, attend_for_inference, beyond
-from sat.model.draws import Draws, Site, dropout
+from sat.model.draws import Site, dropout
 from sat.model.initialise import initialise
 from sat.model.kernels.choose import choose_beam_kernels, choose_kernels
 from sat.model.spec import CaptionerSpec, Sizes
@@ -43,6 +43,11 @@ class Memory(NamedTuple):
     """[B, L, A] the same as the native kernels want it; A = 0 where they do not serve."""
     regions: Tensor | None = None
     """int64 [B] how many of the L locations are real, the others being zeros; None: all are."""
+
+    def pick(self, images: Tensor) -> "Memory":
+        """Of those images, int64 [B'] or bool [B]."""
+        regions = None if self.regions is None else self.regions[images]
+        return Memory(self.grid[images], self.projection[images], self.prepared[images], regions)
 
 
 class State(NamedTuple):
@@ -126,10 +131,15 @@ class Captioner(nn.Module):
             regions = (regions if order is None else regions[order]).clamp(min=1)  # padding rows have none
         grid = self._standardised(grid, order, regions)
         projection = self.attention.project(grid) if self.attention else grid[:, :, :0]
-        prepared = grid[:, :, :0]
-        if self.attention and self.expects and not torch.is_grad_enabled():
-            kernels = choose_beam_kernels(self.kernels, grid)
-            prepared = kernels.prepare(projection, self.attention.tanh) if kernels else prepared
+        memory = Memory(grid, projection, grid[:, :, :0], regions)
+        return memory if torch.is_grad_enabled() else self.for_decoding(memory)
+
+    def for_decoding(self, memory: Memory) -> Memory:
+        """`memory` without its gradient, as `step` likes it best."""
+        grid, projection, prepared, regions = memory
+        grid, projection = grid.detach(), projection.detach()
+        if self.attention and self.expects and (kernels := choose_beam_kernels(self.kernels, grid)):
+            prepared = kernels.prepare(projection, self.attention.tanh)
         return Memory(grid, projection, prepared, regions)
 
     def _refuse(self, grid: Tensor, regions: Tensor | None) -> None:
@@ -147,30 +157,34 @@ class Captioner(nn.Module):
         """Whether decoding looks at the expected context, not at one location."""
         return self.spec.attention == "soft" or self.spec.hard_inference == "expectation"
 
-    def init_state(self, memory: Memory, draws: Draws | None = None) -> State:
+    def init_state(self, memory: Memory, keys: Callable[[Site], Tensor] | None = None) -> State:
         """LSTM state before the first word, h and c: [B, 1, H]. Show and Tell reads the image as a first word.
 
-        In train mode with the dropout that `draws` decide.
+        In train mode with the dropout that the images' `keys` of a site, int64 [B], decide.
         """
         mean = _mean(memory)  # [B, 1, D]
         if self.init_h and self.init_c:
-            h = self._initial(self.init_h, mean, draws, Site.INITIAL_H)
-            c = self._initial(self.init_c, mean, draws, Site.INITIAL_C)
+            h = self._initial(self.init_h, mean, keys, Site.INITIAL_H)
+            c = self._initial(self.init_c, mean, keys, Site.INITIAL_C)
             return State(h.to(_wide(mean.dtype)), c.to(_wide(mean.dtype)))
         assert self.image_word
         zeros = mean.new_zeros(len(mean), 1, self.state_gates.in_features, dtype=_wide(mean.dtype))
         return State(*self.lstm(self.word_gates(self.image_word(mean)), None, zeros, zeros))
 
-    def step(self, memory: Memory, state: State, tokens: Tensor) -> tuple[Tensor, State, Tensor]:
+    def step(
+        self, memory: Memory, state: State, tokens: Tensor, drop: Callable[[Tensor], Tensor] | None = None
+    ) -> tuple[Tensor, State, Tensor]:
         """Feed `tokens` int64 [B, k] (`<start>` first); returns logits [B, k, V], the new state and alpha [B, k, L].
 
-        Logits and alpha are float32 or wider. Without attention alpha is uniform.
+        Logits and alpha are float32 or wider. Without attention alpha is uniform. The vocabulary sees its features
+        [B, k, E or H] as `drop` leaves them.
         """
         words = self.embed(tokens)
         h, c, context, attended = self.advance(
             words, state.h, state.c, lambda attention, query: self._attend_for_inference(attention, memory, query)
         )
-        logits = self.vocabulary(self.output_features(words, h, context)).to(h.dtype)
+        features = self.output_features(words, h, context)
+        logits = self.vocabulary(features if drop is None else drop(features)).to(h.dtype)
         return logits, State(h, c), attended.alpha if attended else _uniform(memory, h).expand(*tokens.shape, -1)
 
     def gate_mean(self, state: State) -> Tensor | None:
@@ -240,11 +254,11 @@ class Captioner(nn.Module):
             return x
         return dropout(x, keys(site), self.spec.dropout, choose_kernels(self.kernels, x))
 
-    def _initial(self, layers: nn.Module, mean: Tensor, draws: Draws | None, site: Site) -> Tensor:
+    def _initial(self, layers: nn.Module, mean: Tensor, keys: Callable[[Site], Tensor] | None, site: Site) -> Tensor:
         """h0 or c0 [B, 1, H] of `mean` [B, 1, D]."""
         if isinstance(layers, nn.Sequential):
             mean = layers[:_DROPOUT](mean)
-            mean = mean if draws is None else self.dropped(mean, draws.of_images, site)
+            mean = mean if keys is None else self.dropped(mean, keys, site)
             layers = layers[_DROPOUT:]
         state: Tensor = layers(mean)
         return state

@@ -34,6 +34,10 @@ class Site(IntEnum):
     """Whether a caption sees alpha itself in hard attention."""
     LOCATION = 6
     """Where hard attention looks."""
+    SAMPLE = 7
+    """The samples of an image, by their numbers."""
+    SAMPLED_WORD = 8
+    """Which word a sample goes on with."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,11 @@ class Draws:
     def _part(self, site: Site, steps: int) -> Tensor:
         """int64 [steps]: a number for this site and each step."""
         return torch.arange(steps, device=self.captions.device) + (int(site) << 32)
+
+
+def at_step(keys: Tensor, site: Site, step: int) -> Tensor:
+    """Keys of a site at one step, as `Draws` has them, of int64 `keys` [...] of captions (or images, at step 0)."""
+    return derive(keys, torch.tensor(step + (int(site) << 32), device=keys.device))
 
 
 def derive(keys: Tensor, part: Tensor) -> Tensor:

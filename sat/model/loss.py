@@ -48,13 +48,20 @@ class WordLoss(NamedTuple):
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, smoothing: float, kernels: Kernels
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    targets: Tensor,
+    smoothing: float,
+    kernels: Kernels,
+    factors: Tensor | None = None,
 ) -> WordLoss:
     """Cross-entropy of `hidden` [M, E] @ `weight` [V, E]^T + `bias` [V] against `targets` int64 [M]; keeps no logits.
 
-    Matrix products run in the type of `hidden`, softmax and sums in float32 (float64 for float64).
+    Matrix products run in the type of `hidden`, softmax and sums in float32 (float64 for float64). In the objective
+    each word counts as often as `factors` [M] says, which has no gradient; None: once.
     """
-    return WordLoss(*_LinearCrossEntropy.apply(hidden, weight, bias, targets, smoothing, kernels))
+    return WordLoss(*_LinearCrossEntropy.apply(hidden, weight, bias, targets, smoothing, kernels, factors))
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -62,7 +69,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, smoothing: float, kernels: Kernels
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        targets: Tensor,
+        smoothing: float,
+        kernels: Kernels,
+        factors: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         wide = torch.promote_types(hidden.dtype, torch.float32)
         dtypes = (hidden.dtype, weight.dtype, bias.dtype)
@@ -78,7 +92,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
             delta = hidden[part] @ weight.t()
             nll[part], sum_log_p, hits = kernels.cross_entropy(delta, bias, targets[part], smoothing)
             correct += hits.sum()
-            objective += (1 - smoothing) * nll[part].sum() - smoothing / len(weight) * sum_log_p.sum()
+            loss = nll[part]
+            if factors is not None:
+                loss, sum_log_p = loss * factors[part], sum_log_p * factors[part]
+                delta *= factors[part, None]
+            objective += (1 - smoothing) * loss.sum() - smoothing / len(weight) * sum_log_p.sum()
             if gradients is not None:
                 torch.mm(delta, weight, out=gradients[0][part])
                 gradients[1].add_(delta.t() @ hidden[part])
@@ -93,4 +111,4 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad_objective, _, _ = grads
         gradients = ((g * grad_objective).to(d) for g, d in zip(ctx.saved_tensors, ctx.dtypes, strict=True))
-        return *gradients, None, None, None
+        return *gradients, None, None, None, None

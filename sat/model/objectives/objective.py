@@ -1,6 +1,6 @@
 """What an objective is: a module that turns a micro-batch into sums, and is what an engine wraps."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -37,8 +37,15 @@ class Objective(Protocol):
         sampling_probability: float = 0.0,
         regions: Tensor | None = None,
         keys: Tensor | None = None,
+        references: Sequence[Sequence[str]] | None = None,
     ) -> LossSums:
-        """Loss sums of one micro-batch; random numbers are functions of int64 `keys` [B, K] of its captions."""
+        """Loss sums of one micro-batch; random numbers are functions of int64 `keys` [B, K] of its captions.
+
+        `references` are the captions of each of its B images as they were given, where they are asked for.
+        """
+
+    def weighs(self, lengths: Tensor) -> tuple[int, int]:
+        """What a micro-batch of captions of these `lengths` int64 [B, K] adds to the global numbers of `total_loss`."""
 
     def train(self) -> object:
         """Drop out and draw again, after `model` was scored in eval mode."""

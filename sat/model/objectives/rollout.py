@@ -14,6 +14,7 @@ from sat.model.attention import Attended, Attention, attend_for_inference, atten
 from sat.model.captioner import Captioner, Memory
 from sat.model.draws import Draws, Site, uniform
 from sat.model.kernels.choose import choose_kernels
+from sat.model.loss import WordLoss, linear_cross_entropy
 from sat.model.packing import Packing
 from sat.model.recurrence import Inputs, Loop, Weights, recur
 
@@ -42,6 +43,16 @@ def roll_out(model: Captioner, memory: Memory, draws: Draws, sampling_probabilit
     return step_by_step(model, memory, draws, sampling_probability)
 
 
+def word_losses(
+    model: Captioner, rollout: Rollout, draws: Draws, smoothing: float, factors: Tensor | None = None
+) -> WordLoss:
+    """The loss of each word of a `rollout` along the captions that `draws` are of; `factors` [M] weigh the words."""
+    features = model.output_features(rollout.words, rollout.hidden, rollout.context)
+    features = model.dropped(features, draws.of_words, Site.OUTPUT)
+    weight, bias, kernels = model.vocabulary.weight, model.vocabulary.bias, choose_kernels(model.kernels, features)
+    return linear_cross_entropy(features, weight, bias, draws.packing.targets, smoothing, kernels, factors)
+
+
 def fast(model: Captioner, memory: Memory, draws: Draws) -> Rollout:
     """Soft attention, the true words fed, through the hand-derived loop; each distinct word meets the gates once."""
     packing = draws.packing
@@ -60,7 +71,7 @@ def fast(model: Captioner, memory: Memory, draws: Draws) -> Rollout:
         context=model.context_gates.weight.to(dtype),
         score=model.attention.score.weight[0].to(dtype),
     )
-    h, c = (state[:, 0][packing.row_image] for state in model.init_state(memory, draws))
+    h, c = (state[:, 0][packing.row_image] for state in model.init_state(memory, draws.of_images))
     inputs = Inputs(memory.grid, memory.projection, embedding(place, model.word_gates(vectors)), h.to(dtype), c)
     loop = Loop(choose_kernels(model.kernels, memory.grid), packing, model.attention.tanh, memory.regions)
     hidden, context, alpha_sum, alpha = recur(loop, inputs, weights)
@@ -91,7 +102,7 @@ class _Step(NamedTuple):
 def step_by_step(model: Captioner, memory: Memory, draws: Draws, sampling_probability: float) -> Rollout:
     """Any attention, any words fed: one word after another."""
     packing = draws.packing
-    h, c = (state[:, 0][packing.row_image] for state in model.init_state(memory, draws))
+    h, c = (state[:, 0][packing.row_image] for state in model.init_state(memory, draws.of_images))
     locations = _Locations.of(draws, model.spec.hard_exact) if model.spec.attention == "hard" else None
     fed_own = uniform(draws.of_words(Site.OWN_WORD)) < sampling_probability
     steps: list[_Step] = []

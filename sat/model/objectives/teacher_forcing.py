@@ -5,19 +5,18 @@ zero: an engine that splits gradients among ranks counts on every parameter's gr
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from sat.model.attention import beyond
 from sat.model.captioner import END, START
-from sat.model.draws import Draws, Site
-from sat.model.kernels.choose import choose_kernels
-from sat.model.loss import LossSums, linear_cross_entropy
+from sat.model.draws import Draws
+from sat.model.loss import LossSums
 from sat.model.objectives.hard_attention import BASELINE_DECAY, hard_attention_sums
 from sat.model.objectives.objective import Trained
-from sat.model.objectives.rollout import roll_out
+from sat.model.objectives.rollout import roll_out, word_losses
 from sat.model.packing import pack
 
 
@@ -36,6 +35,7 @@ class TeacherForcing(nn.Module):
         sampling_probability: float = 0.0,
         regions: Tensor | None = None,
         keys: Tensor | None = None,
+        references: Sequence[Sequence[str]] | None = None,
     ) -> LossSums:
         """Loss sums of `grid` [B, L, D] (as stored) with `captions` int64 [B, K, T + 1] and `lengths` int64 [B, K].
 
@@ -44,9 +44,10 @@ class TeacherForcing(nn.Module):
         tokens (words and `<end>`), 0 for a caption that does not exist; inputs without captions are not looked at. In
         train mode dropout, hard attention and scheduled sampling (with `sampling_probability` the model's own last word
         is fed) draw by int64 `keys` [B, K] of the captions; without them by fresh ones from torch's default generator.
-        Without any caption the sums are zeros that still reach every parameter. Raises ValueError for shapes and
-        lengths that do not fit.
+        Without any caption the sums are zeros that still reach every parameter. `references` say nothing here. Raises
+        ValueError for shapes and lengths that do not fit.
         """
+        del references
         packing = pack(captions, lengths)
         if keys is not None and keys.shape != lengths.shape:
             raise ValueError(f"keys [B, K] of {list(lengths.shape)} expected, got {list(keys.shape)}")
@@ -57,6 +58,10 @@ class TeacherForcing(nn.Module):
             sums = self._sums(grid, Draws.of(lengths.new_zeros(1, 1), made_up), sampling_probability, regions)
         counts = {name: torch.zeros_like(count) for name, count in sums.counts.items()}
         return LossSums(sums.per_token * 0, sums.per_caption * 0, counts)
+
+    def weighs(self, lengths: Tensor) -> tuple[int, int]:
+        """Its predicted tokens and its captions."""
+        return int(lengths.sum()), int((lengths > 0).sum())
 
     @property
     def follows(self) -> tuple[str, ...]:
@@ -75,16 +80,7 @@ class TeacherForcing(nn.Module):
         model, packing = self.model.captioner, draws.packing
         memory = self.model.encode(grid, packing.images, regions)
         rollout = roll_out(model, memory, draws, sampling_probability)
-        features = model.output_features(rollout.words, rollout.hidden, rollout.context)
-        features = model.dropped(features, draws.of_words, Site.OUTPUT)
-        words = linear_cross_entropy(
-            features,
-            model.vocabulary.weight,
-            model.vocabulary.bias,
-            packing.targets,
-            model.spec.label_smoothing,
-            choose_kernels(model.kernels, features),
-        )
+        words = word_losses(model, rollout, draws, model.spec.label_smoothing)
         per_token, penalty, zero = words.objective, torch.zeros_like(words.nll[0]), torch.zeros_like(words.nll[0])
         spec = model.spec
         if spec.attention == "soft":  # the regulariser belongs to soft attention (paper, section 4.2.1)
