@@ -50,7 +50,7 @@ def train(config: Config, engine: Engine, wish: Wish | None = None) -> Progress:
     is being trained in, and StartAgain for what nobody is to blame for.
     """
     wish, processes = wish or listen(), engine.processes
-    with owned_run(Path(config.train.run_dir), processes), losses.named(processes):
+    with losses.named(processes), owned_run(Path(config.train.run_dir), processes):
         data = open_data(config)
         learner = build_learner(config, data, engine)
         begun = resume(config, data, learner, fresh_state(config, data, engine), processes)
