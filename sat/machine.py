@@ -45,7 +45,7 @@ def speed_up(kernels: str, device: object) -> str:
     from sat.model.kernels.choose import choose_kernels
 
     if torch.device(str(device)).type != "cpu":
-        return "soft attention in PyTorch kernels"
+        return f"soft attention in PyTorch kernels on {torch.cuda.get_device_name(str(device))}"
     _keep_freed_memory()
     if kernels == "torch":
         loop = "PyTorch kernels (train.kernels=torch)"

@@ -5,8 +5,10 @@ import json
 import pytest
 import torch
 
-from sat.bench import step
+from sat.bench import limit, step
+from sat.bench.captions import CAPTIONS, caption_batches
 from sat.bench.harness import InOwnProcess
+from sat.bench.popular import PerCaptionLoop
 from sat.model.captioner import Captioner
 from sat.model.loss import total_loss
 from sat.model.objectives.teacher_forcing import TeacherForcing
@@ -24,13 +26,11 @@ OURS = {
 }
 
 
-def test_the_loop_computes_our_loss_and_gradients(monkeypatch):
-    for name, value in {"VOCABULARY": 23, "WIDTH": 6, "FEATURES": 7}.items():
-        monkeypatch.setattr(step, name, value)
+def test_the_loop_computes_our_loss_and_gradients():
     torch.manual_seed(0)
     spec = CaptionerSpec.of_preset("tutorial", embedding_dim=6, lstm_dim=6, attention_dim=6, dropout=0.0)
     model = Captioner(spec, Sizes(23, 5, 7)).double()
-    loop = step.PerCaptionLoop().double().eval()
+    loop = PerCaptionLoop(23, 6, 7).double().eval()
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for name, parameter in loop.named_parameters():
@@ -67,13 +67,40 @@ def _cell(parameters: dict, kind: str) -> torch.Tensor:
 
 
 def test_the_rows_hold_both_speeds_and_their_ratio(tmp_path):
-    rows = step.run(tmp_path / "rows.json", grids="7x7", precisions="fp32", rounds=1)
+    rows = step.run(tmp_path / "rows.json", grids="7x7", precisions="fp32", rounds=1, images=8)
     assert json.loads((tmp_path / "rows.json").read_text()) == rows
     (row,) = rows
     assert (row["grid"], row["precision"]) == ("7x7", "fp32")
     assert row["ratio"] == pytest.approx(row["captions_per_s"] / row["baseline_captions_per_s"])
     assert row["ratio"] == row["ratio_same_precision"] > 1
     assert row["gflops_per_s"] > 0 and row["peak_gflops_per_s"] > 0 and row["peak_memory_mb"] > 100
+    assert row["limit_ms"] == pytest.approx(sum(row["phases"].values()), rel=1e-2)
+    assert row["gflop"] / row["step_ms"] * 1e3 == pytest.approx(row["gflops_per_s"])
+    assert row["of_limit"] == pytest.approx(row["limit_ms"] / row["step_ms"]) and 0 < row["of_limit"] < 1
+
+
+def test_every_step_is_over_captions_that_were_not_met_before():
+    batches, _ = caption_batches(6, 4)
+    assert len({str(captions.tolist()) for captions, _ in batches}) == 6
+    for captions, lengths in batches:
+        assert captions.shape[:2] == lengths.shape == (4, CAPTIONS)
+        words = torch.arange(captions.shape[2]) <= lengths[..., None]
+        assert ((captions != 0) == words).all() and (captions[:, :, 0] == 1).all()
+        assert (captions.gather(2, lengths[..., None]) == 2).all()
+
+
+def test_the_limit_counts_each_operation_once_and_goes_with_what_is_scarce():
+    captions, lengths = caption_batches(1, 4)[0][0]
+    found = {
+        each.name: each for each in limit.phases(limit.Sizes(49, 2048, 512, 10_000), captions, lengths, torch.bfloat16)
+    }
+    tokens, distinct = int(lengths.sum()), len(captions.unique())
+    per_token = 5 * 512 * (512 + 2048) + 512 * 10_000 + 49 * (2048 + 512)
+    per_image = 49 * 2048 * 512 + 2 * 2048 * 512
+    whole = 6 * (tokens * per_token + distinct * 4 * 512 * 512) + 4 * 4 * per_image
+    assert sum(each.gflop for each in found.values()) == pytest.approx(whole / 1e9, rel=1e-12)
+    assert found["optimizer"].seconds(1, 1) == found["optimizer"].gigabytes
+    assert found["vocabulary"].seconds(1e-3, 1e9) == pytest.approx(1e3 * found["vocabulary"].gflop)
 
 
 def test_a_function_in_its_own_process_sees_none_of_our_settings_and_ends_with_us():
@@ -101,3 +128,5 @@ def test_unknown_grids_and_precisions_are_refused_with_the_choices():
         step.run(grids="7x7,9x9")
     with pytest.raises(ValueError, match="fp8 is unknown; choose from fp32, bf16"):
         step.run(precisions="fp8")
+    with pytest.raises(ValueError, match="rounds 0 and images 32 must be at least 1"):
+        step.run(rounds=0)

@@ -5,6 +5,7 @@ to behave like one. Plain random weights give nearly equal words and captions th
 them. Here the words are peaked and a hidden unit counts up to `<end>`.
 """
 
+import copy
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ import typer
 from torch import Tensor
 from torch.nn import functional
 
-from sat.bench.harness import InOwnProcess, alternated_medians, report
+from sat.bench.harness import InOwnProcess, alternated_medians, peak_memory_mb, report, traffic
 from sat.evaluation.decoding import decode
 from sat.evaluation.options import DecodeOptions
 from sat.machine import speed_up
@@ -54,18 +55,21 @@ def run(
 
 
 def _compare(model: Captioner, grid: Tensor, options: DecodeOptions, rounds: int) -> dict[str, object]:
-    one_by_one = InOwnProcess(one_image_at_a_time, model, grid, options, device=grid.device.type)
+    here = copy.deepcopy(model).cpu(), grid.cpu()  # what crosses to another process lies on the host
+    one_by_one = InOwnProcess(one_image_at_a_time, *here, options, grid.device.type, device=grid.device.type)
     contenders: dict[str, Callable[[], object]] = {
         "ours": lambda: decode(model, grid, options),
         "baseline": one_by_one,
     }
     seconds = alternated_medians(contenders, rounds=rounds, device=grid.device.type)
+    memory = peak_memory_mb(lambda: decode(model, grid, options), grid.device.type)
+    asked = traffic(lambda: decode(model, grid, options), grid.device.type)
     captions = [found[0].tokens for found in decode(model, grid, options)]
     others = one_by_one()
     assert isinstance(others, list)
     same = sum(mine == theirs for mine, theirs in zip(captions, others, strict=True))
     one_by_one.close()
-    return {
+    row: dict[str, object] = {
         "images": len(grid),
         "beam": options.beam_size,
         "words_per_caption": sum(map(len, captions)) / len(grid),
@@ -74,11 +78,18 @@ def _compare(model: Captioner, grid: Tensor, options: DecodeOptions, rounds: int
         "ratio": seconds["baseline"] / seconds["ours"],
         "same_captions": same,
         "identical": same == len(grid),
+        "peak_memory_mb": memory,
     }
+    if asked:
+        row |= {"launches": asked.launches, "synchronisations": asked.synchronisations, "busy_ms": 1e3 * asked.busy_s}
+    return row
 
 
-def one_image_at_a_time(model: Captioner, grid: Tensor, options: DecodeOptions) -> Callable[[], list[list[int]]]:
-    """A function that finds the caption of every image of `grid` [B, L, D], one after another."""
+def one_image_at_a_time(
+    model: Captioner, grid: Tensor, options: DecodeOptions, device: str
+) -> Callable[[], list[list[int]]]:
+    """A function that finds the caption of every image of `grid` [B, L, D], one after another, on `device`."""
+    model, grid = model.to(device), grid.to(device)
 
     @torch.inference_mode()
     def search() -> list[list[int]]:

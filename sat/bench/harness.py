@@ -1,4 +1,4 @@
-"""What all measurements share: alternated medians, the machine's matrix-product peak, peak memory, a table as JSON too.
+"""What all measurements share: alternated medians, what the machine can do at most, peak memory, a table as JSON too.
 
 Contenders take turns within one run, so that a slow minute of a shared machine hits all of them alike; and
 what we are compared with runs in a process of its own, so that none of our settings (oneDNN, malloc) reaches it.
@@ -8,7 +8,9 @@ import multiprocessing
 import resource
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -72,18 +74,74 @@ def _serve(
         return  # the other side is done
 
 
-def gemm_peak(dtype: torch.dtype, *, device: str = "cpu", size: int = 2048, seconds: float = 1.0) -> float:
-    """Best GFLOP/s of a `size` x `size` product in `dtype`, with torch's current settings, within about `seconds`."""
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    a @ b
-    best, end = float("inf"), time.perf_counter() + seconds
-    while best == float("inf") or time.perf_counter() < end:
+@dataclass(frozen=True)
+class Ceilings:
+    """Work whose time says what this machine can do; to be taken in turns with what is measured against it."""
+
+    product: Callable[[], object]
+    """A matrix product."""
+    gflop: float
+    """Of it."""
+    copy: Callable[[], object]
+    """A copy in memory, too large for any cache."""
+    gigabytes: float
+    """Read and written by it."""
+
+    @classmethod
+    def of(cls, dtype: torch.dtype, device: str) -> "Ceilings":
+        """For products in `dtype`; with torch's current settings."""
+        on_gpu = device.startswith("cuda")
+        size, times, length = (8192, 10, 1 << 30) if on_gpu else (2048, 2, 1 << 27)
+        a, b, out = (torch.randn(size, size, device=device).to(dtype) for _ in range(3))
+        source, target = (torch.ones(length, dtype=torch.uint8, device=device) for _ in range(2))
+
+        def product() -> None:
+            for _ in range(times):
+                torch.mm(a, b, out=out)
+
+        def copy() -> None:
+            for _ in range(times):
+                target.copy_(source)
+
+        return cls(product, times * 2 * size**3 / 1e9, copy, times * 2 * length / 1e9)
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What a function asked of a GPU."""
+
+    launches: int
+    """Kernels, copies and fills."""
+    kernels: int
+    synchronisations: int
+    """How often the host waited for the device, as far as torch knows."""
+    busy_s: float
+    """Time of the kernels."""
+
+
+def traffic(function: Callable[[], object], device: str) -> Traffic | None:
+    """What a call of `function` asks of a GPU, by the last of three; None on a CPU."""
+    if not device.startswith("cuda"):
+        return None
+    from torch.profiler import ProfilerActivity, profile
+
+    function()
+    _synchronise(device)
+    with warnings.catch_warnings(record=True) as waits:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            function()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], acc_events=True) as seen:
+        function()
         _synchronise(device)
-        begin = time.perf_counter()
-        a @ b
-        _synchronise(device)
-        best = min(best, time.perf_counter() - begin)
-    return 2 * size**3 / best / 1e9
+    events = [event for event in seen.events() if event.device_type.name == "CUDA"]
+    kernels = [event for event in events if not event.name.lower().startswith(("memcpy", "memset"))]
+    synchronised = sum("synchron" in str(each.message) for each in waits)
+    busy = sum(event.time_range.elapsed_us() for event in kernels) / 1e6
+    return Traffic(len(events), len(kernels), synchronised, busy)
 
 
 def peak_memory_mb(function: Callable[[], object], device: str = "cpu") -> float:
@@ -103,8 +161,12 @@ def peak_memory_mb(function: Callable[[], object], device: str = "cpu") -> float
 
 
 def report(rows: Sequence[Mapping[str, object]], json_file: Path | None = None) -> None:
-    """Print `rows` (dicts with the same keys) as an aligned table and write them as a JSON list to `json_file`."""
-    print(table(rows), flush=True)
+    """Print `rows` (dicts with the same keys) as an aligned table and write them as a JSON list to `json_file`.
+
+    What is a dict itself is for the file alone.
+    """
+    flat = [{name: value for name, value in row.items() if not isinstance(value, dict)} for row in rows]
+    print(table(flat), flush=True)
     if json_file:
         files.write_json(json_file, list(rows))
 

@@ -22,8 +22,8 @@ import torch
 import typer
 
 from sat import files
+from sat.bench.captions import COCO_WORDS
 from sat.bench.harness import report
-from sat.bench.step import COCO_WORDS
 from sat.config import load_config, save_config
 from sat.machine import best_precision
 from sat.shards.features import FeatureSpec

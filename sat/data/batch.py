@@ -76,8 +76,12 @@ class CaptionBatch:
         return self.boxes[row, : int(self.regions[row])].numpy()
 
     def to(self, device: torch.device | str) -> "CaptionBatch":
-        """The same batch with its tensors on `device`; from pinned memory without waiting for the copy."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+        """What the model computes with on `device`; from pinned memory without waiting for the copy.
+
+        Captions and lengths stay on the host, where the step is planned.
+        """
+        there = self._map(lambda tensor: tensor.to(device, non_blocking=True))
+        return replace(there, captions=self.captions, lengths=self.lengths)
 
     def pin_memory(self) -> "CaptionBatch":
         """Called by the DataLoader: page-locked copies of the tensors."""

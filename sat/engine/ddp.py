@@ -38,13 +38,11 @@ class Ddp:
         del micro_batch, accumulation_steps
         processes, module = self.processes, objective
         if processes.world_size > 1:
-            device = [processes.device] if processes.device.type == "cuda" else None
             # Otherwise the buckets are laid out anew after the first step of every life, and a ring of three ranks and
             # more then adds the shares of a gradient in another order: a resumed run would differ in its last bits.
             warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
-            module = DistributedDataParallel(
-                objective, device_ids=device, gradient_as_bucket_view=True, find_unused_parameters=True
-            )
+            # Without `device_ids`, which would move the captions to a GPU: the step is planned on the host.
+            module = DistributedDataParallel(objective, gradient_as_bucket_view=True, find_unused_parameters=True)
         return DdpStepper(objective, module, optimizer, clip_norm, processes, LossScale.of(processes))
 
 

@@ -54,9 +54,9 @@ class Draws:
     def of(cls, keys: Tensor | None, packing: Packing) -> "Draws":
         """From int64 `keys` [B, K] of the captions that were packed; None: fresh ones by torch's default generator."""
         if keys is None:
-            shape = int(packing.images.max()) + 1, int(packing.row_caption.max()) + 1
-            keys = torch.randint(-(1 << 63), (1 << 63) - 1, shape).to(packing.images.device)
+            keys = torch.randint(-(1 << 63), (1 << 63) - 1, packing.extent)
         image = packing.images
+        keys = keys.to(image.device, non_blocking=True)
         return cls(packing, keys[image, 0], keys[image[packing.row_image], packing.row_caption])
 
     def of_images(self, site: Site) -> Tensor:

@@ -3,11 +3,14 @@
 Captions are ragged, so `[B, K, T]` is mostly padding. Rows (captions) are sorted by length, longest first: the rows
 still running at step t are then a prefix, and all valid words form one packed time-major list without padding.
 Surprising: images are re-ordered too, so that those still running (and the caption slots of each) are prefixes as well.
+Everything is planned on the host, where lengths and captions lie, and reaches a GPU in one copy: a step that asks the
+device for a number waits for all it has to do.
 """
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -41,16 +44,44 @@ class Packing:
     """[M] row of each packed position."""
     word_step: Tensor
     """[M] step of each packed position."""
+    previous: Tensor
+    """[M] where each word's row stood one step before: its row before the first step, else N + packed position."""
+    distinct: Tensor
+    """[U] the different tokens among `inputs`, ascending."""
+    input_place: Tensor
+    """[M] where each of `inputs` stands among them."""
+    row_ends: Tensor
+    """[B' + 1] begin and end of each image in `image_rows`."""
+    image_rows: Tensor
+    """[N] rows, image by image; those of an image ascend."""
+    word_ends: Tensor
+    """[B' + 1] begin and end of each image in `image_words`."""
+    image_words: Tensor
+    """[M] packed words, image by image; those of an image ascend."""
+    words_per_image: tuple[int, ...]
+    """How many each image has."""
+    extent: tuple[int, int]
+    """Images and captions of an image in the batch, up to the last that exists."""
 
-    @cached_property
+    @property
     def rows_by_image(self) -> tuple[Tensor, Tensor]:
-        """[B' + 1] begin and end of each image in the list of rows [N] that follows; rows of an image ascend."""
-        return _group(self.row_image, len(self.images))
+        """`row_ends` and `image_rows`."""
+        return self.row_ends, self.image_rows
 
-    @cached_property
+    @property
     def words_by_image(self) -> tuple[Tensor, Tensor]:
-        """The same for packed words [M]."""
-        return _group(self.row_image[self.word_row], len(self.images))
+        """`word_ends` and `image_words`."""
+        return self.word_ends, self.image_words
+
+    def to(self, device: torch.device) -> Self:
+        """The same plan with its indices on `device`, all in one copy, for which nobody waits."""
+        here = {field.name: getattr(self, field.name) for field in fields(self)}
+        tensors = {name: value for name, value in here.items() if isinstance(value, Tensor)}
+        sizes = [len(value) for value in tensors.values()]
+        pinned = torch.empty(sum(sizes), dtype=torch.int64, pin_memory=device.type == "cuda")
+        torch.cat(list(tensors.values()), out=pinned)
+        there = pinned.to(device, non_blocking=True).split(sizes)
+        return replace(self, **dict(zip(tensors, there, strict=True)))
 
     def slots(self, t: int) -> "Slots":
         """How the rows running at step t lie in the rectangle [B_t, K_t] of images and caption slots."""
@@ -62,13 +93,6 @@ class Packing:
         """Packed positions of each step."""
         ends = list(itertools.accumulate(self.rows))
         return [slice(end - n, end) for n, end in zip(self.rows, ends, strict=True)]
-
-    @cached_property
-    def previous(self) -> Tensor:
-        """[M] where each word's row stood one step before: its row before the first step, else N + packed position."""
-        return self.word_row + self.word_row.new_tensor(
-            [0, *(self.rows[0] + step.start for step in self.steps[:-1])]
-        ).repeat_interleave(self.word_row.new_tensor(self.rows))
 
 
 @dataclass(frozen=True)
@@ -91,19 +115,24 @@ class Slots:
         return rectangle.flatten(0, 1)[self.position]
 
 
-def pack(captions: Tensor, lengths: Tensor) -> Packing:
+def pack(captions: Tensor, lengths: Tensor, device: torch.device | None = None) -> Packing:
     """Plan the time loop over `captions` int64 [B, K, T + 1] (`<start>` first) of `lengths` int64 [B, K], 0 for none.
 
-    Raises ValueError where a length does not fit the captions. Lengths are read on the CPU: one synchronisation a step.
+    The indices go to `device`, by default that of the captions. Captions and lengths on a GPU are waited for.
+    Raises ValueError where a length does not fit the captions.
     """
-    device = captions.device
-    lengths = lengths.cpu()
+    device = captions.device if device is None else device
+    captions, lengths = captions.cpu(), lengths.cpu()
     if captions.dim() != 3 or lengths.shape != captions.shape[:2]:
         shapes = f"{list(captions.shape)} and {list(lengths.shape)}"
         raise ValueError(f"captions [B, K, T] and lengths [B, K] expected, got {shapes}")
     if lengths.numel() and (lengths.max() >= captions.shape[2] or lengths.min() < 0):
         raise ValueError(f"lengths must be 0 .. {captions.shape[2] - 1} for captions of width {captions.shape[2]}")
+    plan = _plan(captions, lengths)
+    return plan if device.type == "cpu" else plan.to(device)
 
+
+def _plan(captions: Tensor, lengths: Tensor) -> Packing:
     images = lengths.amax(1).argsort(descending=True, stable=True)
     images = images[lengths.amax(1)[images] > 0]
     by_slot, caption = lengths[images].sort(dim=1, descending=True, stable=True)  # [B', K]
@@ -115,23 +144,41 @@ def pack(captions: Tensor, lengths: Tensor) -> Packing:
     step, word_row = (row_lengths > steps[:, None]).nonzero(as_tuple=True)  # row-major: time first
 
     running = by_slot > steps[:, None, None]  # [T, B', K]
+    rows = running.sum((1, 2))
     flat = (images[row_image] * captions.shape[1] + row_caption)[word_row] * captions.shape[2] + step
     tokens = captions.flatten()
-    flat = flat.to(device)
+    inputs = tokens[flat]
+    distinct, input_place = inputs.unique(return_inverse=True)
+    by_row, by_word = (_group(of, len(images)) for of in (row_image, row_image[word_row]))
     return Packing(
-        images=images.to(device),
-        row_image=row_image.to(device),
-        row_slot=row_slot.to(device),
-        row_caption=row_caption.to(device),
-        row_lengths=row_lengths.to(device),
-        rows=tuple(running.sum((1, 2)).tolist()),
+        images=images,
+        row_image=row_image,
+        row_slot=row_slot,
+        row_caption=row_caption,
+        row_lengths=row_lengths,
+        rows=tuple(rows.tolist()),
         images_running=tuple(running.any(2).sum(1).tolist()),
         slots_running=tuple(running.any(1).sum(1).tolist()),
-        inputs=tokens[flat],
+        inputs=inputs,
         targets=tokens[flat + 1],
-        word_row=word_row.to(device),
-        word_step=step.to(device),
+        word_row=word_row,
+        word_step=step,
+        previous=word_row + _before(rows).repeat_interleave(rows),
+        distinct=distinct,
+        input_place=input_place,
+        row_ends=by_row[0],
+        image_rows=by_row[1],
+        word_ends=by_word[0],
+        image_words=by_word[1],
+        words_per_image=tuple(by_word[0].diff().tolist()),
+        extent=(int(images.max()) + 1, int(row_caption.max()) + 1) if len(row) else (0, 0),
     )
+
+
+def _before(rows: Tensor) -> Tensor:
+    """[T] where the words of the step before begin, behind the N rows; 0 for the first step."""
+    begins = rows[:-1].cumsum(0) - rows[:-1] + rows[:1]
+    return torch.cat([rows.new_zeros(min(len(rows), 1)), begins])
 
 
 def _group(image: Tensor, images: int) -> tuple[Tensor, Tensor]:

@@ -206,6 +206,5 @@ def _through_the_gate(grad: Tensor, context: Tensor, gate: Tensor, grad_gate: Te
 
 def _grad_grid(packing: Packing, grid: Tensor, alphas: Tensor, grad_contexts: Tensor) -> Tensor:
     """d a_i = sum_t alpha_ti dz_t, one product per image."""
-    ends, words = packing.words_by_image
-    parts = words.split(ends.diff().tolist())
+    parts = packing.image_words.split(packing.words_per_image)
     return torch.stack([alphas[part].to(grid.dtype).t() @ grad_contexts[part] for part in parts])

@@ -58,8 +58,7 @@ def fast(model: Captioner, memory: Memory, draws: Draws) -> Rollout:
     packing = draws.packing
     assert model.attention and model.context_gates
     dtype = memory.grid.dtype
-    distinct, place = packing.inputs.unique(return_inverse=True)
-    vectors = model.embed(distinct)
+    place, vectors = packing.input_place, model.embed(packing.distinct)
     state = [model.state_gates.weight, model.attention.query.weight]
     gate_bias = vectors.new_empty(0)
     if model.gate:

@@ -48,14 +48,16 @@ class TeacherForcing(nn.Module):
         ValueError for shapes and lengths that do not fit.
         """
         del references
-        packing = pack(captions, lengths)
+        packing = pack(captions, lengths, grid.device)
         if keys is not None and keys.shape != lengths.shape:
             raise ValueError(f"keys [B, K] of {list(lengths.shape)} expected, got {list(keys.shape)}")
         if packing.rows:
             return self._sums(grid, Draws.of(keys, packing), sampling_probability, regions)
-        made_up = pack(captions.new_tensor([[[START, END]]]), lengths.new_ones(1, 1))
+        made_up = pack(torch.tensor([[[START, END]]]), torch.ones(1, 1, dtype=torch.int64), grid.device)
         with _statistics_kept(self):
-            sums = self._sums(grid, Draws.of(lengths.new_zeros(1, 1), made_up), sampling_probability, regions)
+            sums = self._sums(
+                grid, Draws.of(torch.zeros(1, 1, dtype=torch.int64), made_up), sampling_probability, regions
+            )
         counts = {name: torch.zeros_like(count) for name, count in sums.counts.items()}
         return LossSums(sums.per_token * 0, sums.per_caption * 0, counts)
 
@@ -92,8 +94,8 @@ class TeacherForcing(nn.Module):
         counts = {
             "nll": words.nll.sum(),
             "penalty": penalty.detach(),
-            "tokens": words.correct.new_tensor(len(packing.targets)),
-            "captions": words.correct.new_tensor(packing.rows[0]),
+            "tokens": words.correct.new_full((), len(packing.targets)),
+            "captions": words.correct.new_full((), packing.rows[0]),
             "correct": words.correct,
         }
         if rollout.alpha is not None:
