@@ -2,8 +2,8 @@
 
 import json
 import sys
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -15,6 +15,21 @@ from sat.cli import run_program
 from sat.evaluation.attention_file import is_attention, write_attention
 from sat.evaluation.attention_map import cells_over
 from sat.evaluation.attention_plot import Drawing, plot_attention, read_references
+from sat.evaluation.prediction import Prediction
+from sat.evaluation.search_options import (
+    Asked,
+    BeamSize,
+    BlockNgram,
+    BlockUnk,
+    LengthPenalty,
+    MaxLength,
+    Method,
+    NBest,
+    Seed,
+    Temperature,
+    TopK,
+    TopP,
+)
 from sat.shards.pictures import BadPicture, decode
 
 CAPTIONS, ATTENTION = "captions.json", "attention.npz"
@@ -25,7 +40,6 @@ def main(
     model: Annotated[Path, typer.Option(help="run folder or folder with model.safetensors")] = Path("runs/demo"),
     weights: Annotated[Path, typer.Option(help="encoder weights, or a folder that holds them")] = Path("weights"),
     out: Annotated[Path, typer.Option(help="where captions.json and the attention pictures go")] = Path("captions"),
-    beam_size: Annotated[int, typer.Option(help="beams per picture; default: the run's setting")] = 0,
     limit: Annotated[int, typer.Option(help="caption at most so many pictures; 0: all")] = 0,
     recursive: Annotated[bool, typer.Option("--recursive", help="caption the pictures in sub-folders too")] = False,
     format: Annotated[str, typer.Option(help="of the attention pictures: png, svg or pdf")] = "png",
@@ -34,32 +48,80 @@ def main(
     attention: Annotated[
         bool, typer.Option("--attention", help="write the attention to OUT/attention.npz too")
     ] = False,
+    method: Method = None,
+    beam_size: BeamSize = None,
+    max_length: MaxLength = None,
+    length_penalty: LengthPenalty = None,
+    n_best: NBest = None,
+    block_unk: BlockUnk = True,
+    block_ngram: BlockNgram = None,
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    seed: Seed = None,
 ) -> None:
-    """Caption picture files, never with `<unk>`; a picture of each shows the attention of every word."""
-    drawing, known = Drawing(format, all_words), read_references(references)
+    """Caption picture files, never with `<unk>`; a picture of each shows the attention of every word.
+
+    Writes into OUT alone: nothing of it goes into the model's run folder or to MLflow.
+    """
+    drawn = (temperature, top_k, top_p, seed)
+    asked = Asked(method, beam_size, max_length, length_penalty, n_best, block_unk, block_ngram, *drawn)
+    plots = Plots(out, Drawing(format, all_words), read_references(references))
     ours = {out / CAPTIONS, *earlier_plots(out)}
     paths = expand(pictures, ours, recursive)[: limit or None]
     captioning = Captioning.from_pretrained(model, weights)
-    beams = beam_size or captioning.options.beam_size
-    captioning = captioning.with_options(beam_size=beams, keep_attention=True, block_unk=True)  # it is for readers
+    captioning = replace(captioning, options=replace(asked.over(captioning.options), keep_attention=True))
     taken = {path for path in out.glob("*") if path not in ours} | set(paths)
+    caption_files(captioning, paths, plots, taken, attention)
+
+
+@dataclass(frozen=True)
+class Plots:
+    """The pictures of the attention."""
+
+    folder: Path
+    drawing: Drawing
+    references: Mapping[str, Sequence[str]]
+    """Captions by file, shown beside the model's."""
+
+
+def caption_files(
+    captioning: Captioning, paths: Sequence[Path], plots: Plots, taken: set[Path], keep_attention: bool
+) -> None:
+    """Caption, print and draw; `taken` are files that no plot may replace.
+
+    Raises ValueError, after all others are done, naming the files that could not be read.
+    """
     written: list[dict[str, object]] = []
     captioned, unreadable = [], []
-    for path, plot, found in zip(paths, plot_names(paths, out, taken, format), captioning.stream(paths), strict=True):
+    names = plot_names(paths, plots.folder, taken, plots.drawing.format)
+    for path, plot, found in zip(paths, names, captioning.stream(paths), strict=True):
         if isinstance(found, BadPicture):
             unreadable.append(str(found))
             continue
-        print(f"{path}: {found.caption}", flush=True)
-        written.append({"file": str(path), "caption": found.caption, "score": found.score, "plot": plot.name})
+        print("\n".join([f"{path}: {found.caption}", *(f"    {each.caption}" for each in found.others)]), flush=True)
+        written.append({"file": str(path), **about(found), "plot": plot.name})
         captioned.append(replace(found, picture=None))
         picture = decode(path.read_bytes())
         where = cells_over(captioning.trained.features, *picture.size)
-        plot_attention(picture, found, where, plot, drawing, known.get(str(path), known.get(path.name, ())))
-    files.write_json(out / CAPTIONS, written)
-    if attention:
-        write_attention(out / ATTENTION, captioned, captioning.trained.features)
+        known = plots.references.get(str(path), plots.references.get(path.name, ()))
+        plot_attention(picture, found, where, plot, plots.drawing, known)
+    files.write_json(plots.folder / CAPTIONS, written)
+    if keep_attention:
+        write_attention(plots.folder / ATTENTION, captioned, captioning.trained.features)
     if unreadable:
         raise ValueError("not captioned: " + "; ".join(unreadable))
+
+
+def about(found: Prediction) -> dict[str, object]:
+    """A caption in captions.json; with the further ones of an n-best search under `others`, best first."""
+    said: dict[str, object] = {
+        "caption": found.caption,
+        "score": found.score,
+        "log_probability": found.log_probability,
+        "finished": found.finished,
+    }
+    return said | ({"others": [about(each) for each in found.others]} if found.others else {})
 
 
 def expand(pictures: Sequence[Path], leave_out: Iterable[Path] = (), recursive: bool = False) -> list[Path]:

@@ -2,29 +2,67 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 
 from sat import files
 from sat.cli import run_program
 from sat.config import Config
 from sat.data.loader import read_references
+from sat.engine.processes import Processes
 from sat.engine.start import start
 from sat.evaluation.attention_file import write_attention
-from sat.evaluation.baselines import baselines
+from sat.evaluation.baselines import AGAINST_REST, REFERENCE, baselines, leave_one_out
 from sat.evaluation.metrics import Scores, score
-from sat.evaluation.options import METRICS
-from sat.evaluation.report import Report, captions_file, write_captions
+from sat.evaluation.options import METRICS, EvaluationOptions
+from sat.evaluation.report import Report, captions_file, intervals_of, write_captions
+from sat.evaluation.score_table import table_file, write_table
+from sat.evaluation.search_options import (
+    Asked,
+    BeamSize,
+    BlockNgram,
+    BlockUnk,
+    LengthPenalty,
+    MaxLength,
+    Method,
+    NBest,
+    Seed,
+    Temperature,
+    TopK,
+    TopP,
+)
 from sat.evaluation.split import Evaluation, evaluate, scored_references
 from sat.export import TrainedModel, best_folder, load_model
-from sat.machine import best_precision, speed_up
+from sat.machine import speed_up
 from sat.run_folder import CONFIG_FILE, attach
 from sat.shards.manifest import Manifest, load_manifest
 from sat.training_data import reading_options
+
+PRECISIONS = ("fp32", "bf16", "fp16")
+NOT_OF_THE_SEARCH = ("batch_size", "keep_attention", "metrics")
+"""Options that change no caption."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be scored, and how."""
+
+    run: Path
+    split: str
+    manifest: Manifest
+    trained: Sequence[TrainedModel]
+    """One model, or those that vote."""
+    search: EvaluationOptions
+    precision: str
+    with_baselines: bool
+
+    @property
+    def config(self) -> Config:
+        """Of the first model."""
+        return self.trained[0].config
 
 
 def main(
@@ -33,52 +71,89 @@ def main(
     ],
     split: Annotated[str, typer.Option(help="split to score")] = "test",
     features: Annotated[str, typer.Option(help="feature folder or URL; default: the one trained on")] = "",
-    beam_size: Annotated[int, typer.Option(help="beams per image; default: the run's setting")] = 0,
-    with_baselines: Annotated[bool, typer.Option("--baselines", help="score the two blind baselines too")] = False,
+    with_baselines: Annotated[
+        bool, typer.Option("--baselines", help="score two blind baselines and a reference left out too")
+    ] = False,
     keep_attention: Annotated[bool, typer.Option("--attention", help="write RUN/attention-SPLIT.npz too")] = False,
+    precision: Annotated[str, typer.Option(help="fp32; in bf16 captions depend a little on the batch")] = "fp32",
     also: Annotated[
         list[Path] | None, typer.Option("--ensemble", help="further run folders, averaged word by word")
     ] = None,
+    method: Method = None,
+    beam_size: BeamSize = None,
+    max_length: MaxLength = None,
+    length_penalty: LengthPenalty = None,
+    n_best: NBest = None,
+    block_unk: BlockUnk = None,
+    block_ngram: BlockNgram = None,
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    seed: Seed = None,
 ) -> None:
-    """Score a trained model; writes RUN/evaluation-SPLIT.json, RUN/captions-SPLIT.json and each baseline's captions.
+    """Score a trained model on a split, with 95 % bootstrap intervals over its images.
 
-    Under a launcher the images are shared by all ranks; the scores do not depend on how many there are (but for hard
-    attention that samples its locations).
+    Writes RUN/evaluation-SPLIT.json (scores), RUN/captions-SPLIT.json (COCO's results format), RUN/scores-SPLIT.parquet
+    (of each image) and each baseline's captions. Under a launcher the images are shared by all ranks; in fp32 the
+    scores do not depend on how many there are (but for hard attention that samples its locations).
     """
+    drawn = (temperature, top_k, top_p, seed)
+    asked = Asked(method, beam_size, max_length, length_penalty, n_best, block_unk, block_ngram, *drawn)
+    if precision not in PRECISIONS:
+        raise ValueError(f"--precision is {precision!r}; choose one of {', '.join(PRECISIONS)}")
     trained = load_ensemble([run, *(also or [])])
     config = trained[0].config
-    beams = beam_size or config.eval.beam_size
-    search = replace(config.eval, metrics=list(METRICS), beam_size=beams, keep_attention=keep_attention)
+    search = replace(asked.over(config.eval), metrics=list(METRICS), keep_attention=keep_attention)
     manifest = load_manifest(features or config.data.features)
-    for model in trained:
-        model.refuse_unfit(manifest)
-    processes = start(scoring_precision(config.train.precision)).processes
-    kernels = speed_up(config.train.kernels, processes.device)
-    if processes.is_main:
-        print(kernels, flush=True)
-    models = [each.model.to(processes.device) for each in trained]
-    reading = reading_options(config, trained[0].features)
-    result = evaluate(models, manifest, split, trained[0].tokenizer, search, reading, processes)
+    score_and_report(Job(run, split, manifest, trained, search, precision, with_baselines))
 
-    def report() -> None:
-        words = trained[0].tokenizer.word_rule
-        blind = baseline_captions(result, manifest, config, words) if with_baselines else {}
-        scores = {"model": result.scores} | score_baselines(blind, manifest, split, config, words)
-        unfinished, step = result.unfinished, trained[0].step
-        found = Report(split, len(result.predictions), unfinished, search.beam_size, step, scores, attention)
-        keep(run, found, {"model": result.captions} | blind)
-        if keep_attention:
-            write_attention(run / f"attention-{split}.npz", result.predictions, trained[0].features)
-        print(json.dumps(found.to_document(), indent=1))
 
-    attention = result.attention.values() if any(each.attends for each in trained) else {}
-    processes.run_on_main(report)
+def score_and_report(job: Job) -> None:
+    """Decode and score on all ranks of this launch; rank 0 writes and prints."""
+    for model in job.trained:
+        model.refuse_unfit(job.manifest)
+    processes = start(job.precision).processes
+    result = decode_and_score(job, processes)
+    processes.run_on_main(lambda: report(job, result))
     processes.leave()
 
 
-def scoring_precision(trained_in: str) -> str:
-    """What a model is scored in: as it was trained, but for a CPU that would only emulate what a GPU trained in."""
-    return trained_in if trained_in == "fp32" or torch.cuda.is_available() else best_precision()
+def decode_and_score(job: Job, processes: Processes) -> Evaluation:
+    """The split, captioned and scored. All ranks enter."""
+    kernels = speed_up(job.config.train.kernels, processes.device)
+    if processes.is_main:
+        print(kernels, flush=True)
+    models = [each.model.to(processes.device) for each in job.trained]
+    first = job.trained[0]
+    reading = reading_options(job.config, first.features)
+    return evaluate(models, job.manifest, job.split, first.tokenizer, job.search, reading, processes)
+
+
+def report(job: Job, result: Evaluation) -> None:
+    """Score what the model is held against, write everything into the run folder and print the report."""
+    blind = baseline_captions(job, result) if job.with_baselines else {}
+    scores = {"model": result.scores}
+    if job.with_baselines:
+        held_against, human = score_baselines(job, result, blind)
+        scores, blind = scores | held_against, blind | human
+    search = {name: value for name, value in asdict(job.search).items() if name not in NOT_OF_THE_SEARCH}
+    attends = any(each.attends for each in job.trained)
+    found = Report(
+        split=job.split,
+        images=len(result.predictions),
+        unfinished=result.unfinished,
+        beam_size=job.search.beam_size,
+        step=job.trained[0].step,
+        scores=scores,
+        attention=result.attention.values() if attends else {},
+        intervals=intervals_of(scores),
+        search=search | {"precision": job.precision},
+    )
+    keep(job.run, found, {"model": result.captions} | blind)
+    write_table(table_file(job.run, job.split), result.table)
+    if job.search.keep_attention:
+        write_attention(job.run / f"attention-{job.split}.npz", result.predictions, job.trained[0].features)
+    print(json.dumps(found.to_document(), indent=1))
 
 
 def load_ensemble(folders: Sequence[Path]) -> list[TrainedModel]:
@@ -93,23 +168,33 @@ def load_ensemble(folders: Sequence[Path]) -> list[TrainedModel]:
     return trained
 
 
-def baseline_captions(result: Evaluation, manifest: Manifest, config: Config, words: str) -> dict[str, dict[str, str]]:
-    """Captions of the baselines for the same images."""
+def baseline_captions(job: Job, result: Evaluation) -> dict[str, dict[str, str]]:
+    """Captions of the blind baselines for the same images."""
     training = [
         caption
-        for name in config.data.train_splits
-        for captions in read_references(manifest, name, config.data).values()
+        for name in job.config.data.train_splits
+        for captions in read_references(job.manifest, name, job.config.data).values()
         for caption in captions
     ]
-    return baselines(result.captions, training, words)
+    return baselines(result.captions, training, job.trained[0].tokenizer.word_rule)
 
 
 def score_baselines(
-    captions: Mapping[str, Mapping[str, str]], manifest: Manifest, split: str, config: Config, words: str
-) -> dict[str, Scores]:
-    """Scores of each baseline's captions."""
-    references = scored_references(manifest, split, words, config.data) if captions else {}
-    return {name: score(references, each, tuple(METRICS)) for name, each in captions.items()}
+    job: Job, result: Evaluation, captions: Mapping[str, Mapping[str, str]]
+) -> tuple[dict[str, Scores], dict[str, dict[str, str]]]:
+    """Scores of each baseline's captions, and of a reference left out with the model's against the same references.
+
+    The second value: the references left out, as captions; none where no image has two.
+    """
+    references = scored_references(job.manifest, job.split, job.trained[0].tokenizer.word_rule, job.config.data)
+    found = {name: score(references, each, tuple(METRICS)) for name, each in captions.items()}
+    human = leave_one_out(references)
+    if not human.captions:
+        return found, {}
+    ours = {image_id: result.captions[image_id] for image_id in human.captions}
+    for name, each in ((REFERENCE, human.captions), (AGAINST_REST, ours)):
+        found[name] = score(human.rest, each, tuple(METRICS))
+    return found, {REFERENCE: dict(human.captions)}
 
 
 def keep(run: Path, report: Report, captions: Mapping[str, Mapping[str, str]]) -> None:

@@ -1,6 +1,6 @@
 """The table at the end of the demonstration, and the same figures as `summary.json`."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -8,11 +8,19 @@ import typer
 
 from sat import files
 from sat.cli import run_program
+from sat.evaluation.baselines import AGAINST_REST, BLIND, MOST_FREQUENT, REFERENCE
 from sat.evaluation.report import captions_file
 
 COLUMNS = ("CIDEr", "BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L")
-ROWS = {"model": "model", "blind": "blind (shuffled features)", "most_frequent": "most frequent caption"}
-
+ROWS = {
+    "model": "model",
+    BLIND: "blind (shuffled features)",
+    MOST_FREQUENT: "most frequent caption",
+    REFERENCE: "a reference left out",
+    AGAINST_REST: "model against the others",
+}
+CELL = 14
+"""Width of a column of scores; an interval stands below its score."""
 
 TRUTH_COLUMNS = ("captions", "objects", "colours", "places", "relations")
 TRUTH_ROWS = {"model": "model", "blind": "blind (shuffled features)", "reference": "a reference left out"}
@@ -59,10 +67,12 @@ def read_truth(run: Path, split: str) -> dict[str, Any]:
 def print_scores(report: Mapping[str, Any], split: str) -> None:
     """The table of metrics."""
     print(f"{report['images']} held-out images of split {split!r}, beam {report['beam_size']}")
-    print(f"{'':26}" + "".join(f"{column:>9}" for column in COLUMNS))
+    print(f"{'':26}" + "".join(f"{column:>{CELL}}" for column in COLUMNS))
     for name, title in ROWS.items():
         if name in report["scores"]:
-            print(f"{title:26}" + _cells(report["scores"][name].get(column) for column in COLUMNS))
+            print(f"{title:26}" + _cells((report["scores"][name].get(column) for column in COLUMNS), CELL))
+            if found := report.get("intervals", {}).get(name):
+                print(f"{'  95 % interval':26}" + "".join(_interval(found.get(column)) for column in COLUMNS))
     if spread := report.get("attention"):
         print(
             f"attention: {spread['effective_cells']:.1f} cells in effect, {spread['top_cell']:.2f} on the first of them"
@@ -87,8 +97,12 @@ def print_truth(scores: Mapping[str, Any], truth: Mapping[str, Any]) -> None:
         print(f"(even attention: {looking['cells'] / looking['area']:.1f} times)")
 
 
-def _cells(values: Iterable[float | None], width: int = 9) -> str:
+def _cells(values: Iterable[float | None], width: int) -> str:
     return "".join(f"{'-':>{width}}" if value is None else f"{value:{width}.3f}" for value in values)
+
+
+def _interval(ends: Sequence[float] | None) -> str:
+    return f"{'-' if ends is None else f'{ends[0]:.3f}-{ends[1]:.3f}':>{CELL}}"
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import io
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from sat import caption, files
 from sat.captioning import Captioning
-from sat.config import load_config
+from sat.config import load_config, save_config
 from sat.evaluation.attention_file import read_attention
 from sat.export import save_model
 from sat.model.captioner import Captioner
@@ -126,8 +127,6 @@ def test_the_encoder_is_found_by_its_digest_or_missed_by_name(pretrained, tmp_pa
 
 def run(pretrained: Path, given: list[Path], out: Path, **options) -> dict[str, dict]:
     """`sat caption`; what it wrote by file."""
-    options = {"beam_size": 0, "limit": 0, "recursive": False, "format": "png", "all_words": False} | options
-    options = {"references": None, "attention": False} | options
     caption.main(given, model=pretrained, weights=pretrained, out=out, **options)
     return {row["file"]: row for row in json.loads((out / "captions.json").read_text())}
 
@@ -141,7 +140,34 @@ def test_the_program_writes_what_captioning_says_and_a_picture_of_the_attention_
         assert rows[str(path)]["caption"] == expected.caption
         assert f"{path}: {expected.caption}" in capsys.readouterr().out or path != pictures[0]
         assert Image.open(tmp_path / "out" / rows[str(path)]["plot"]).width > 200
-    assert not (pretrained / "tracking.json").exists() and not list(pretrained.glob("metrics*"))
+
+
+def test_captioning_ones_own_pictures_leaves_the_run_and_its_mlflow_alone(pretrained, pictures, tmp_path, monkeypatch):
+    """The run folder is a tracked one, and stays as it is byte by byte; MLflow cannot even be loaded."""
+    folder, tracked = tmp_path / "run", [*SMALL, f"tracking.mlflow_uri=sqlite:///{tmp_path}/mlflow.db"]
+    shutil.copytree(pretrained, folder)
+    save_config(load_config(None, tracked), folder / "config.yaml")
+    (folder / "metrics.jsonl").write_text('{"step": 1}\n')
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    monkeypatch.setitem(sys.modules, "mlflow", None)
+    assert len(run(folder, pictures[:1], tmp_path / "out")) == 1
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    assert not (tmp_path / "mlflow.db").exists()
+
+
+def test_the_search_can_be_chosen_and_further_captions_are_kept(pretrained, captioning, pictures, tmp_path, capsys):
+    asked = {"n_best": 2, "beam_size": 4, "max_length": 3, "length_penalty": 0.5}
+    (row,) = run(pretrained, pictures[:1], tmp_path / "out", **asked).values()
+    (found,) = captioning.with_options(**asked, block_unk=True)(pictures[:1])
+    assert (row["caption"], row["others"][0]["caption"]) == (found.caption, found.others[0].caption)
+    assert row["others"][0]["log_probability"] == pytest.approx(found.others[0].log_probability, rel=1e-4)
+    assert f"\n    {found.others[0].caption}\n" in capsys.readouterr().out
+    drawn = {"method": "sample", "temperature": 3.0, "seed": 2}
+    (row,) = run(pretrained, pictures[:1], tmp_path / "out", **drawn).values()
+    assert "others" not in row
+    assert row["caption"] == captioning.with_options(**drawn, block_unk=True)(pictures[:1])[0].caption
+    with pytest.raises(ValueError, match="n_best 2 captions cannot come from a width of 1"):
+        run(pretrained, pictures[:1], tmp_path / "out", method="greedy", n_best=2)
 
 
 def test_no_file_of_the_user_is_overwritten_and_no_plot_is_lost(pretrained, pictures, tmp_path):

@@ -190,7 +190,7 @@ def test_the_programs_train_on_two_ranks_and_evaluate(root, settings, tmp_path):
     report = files.read_json(tmp_path / "run" / "evaluation-val.json")
     assert report["images"] == 7
     captions = json.loads((tmp_path / "run" / "captions-val.json").read_text())
-    assert {each["image_id"] for each in captions} == {str(200 + index) for index in range(7)}
+    assert {each["image_id"] for each in captions} == {200 + index for index in range(7)}
 
 
 def run_sat(*arguments):

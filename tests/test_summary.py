@@ -67,3 +67,15 @@ def test_truth_of_other_captions_and_a_broken_report_are_refused(run):
         summary.main(run, "test", 1.0)
     with pytest.raises(ValueError, match=r"evaluation-val\.json is missing"):
         summary.main(run, "val", 1.0)
+
+
+def test_intervals_stand_below_their_scores(run, capsys):
+    report = files.read_json(run / "evaluation-test.json")
+    report["scores"] |= {"reference": {"CIDEr": 0.9}, "model_against_rest": {"CIDEr": 0.8}}
+    files.write_json(run / "evaluation-test.json", report | {"intervals": {"model": {"CIDEr": [1.4321, 1.5678]}}})
+    summary.main(run, "test", 1.0)
+    rows = capsys.readouterr().out.splitlines()
+    below = rows[next(i for i, row in enumerate(rows) if row.startswith("model ")) + 1]
+    assert below.split() == ["95", "%", "interval", "1.432-1.568", *["-"] * 6]
+    assert sum("interval" in row for row in rows) == 1 and max(map(len, rows)) <= 125
+    assert [row.split()[-7] for row in rows if row.startswith(("a reference", "model against"))] == ["0.900", "0.800"]

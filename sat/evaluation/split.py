@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 
 from sat.data.batch import CaptionBatch
@@ -15,6 +16,7 @@ from sat.evaluation.decoding import Decodable, Hypothesis, decode
 from sat.evaluation.metrics import Scores, score
 from sat.evaluation.options import EvaluationOptions
 from sat.evaluation.prediction import Prediction, predict
+from sat.evaluation.score_table import Candidate, ScoreTable
 from sat.meter import AttentionUse
 from sat.model.objectives.teacher_forcing import attention_counts
 from sat.shards.manifest import Manifest
@@ -40,6 +42,27 @@ class Evaluation:
     def unfinished(self) -> int:
         """Captions cut at the greatest length before <end>."""
         return sum(not each.finished for each in self.predictions)
+
+    @property
+    def table(self) -> ScoreTable:
+        """The images that could be scored, with their captions."""
+        scored = set(self.scores.image_ids)
+        rows = [each for each in self.predictions if each.image_id in scored]  # both are sorted by id
+        others = tuple(
+            tuple(Candidate(each.caption, each.log_probability, each.finished) for each in row.others) for row in rows
+        )
+        return ScoreTable(
+            image_ids=tuple(each.image_id for each in rows),
+            captions=tuple(each.caption for each in rows),
+            log_probabilities=np.array([each.log_probability for each in rows], np.float64),
+            finished=np.array([each.finished for each in rows], np.bool_),
+            per_image=self.scores.per_image,
+            bleu_counts=self.scores.bleu_counts,
+            values=self.scores.values,
+            references_digest=self.scores.references_digest,
+            signature=self.scores.signature,
+            others=others if any(others) else (),
+        )
 
 
 def evaluate(
