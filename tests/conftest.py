@@ -1,7 +1,6 @@
 """What the whole suite shares: an environment for scripts, the two-node Slurm, how tests that need a GPU skip."""
 
 import hashlib
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -47,6 +46,8 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 @pytest.fixture(scope="session")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """This test run's environment as launch/setup.sh leaves one for this checkout, so that it has nothing to do."""
+    from tests.helpers_launch import environment_of_programs
+
     venv = tmp_path_factory.mktemp("venv")
     for entry in Path(sys.prefix).iterdir():
         if not entry.name.startswith("setup-"):
@@ -54,4 +55,4 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     shaping = [ROOT / "launch/constraints.txt", ROOT / "pyproject.toml", ROOT / "launch/setup.sh"]
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in shaping) + f"{ROOT}\n".encode())
     (venv / "setup-stamp").write_text(f"{digest.hexdigest()}  -\n")
-    return os.environ | {"SAT_VENV": str(venv), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return environment_of_programs() | {"SAT_VENV": str(venv)}

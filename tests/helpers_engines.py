@@ -1,8 +1,5 @@
 """A small training that real processes take steps of, under any launcher configuration."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
@@ -10,9 +7,9 @@ from safetensors.torch import load_file
 
 from sat.data.loader import read_references
 from sat.text import build_tokenizer
+from tests.helpers_launch import DEEPSPEED, start, start_cold
 from tests.helpers_shards import make_feature_dataset
 
-ROOT = Path(__file__).parents[1]
 STEPS = 4
 
 
@@ -21,16 +18,13 @@ def launch(arguments: list[str], ranks: int, launcher: str | None, expect: int =
 
     Another exit status than `expect` fails and shows it. Without a launcher: a bare process.
     """
-    command = [sys.executable]
-    if launcher:
-        command += ["-m", "accelerate.commands.launch", "--config_file", f"launch/{launcher}.yaml"]
-        command += ["--num_processes", str(ranks)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
-    )
-    assert done.returncode == expect, f"{' '.join(arguments)} on {ranks} ranks:\n{done.stdout}\n{done.stderr}"
-    return done.stdout + done.stderr
+    options = ["--config_file", f"launch/{launcher}.yaml", "--num_processes", ranks] if launcher else None
+    if options and not launcher.endswith("cpu"):
+        code, said = start_cold(arguments, options)
+    else:
+        code, said = start(arguments, options, DEEPSPEED if launcher and "deepspeed" in launcher else ())
+    assert code == expect, f"{' '.join(arguments)} on {ranks} ranks:\n{said}"
+    return said
 
 
 def small_config(root: Path) -> Path:

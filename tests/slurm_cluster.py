@@ -18,6 +18,8 @@ from typing import Any
 
 import psutil
 
+from tests.helpers_launch import environment_of_programs
+
 NODES = ("node1", "node2")
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "scontrol", "setpriv")
 SEARCH_PATH = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
@@ -143,8 +145,7 @@ def start_cluster(folder: Path) -> Iterator[Cluster]:
     key = folder / "munge.key"
     key.write_bytes(os.urandom(128))
     key.chmod(0o400)
-    project = {"SAT_VENV": sys.prefix, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
-    env = os.environ | project | {"SLURM_CONF": str(config), "PATH": SEARCH_PATH}
+    env = environment_of_programs() | {"SAT_VENV": sys.prefix, "SLURM_CONF": str(config), "PATH": SEARCH_PATH}
     cluster = Cluster(folder, env)
     with contextlib.ExitStack() as daemons:
         munge_files = {
