@@ -56,14 +56,14 @@ run_unless_newer "$run/attention-test.npz" sat evaluate "${processes[@]}" "$run"
 run python -m preprocessing.check_scenes "$run" --scenes "$data/scenes" --split test
 run_unless_newer "$run/pictures/captions.json" \
   python -m sat.caption "$data/scenes/images/test" --limit 8 --model "$run" --weights "$encoder" --out "$run/pictures"
-run python -m preprocessing.show_scenes "$run" --scenes "$data/scenes" --split test
+run_unless_newer "$run/report-test.html" sat report "$run" --split test --all --pictures "$data/images"
 
 keep_time
 minutes=$(awk '{ printf "%.2f", $1 / 60 }' "$run/seconds")
 run python -m sat.summary "$run" --split test --minutes "$minutes"
 echo
 run=$(realpath "$run")
-echo "all test scenes on one page       $run/page.html"
+echo "all test scenes on one page       $run/report-test.html"
 echo "captions and attention pictures   $run/pictures"
 echo "run folder                        $run"
 echo "checkpoints                       $run/checkpoints (the best model: $run/best)"

@@ -3,9 +3,9 @@
     python -m preprocessing.check_scenes runs/demo --scenes data/demo/scenes
 
 reads RUN/captions-SPLIT.json, those of the blind baseline beside it (`sat evaluate --baselines` writes both) and the
-scenes' truth; prints the shares and writes RUN/truth-SPLIT.json, which `sat summary` shows beside the scores. The row
-`reference` checks one of each scene's own captions in the same way: what falls short of 1 there is the checker's.
-Where `sat evaluate --attention` has kept the attention, it is held against the objects too.
+scenes' truth; prints the shares and writes RUN/truth-SPLIT.json, which `sat summary` and `sat report` show beside the
+scores. The row `reference` checks one of each scene's own captions in the same way: what falls short of 1 there is the
+checker's. Where `sat evaluate --attention` has kept the attention, it is held against the objects too.
 """
 
 import json
@@ -18,6 +18,7 @@ import typer
 
 from preprocessing.console import run
 from preprocessing.scenes.attention import Looking, measure_looking, read_attention
+from preprocessing.scenes.captions import Claim, check_claims
 from preprocessing.scenes.scenes import Scene
 from preprocessing.scenes.truth import Truth, measure
 from preprocessing.synthetic import load_truth
@@ -82,6 +83,15 @@ def check_attention(run_folder: Path, split: str, captions: Mapping[str, str], s
     return measure_looking(found, read_scenes(scenes))
 
 
+def write_claim(claim: Claim) -> dict[str, object]:
+    """A claim as `sat.report` reads it: its words, whether it holds, and which words of an object are wrong."""
+    words, wrong = claim.text.replace("_", " ").split(), list[int]()
+    if claim.kind == "object" and not claim.holds:
+        judged = [right for right in (claim.size, claim.colour, claim.shape) if right is not None]  # as the words stand
+        wrong = [place for place, (_, right) in enumerate(zip(words, judged, strict=True)) if not right]
+    return {"words": words, "holds": claim.holds, "wrong": wrong}
+
+
 def main(
     run_folder: Annotated[Path, typer.Argument(help="run folder, evaluated with --baselines")],
     scenes: Annotated[Path, typer.Option(help="folder of the scene set")],
@@ -97,8 +107,13 @@ def main(
         )
     references = read_references(scenes, split)
     captions["reference"] = {image: references[image][0] for image in captions["model"] if image in references}
-    truth = {name: asdict(each) for name, each in check(captions, read_scenes(scenes)).items()}
-    document = {"captions_sha256": files.sha256(path), "truth": truth}
+    known = read_scenes(scenes)
+    truth = {name: asdict(each) for name, each in check(captions, known).items()}
+    claims = {
+        image: [write_claim(claim) for claim in check_claims(caption, known[image])]
+        for image, caption in captions["model"].items()
+    }
+    document = {"captions_sha256": files.sha256(path), "truth": truth, "claims": claims}
     looking = check_attention(run_folder, split, captions["model"], scenes)
     if looking:
         document["attention"] = asdict(looking)

@@ -27,6 +27,7 @@ PROGRAMS = {
     "compare": ("sat.compare", "whether one run is better than another, and on which pictures"),
     "caption": ("sat.caption", "caption picture files, with pictures of the attention"),
     "draw": ("sat.draw", "pictures of the attention over a split's pictures"),
+    "report": ("sat.report.report", "one HTML page of scores, curves and captioned pictures, of one run or several"),
     "serve": ("sat.serve", "answer pictures with captions over HTTP: a page, and JSON"),
     "sync": ("sat.tracking.mlflow", "bring a run's metrics and artifacts to MLflow"),
     "doctor": ("sat.doctor.examine", "what would stop a long run, found before it starts, and how to mend it"),

@@ -9,6 +9,7 @@ A stop (Ctrl-C, SIGTERM) lets what has been accepted finish, and is exit status 
 import ipaddress
 import socket
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,6 +17,15 @@ import typer
 
 from sat.captioning import Captioning
 from sat.cli import run_program
+from sat.evaluation.search_options import (
+    Asked,
+    BeamSize,
+    BlockNgram,
+    BlockUnk,
+    LengthPenalty,
+    MaxLength,
+    Method,
+)
 from sat.serving import Limits, application
 from sat.shards.pictures import MAX_PIXELS
 from sat.stopping import listen
@@ -33,8 +43,13 @@ def main(
         str, typer.Option(help="address to listen at; 0.0.0.0: whoever reaches this machine")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free")] = 8000,
-    beam_size: Annotated[int, typer.Option(min=0, help="beams per picture; default: the run's setting")] = 0,
-    n_best: Annotated[int, typer.Option(min=0, help="captions per picture; default: 3, or the beams if fewer")] = 0,
+    method: Method = None,
+    beam_size: BeamSize = None,
+    max_length: MaxLength = None,
+    length_penalty: LengthPenalty = None,
+    n_best: Annotated[int | None, typer.Option(help="captions per picture; default: 3, or the beams if fewer")] = None,
+    block_unk: BlockUnk = True,
+    block_ngram: BlockNgram = None,
     max_megabytes: Annotated[float, typer.Option(min=0.001, help="of a picture file")] = 20.0,
     max_megapixels: Annotated[float, typer.Option(min=0.001, max=MAX_PIXELS / 1e6, help="of a picture")] = 50.0,
     max_waiting: Annotated[int, typer.Option(min=1, help="pictures sent, waiting or captioned at once")] = 8,
@@ -44,10 +59,11 @@ def main(
     Nobody is asked for a password: beyond this machine put it behind a server that does.
     """
     captioning = Captioning.from_pretrained(run, weights)
-    if beam_size:
-        captioning = captioning.with_options(method="beam", beam_size=beam_size)
-    wanted = n_best or min(3, captioning.options.width)
-    captioning = captioning.with_options(n_best=wanted, keep_attention=True, block_unk=True)  # it is for readers
+    options = Asked(method, beam_size, max_length, length_penalty, n_best, block_unk, block_ngram).over(
+        captioning.options
+    )
+    options = replace(options, n_best=n_best or min(3, options.width), keep_attention=True)
+    captioning = replace(captioning, options=options)
     wish, listening = listen(), _listen_at(host, port)
     limits = Limits(max_megabytes, max_megapixels, max_waiting)
     server, thread = _serve(application(captioning, limits, str(run)), listening)

@@ -7,7 +7,7 @@ from random import Random
 import numpy as np
 import pytest
 
-from preprocessing.check_scenes import main, read_references
+from preprocessing.check_scenes import main, read_references, read_scenes, write_claim
 from preprocessing.scenes.attention import CaptionAttention, SeenWords, cells_of, measure_looking
 from preprocessing.scenes.captions import check_claims, describe, objects_named
 from preprocessing.scenes.scenes import Scene, SceneObject, sample_scene
@@ -123,8 +123,7 @@ def centres(side: int) -> np.ndarray:
 
 def looking(attention: np.ndarray, caption: str, side: int, shown: Scene = PAIR):
     words = tuple(caption.split())
-    ones = np.ones(len(words))
-    seen = SeenWords(words, np.tile(attention, (len(words), 1)), ones, ones)
+    seen = SeenWords(words, np.tile(attention, (len(words), 1)))
     kept = CaptionAttention(centres(side), {"1": seen})
     return measure_looking(kept, {"1": shown})
 
@@ -189,6 +188,21 @@ def test_the_program_writes_and_prints_the_shares(evaluated, capsys):
     assert found["captions_sha256"] == files.sha256(evaluated / "run/captions-test.json")
     printed = capsys.readouterr().out
     assert "model" in printed and "0.600" in printed
+    said = {row["image_id"]: row["caption"] for row in json.loads((evaluated / "run/captions-test.json").read_text())}
+    scenes, claims = read_scenes(evaluated / "scenes"), found["claims"]
+    assert claims.keys() == said.keys()
+    for image, caption in said.items():
+        expected = [(claim.text.replace("_", " "), claim.holds) for claim in check_claims(caption, scenes[image])]
+        assert [(" ".join(each["words"]), each["holds"]) for each in claims[image]] == expected
+
+
+@pytest.mark.parametrize(
+    ("caption", "words", "wrong"),
+    [("a small blue circle", ["small", "blue", "circle"], [0, 1]), ("a green star", ["green", "star"], [0, 1])],
+)
+def test_of_an_object_the_words_that_are_wrong_are_told(caption, words, wrong):
+    (claim,) = check_claims(caption, PAIR)
+    assert write_claim(claim) == {"words": words, "holds": False, "wrong": wrong}
 
 
 def keep_attention(run, words: dict[str, str], cells: int = 49) -> None:

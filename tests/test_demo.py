@@ -33,8 +33,8 @@ def test_the_demonstration_runs_to_its_table_and_a_second_one_makes_nothing_anew
     assert {"model", "blind", "most_frequent"} <= scores.keys()
     truth = json.loads((run / "summary.json").read_text())["truth"]
     assert truth.keys() == {"model", "blind", "reference"} and truth["reference"]["captions"] == 1
-    page = (run / "page.html").read_text()
-    assert page.count("<article") == 8 and f"page       {run / 'page.html'}" in first
+    page = (run / "report-test.html").read_text()
+    assert page.split("All pictures")[-1].count("<article") == 8 and f"page       {run / 'report-test.html'}" in first
     made = files(tmp_path)
     assert any(name.startswith("weights/") for name in made) and any(name.endswith(".png") for name in made)
 

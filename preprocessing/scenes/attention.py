@@ -27,10 +27,6 @@ class SeenWords:
     words: tuple[str, ...]
     attention: Floats
     """[words, L]"""
-    probabilities: Floats
-    """[words] of each word after those before it."""
-    gates: Floats
-    """[words] how far the gate on what is seen was open, 0 to 1; NaN without a gate."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +61,8 @@ def read_attention(path: Path) -> CaptionAttention:
     """The attention of captions of whole pictures. ValueError for a file that is damaged or of something else."""
     try:
         with np.load(path, allow_pickle=False) as found:
-            names = ("image_ids", "starts", "words", "attention", "centres", "probabilities", "gates")
-            image_ids, starts, words, attention, centres, probabilities, gates = (found[name] for name in names)
+            names = ("image_ids", "starts", "words", "attention", "centres")
+            image_ids, starts, words, attention, centres = (found[name] for name in names)
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} is no file of attention: {error}; run `sat evaluate --attention` again") from None
     if len(centres) != attention.shape[1]:
@@ -74,8 +70,7 @@ def read_attention(path: Path) -> CaptionAttention:
     captions = {}
     for image_id, start, end in zip(image_ids, starts, starts[1:], strict=False):
         its = slice(start, end)
-        said = tuple(map(str, words[its]))
-        captions[str(image_id)] = SeenWords(said, attention[its], probabilities[its], gates[its])
+        captions[str(image_id)] = SeenWords(tuple(map(str, words[its])), attention[its])
     return CaptionAttention(centres, captions)
 
 
