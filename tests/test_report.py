@@ -5,6 +5,7 @@ import io
 import json
 import re
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -18,7 +19,7 @@ from sat.config import load_config, save_config
 from sat.evaluation.attention_file import write_attention
 from sat.evaluation.attention_map import Cells, Regions, cells_at
 from sat.evaluation.prediction import Prediction
-from sat.evaluation.score_table import ScoreTable, write_table
+from sat.evaluation.score_table import ScoreTable, read_table, write_table
 from sat.report import pictures
 from sat.report.choose import choose
 from sat.report.curves import POINTS, thinned
@@ -317,9 +318,12 @@ def test_claims_are_shown_where_the_truth_is_known(root, tmp_path):
 def test_what_is_not_there_is_not_shown_and_said(root, tmp_path, capsys):
     run = make_run(tmp_path / "run", tmp_path / "nowhere")
     (run / f"attention-{SPLIT}.npz").unlink()
+    table = read_table(run / f"scores-{SPLIT}.parquet")
+    write_table(run / f"scores-{SPLIT}.parquet", replace(table, per_image={}))
     main([run], split=SPLIT, each=1)
     page = Page((run / f"report-{SPLIT}.html").read_text())
     assert page.all("figure") == [] and "no picture" in page.words
+    assert "At random" in page.words and not {"Best", "Worst", "Most confidently wrong"} & set(page.text)
     said = capsys.readouterr().out
     for what in ("pictures: ", "references: ", "run: no attention was kept"):
         assert f"not shown: {what}" in said and f"not shown: {what}" in page.words

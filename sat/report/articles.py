@@ -45,7 +45,7 @@ class Article:
     problem: str
     """Why there is none."""
     metric: str
-    """By which captions are ranked."""
+    """By which captions are ranked; empty without scores."""
     said: Sequence[Said]
     references: Sequence[str]
     holds: bool | None
@@ -62,7 +62,7 @@ def article(
         name=source.name if source else image_id,
         picture=jpeg_uri(picture) if picture else "",
         problem=problem,
-        metric=ranking_metric(runs[0].table),
+        metric=ranking_metric(runs),
         said=[_said(image_id, number, run, len(runs) > 1, picture, attention) for number, run in enumerate(runs)],
         references=references,
         holds=is_wholly_true(claims) if runs[0].claims else None,

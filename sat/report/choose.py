@@ -1,6 +1,6 @@
 """Which pictures a report shows: the best, the worst, the most confidently wrong, and some at random."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,11 +21,10 @@ class Section:
     image_ids: tuple[str, ...]
 
 
-def ranking_metric(table: ScoreTable) -> str:
-    """CIDEr, or the first metric there is. Raises ValueError where there is none."""
-    if not table.per_image:
-        raise ValueError("no picture has a score of its own; run sat evaluate again")
-    return "CIDEr" if "CIDEr" in table.per_image else next(iter(table.per_image))
+def ranking_metric(runs: Sequence[RunReport]) -> str:
+    """CIDEr, or the first metric that all runs have of each picture; empty where there is none."""
+    common = [name for name in runs[0].table.per_image if all(name in run.table.per_image for run in runs)]
+    return "CIDEr" if "CIDEr" in common else next(iter(common), "")
 
 
 def choose(runs: Sequence[RunReport], count: int, every: bool, seed: int = 0) -> list[Section]:
@@ -33,29 +32,12 @@ def choose(runs: Sequence[RunReport], count: int, every: bool, seed: int = 0) ->
 
     With several runs also the pictures on which these differ most.
     """
-    table, claims = runs[0].table, runs[0].claims
-    metric = ranking_metric(table)
-    scores, ids = table.per_image[metric], table.image_ids
-    order = np.argsort(-scores, kind="stable")
-    whose = f" of {runs[0].name}" if len(runs) > 1 else ""
-    wrong, what = _wrong(table, scores, claims)
-    sections = []
-    if len(runs) > 1:
-        spread = np.ptp([run.table.per_image[metric] for run in runs], axis=0)
-        apart = np.argsort(-spread, kind="stable")[:count]
-        why = f"Where the runs' {metric} is furthest apart."
-        sections.append(Section("Where they differ most", why, _named(ids, apart[spread[apart] > 0])))
-    sections += [
-        Section("Best", f"The highest {metric}{whose}.", _named(ids, order[:count])),
-        Section("Worst", f"The lowest {metric}{whose}.", _named(ids, order[::-1][:count])),
-        Section(
-            "Most confidently wrong", f"{what}{whose}, the most probable per word first.", _named(ids, wrong[:count])
-        ),
-    ]
+    ids, drawn = runs[0].table.image_ids, np.random.default_rng(seed).permutation(len(runs[0].table.image_ids))
+    sections = [*_by_score(runs, count), *_wrong(runs, count)]
     if every:
         return [*sections, Section("All pictures", f"{len(ids):,}, by name.", ids)]
-    drawn = np.sort(np.random.default_rng(seed).permutation(len(ids))[:count])
-    return [*sections, Section("At random", f"{len(drawn)} of {len(ids):,}.", _named(ids, drawn))]
+    chosen = np.sort(drawn[:count])
+    return [*sections, Section("At random", f"{len(chosen)} of {len(ids):,}.", _named(ids, chosen))]
 
 
 def is_wholly_true(claims: Sequence[Claim]) -> bool:
@@ -70,17 +52,42 @@ def confidence(table: ScoreTable) -> Floats:
     return confident
 
 
-def _wrong(table: ScoreTable, scores: Floats, claims: Mapping[str, Sequence[Claim]]) -> tuple[np.ndarray, str]:
-    """Rows of the captions that are wrong, the surest first, and what makes them so."""
+def _by_score(runs: Sequence[RunReport], count: int) -> list[Section]:
+    table, metric = runs[0].table, ranking_metric(runs)
+    if not metric:
+        return []
+    order, ids = np.argsort(-table.per_image[metric], kind="stable"), table.image_ids
+    sections = []
+    if len(runs) > 1:
+        spread = np.ptp([run.table.per_image[metric] for run in runs], axis=0)
+        apart = np.argsort(-spread, kind="stable")[:count]
+        why = f"Where the runs' {metric} is furthest apart."
+        sections.append(Section("Where they differ most", why, _named(ids, apart[spread[apart] > 0])))
+    best = Section("Best", f"The highest {metric}{_whose(runs)}.", _named(ids, order[:count]))
+    worst = Section("Worst", f"The lowest {metric}{_whose(runs)}.", _named(ids, order[::-1][:count]))
+    return [*sections, best, worst]
+
+
+def _wrong(runs: Sequence[RunReport], count: int) -> list[Section]:
+    """Of the captions that are wrong the surest; none where neither truth nor scores tell which these are."""
+    table, claims, metric = runs[0].table, runs[0].claims, ranking_metric(runs)
+    false = np.zeros(len(table.image_ids), dtype=bool)
     if claims:
-        false = np.array([not is_wholly_true(claims.get(image, ())) for image in table.image_ids], dtype=bool)
+        false[:] = [not is_wholly_true(claims.get(image, ())) for image in table.image_ids]
         what = "Captions with a false claim, or none"
-    else:
-        false = np.zeros(len(scores), dtype=bool)
-        false[np.argsort(scores, kind="stable")[: max(1, round(WRONG_SHARE * len(scores)))]] = True
+    elif metric:
+        lowest = max(1, round(WRONG_SHARE * len(false)))
+        false[np.argsort(table.per_image[metric], kind="stable")[:lowest]] = True
         what = f"Captions in the lowest {WRONG_SHARE:.0%} of the scores"
+    else:
+        return []
     order = np.argsort(-confidence(table), kind="stable")
-    return order[false[order]], what
+    why = f"{what}{_whose(runs)}, the most probable per word first."
+    return [Section("Most confidently wrong", why, _named(table.image_ids, order[false[order]][:count]))]
+
+
+def _whose(runs: Sequence[RunReport]) -> str:
+    return f" of {runs[0].name}" if len(runs) > 1 else ""
 
 
 def _named(ids: Sequence[str], rows: np.ndarray) -> tuple[str, ...]:

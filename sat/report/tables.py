@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from sat.evaluation.compare import Side, compare
+from sat.report.choose import ranking_metric
 from sat.report.reading import RunReport
 from sat.summary import COLUMNS, ROWS, TRUTH_COLUMNS, TRUTH_ROWS
 
@@ -52,8 +53,8 @@ def score_table(runs: Sequence[RunReport]) -> Table:
 
 
 def difference_table(runs: Sequence[RunReport]) -> Table | None:
-    """The further runs against the first, paired on the pictures; None of one run."""
-    if len(runs) < 2:
+    """The further runs against the first, paired on the pictures; None of one run, and without scores per picture."""
+    if len(runs) < 2 or not ranking_metric(runs):
         return None
     sides = [Side(run.name, {str(run.folder): run.table}) for run in runs]
     found = [compare(sides[0], side, pictures=0) for side in sides[1:]]
