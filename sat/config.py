@@ -18,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from sat import files
 from sat.data.options import LoaderOptions
 from sat.evaluation.options import EvaluationOptions
+from sat.model.objectives.options import SelfCriticalOptions
 from sat.model.spec import PRESETS, CaptionerSpec
 from sat.settings import check, rule_of, setting, walk
 
@@ -78,6 +79,9 @@ class TrainConfig:
     """Folder of this run: config, metrics, checkpoints, best model."""
     seed: int = setting(1)
     """Seeds the weights, the sample order and dropout."""
+    objective: str = setting("teacher_forcing", choices=("teacher_forcing", "self_critical"))
+    """What is learnt: the next word of human captions, or captions that score well (`self_critical`), which goes on
+    from a trained model."""
     start_from: str = setting("")
     """Run folder whose best model's weights this training begins with, its vocabulary may be another; empty: anew."""
     epochs: int = setting(20, above=0, may_change=True)
@@ -147,11 +151,12 @@ class Config:
     model: CaptionerSpec = field(default_factory=CaptionerSpec)
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    self_critical: SelfCriticalOptions = field(default_factory=SelfCriticalOptions)
     eval: EvaluationOptions = field(default_factory=EvaluationOptions)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
 
-RESUME_ONLY = ("data", "model", "encoder", "train")
+RESUME_ONLY = ("data", "model", "encoder", "train", "self_critical")
 """Sections that make a training what it is; a model may be scored and tracked otherwise at any time."""
 
 
@@ -280,5 +285,25 @@ def _check(config: Config) -> None:
             f"train.accumulation_steps {train.accumulation_steps} exceeds train.global_batch {train.global_batch}: "
             "some passes would hold no image; lower it"
         )
+    if train.objective == "self_critical":
+        _check_self_critical(config)
     if "CIDEr" not in config.eval.metrics:
         raise ValueError(f"eval.metrics is {config.eval.metrics}; CIDEr must be in it: it picks the best model")
+
+
+def _check_self_critical(config: Config) -> None:
+    """What samples need, and what they would leave without effect."""
+    model, objective = config.model, "train.objective=self_critical"
+    if not config.train.start_from:
+        raise ValueError(
+            f"{objective} needs train.start_from, the run folder of a trained model: captions drawn from an untrained "
+            "one are never rewarded"
+        )
+    if model.attention == "hard":
+        raise ValueError(
+            f"{objective} knows no model.attention=hard; set model.attention=soft, which takes the same weights and "
+            "captions as hard attention does by its expectation"
+        )
+    for name in ("label_smoothing", "scheduled_sampling"):
+        if getattr(model, name):
+            raise ValueError(f"model.{name} has no effect on {objective}; set model.{name}=0")

@@ -19,9 +19,11 @@ from sat.model.encoders.end_to_end import EndToEnd, feature_statistics
 from sat.model.encoders.table import load_encoder
 from sat.model.loss import total_loss
 from sat.model.objectives.objective import Objective
+from sat.model.objectives.self_critical import SelfCritical
 from sat.model.objectives.teacher_forcing import TeacherForcing
 from sat.model.spec import Sizes
 from sat.optim import WeightAverage, build_optimizer, learning_rate
+from sat.reward import build_reward
 from sat.shards.features import FeatureSpec
 from sat.shards.manifest import load_statistics
 from sat.training_data import TrainingData
@@ -75,7 +77,8 @@ class Learner:
         with self.stepper.micro_batch(last):
             with processes.autocast():
                 probability = self.sampling_probability(step)
-                sums = self.stepper(batch.grid, batch.captions, batch.lengths, probability, batch.regions, batch.keys)
+                words = batch.captions, batch.lengths
+                sums = self.stepper(batch.grid, *words, probability, batch.regions, batch.keys, batch.references)
             self.stepper.backward(total_loss(sums, tokens, captions))
         return sums.counts
 
@@ -110,7 +113,7 @@ def build_learner(config: Config, data: TrainingData, engine: Engine) -> Learner
     processes, train = engine.processes, config.train
     torch.manual_seed(train.seed)
     model = build_model(config, data, processes).to(processes.device)
-    objective = TeacherForcing(model)
+    objective = build_objective(config, data, model)
     optimizer = build_optimizer(
         model,
         learning_rate=train.learning_rate,
@@ -126,6 +129,14 @@ def build_learner(config: Config, data: TrainingData, engine: Engine) -> Learner
         clip_norm=train.clip_norm,
     )
     return Learner(stepper, objective, model, average, config, data.total_steps)
+
+
+def build_objective(config: Config, data: TrainingData, model: Captioner | EndToEnd) -> TeacherForcing | SelfCritical:
+    """What `train.objective` says, of `model`."""
+    if config.train.objective == "teacher_forcing":
+        return TeacherForcing(model)
+    options = config.self_critical
+    return SelfCritical(model, build_reward(data, config.data.train_splits, options), options)
 
 
 def build_model(config: Config, data: TrainingData, processes: Processes) -> Captioner | EndToEnd:

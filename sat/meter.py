@@ -50,6 +50,29 @@ class AttentionUse:
 
 
 @dataclass(frozen=True)
+class Sampling:
+    """Of self-critical training: what its samples brought, and where the time went."""
+
+    reward: float
+    """Mean of the samples."""
+    baseline: float
+    """Mean of what their rewards are compared with."""
+    sampling_share: float
+    """Share of the time in which captions are drawn, encoding included."""
+    reward_share: float
+    """And rewarded; the gradient takes the rest, but for waiting for data."""
+
+    @classmethod
+    def of(cls, sums: LineSums, ranks: int) -> "Sampling | None":
+        """None where nothing was sampled."""
+        total, captions, seconds = sums.totals, max(sums.captions, 1), sums.seconds * ranks
+        if "reward" not in total:
+            return None
+        shares = (total[f"{name}_seconds"] / seconds for name in ("sampling", "reward"))
+        return cls(total["reward"] / captions, total["baseline"] / captions, *shares)
+
+
+@dataclass(frozen=True)
 class JournalLine:
     """What a line of `metrics.jsonl` says of the steps since the last one, over all ranks."""
 
@@ -74,14 +97,18 @@ class JournalLine:
     """Steps that only set fp16's loss scale right."""
     attention: "AttentionUse | None" = None
     """Of the steps that were not skipped; None without attention."""
+    sampling: "Sampling | None" = None
+    """The same; its words are then those that are counted above. None where human captions are learnt."""
 
     def values(self) -> dict[str, float]:
         """By name, as the journal holds them: what is rare only where it is not zero."""
         rare = ("bad_samples", "skipped_steps", "overflowed_steps")
-        numbers = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "attention"}
+        parts = ("attention", "sampling")
+        numbers = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in parts}
         numbers = {name: value for name, value in numbers.items() if value or name not in rare}
         spread = self.attention.values() if self.attention else {}
-        return numbers | {f"attention/{name}": value for name, value in spread.items()}
+        sampled = vars(self.sampling) if self.sampling else {}
+        return numbers | sampled | {f"attention/{name}": value for name, value in spread.items()}
 
 
 @dataclass(frozen=True)
@@ -90,9 +117,8 @@ class Step:
 
     counts: list[dict[str, Tensor]]
     """`LossSums.counts` of this rank's micro-batches."""
-    tokens: float
-    """Of the global batch."""
     captions: float
+    """Of the global batch."""
     rate: float
     bad_samples: int
     result: StepResult
@@ -132,17 +158,18 @@ class Meter:
         taken = [step for step, left_out in zip(steps, skipped, strict=True) if not left_out]
         names, sums = _sums([each for step in taken for each in step.counts])
         *sums, waited, bad = processes.sum_over_ranks([*sums, self.waited, sum(step.bad_samples for step in steps)])
+        totals = dict(zip(names, sums, strict=True))
         return self.before + LineSums(
             steps=len(steps),
             skipped=sum(skipped),
             overflowed=int(torch.stack([step.result.overflowed for step in steps]).sum()),
-            tokens=sum(step.tokens for step in taken),
+            tokens=totals.get("tokens", 0.0),
             captions=sum(step.captions for step in taken),
             all_captions=sum(step.captions for step in steps),
             bad_samples=bad,
             waited=waited / processes.world_size,
             seconds=seconds,
-            totals=dict(zip(names, sums, strict=True)),
+            totals=totals,
         )
 
     def line(self, processes: Processes) -> JournalLine:
@@ -168,6 +195,7 @@ class Meter:
             skipped_steps=sums.skipped - sums.overflowed,
             overflowed_steps=sums.overflowed,
             attention=use,
+            sampling=Sampling.of(sums, processes.world_size),
         )
 
 

@@ -123,12 +123,8 @@ def take_step(
 ) -> tuple[StepResult, bool]:
     """One optimizer step over `batches`; what became of it, and whether any rank was asked to stop. All ranks enter."""
     processes = run.processes
-    local = [
-        sum(int(batch.tokens) for batch in batches),
-        sum(int(batch.caption_count) for batch in batches),
-        run.stop_wanted(),
-        run.failed_saves,
-    ]
+    weights = [learner.objective.weighs(batch.lengths) for batch in batches]
+    local = [*map(sum, zip(*weights, strict=True)), run.stop_wanted(), run.failed_saves]
     processes.pulse.beat(f"step {step + 1}")
     tokens, captions, stop, failed = processes.sum_over_ranks(local)
     run.refuse_failing_saves(failed)
@@ -139,7 +135,7 @@ def take_step(
     ]
     result = learner.stepper.step()
     learner.after_step(result, counts, processes)
-    meter.steps.append(Step(counts, tokens, captions, rate, sum(batch.bad for batch in batches), result))
+    meter.steps.append(Step(counts, captions, rate, sum(batch.bad for batch in batches), result))
     return result, stop > 0
 
 
@@ -243,9 +239,11 @@ def log_step(step: int, meter: Meter, learner: Learner, run: Run, bar: "tqdm[obj
     """One line of the journal. All ranks enter."""
     line = meter.line(run.processes)
     run.log(step, line.values())
-    if line.attention and run.processes.is_main and (said := flat_attention(step, line.attention, learner)):
+    use = None if line.sampling else line.attention  # the regulariser takes no part where samples are rewarded
+    if use and run.processes.is_main and (said := flat_attention(step, use, learner)):
         tqdm.write(said)
-    bar.set_postfix_str(f"nll {line.nll_per_token:.3f}, {line.captions_per_s:.0f} captions/s", refresh=False)
+    what = f"reward {line.sampling.reward:.3f}" if line.sampling else f"nll {line.nll_per_token:.3f}"
+    bar.set_postfix_str(f"{what}, {line.captions_per_s:.0f} captions/s", refresh=False)
 
 
 def flat_attention(step: int, use: AttentionUse, learner: Learner) -> str:

@@ -123,6 +123,7 @@ class TrainState:
 
 def refuse_other_settings(before: dict[str, object], now: dict[str, object]) -> None:
     """Raise ValueError, with both values of each, for settings that would make a started training another one."""
+    before = fixed_settings(Config()) | before  # a setting that is newer than the run had its default's effect
     differing = [
         f"{name}: the run has {before.get(name)!r}, now {value!r}"
         for name, value in now.items()

@@ -77,7 +77,10 @@ def open_data(config: Config) -> TrainingData:
         eval_every=eval_every,
         save_every=config.train.save_every or eval_every,
         features=features,
-        reading=reading_options(config, FeatureSpec.from_fingerprint(features)),
+        reading=replace(
+            reading_options(config, FeatureSpec.from_fingerprint(features)),
+            keep_references=config.train.objective == "self_critical",
+        ),
     )
 
 

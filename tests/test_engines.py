@@ -9,9 +9,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from sat.config import load_config
+from sat.export import save_model
+from sat.learner import build_learner
+from sat.training_data import open_data
 from tests.helpers_engines import launch_variants, small_config
+from tests.helpers_training import engine_alone
 
 ENGINES = ("ddp", "zero1", "zero2", "zero3")
+SAMPLING_ENGINES = ("ddp", "zero2", "zero3")
 OFFLOADED = ("zero2_offload", "zero3_offload")
 RANKS = (1, 2, 3)
 BATCHES = ("train.global_batch=7", "model.dropout=0.5")
@@ -37,11 +43,28 @@ def variants(root: Path, ranks: int) -> list[tuple[str, ...]]:
         found += [(f"engine={engine}", *BATCHES, f"go_on={kept(root, engine)}") for engine in ENGINES]
         found += [(f"engine={engine}", *SPOILT) for engine in ENGINES]
         found += [(f"engine={engine}", *BATCHES, *precision) for engine in ENGINES for precision in (BF16, FP16)]
-    else:
+    found += [(f"engine={engine}", *sampling(root)) for engine in SAMPLING_ENGINES]
+    if ranks != 2:
         found += [(f"engine={engine}", *BATCHES, f"keep={kept(root, engine, ranks)}") for engine in ENGINES]
         found += [(f"engine={engine}", *BATCHES, f"go_on={kept(root, engine, ranks)}") for engine in ENGINES]
         found += [(f"engine={to}", *BATCHES, f"go_on={kept(root, of)}") for of, to in pairs(ranks)]
     return found
+
+
+def sampling(root: Path) -> tuple[str, ...]:
+    """Self-critical training, from a model that `begun_model` has left; at a rate that keeps engines near each other:
+    a word that another rounding draws is another word.
+    """
+    said = ("train.objective=self_critical", f"train.start_from={root}/begun", "train.learning_rate=0.0005")
+    return (*said, *BATCHES, "self_critical.samples=3", "self_critical.length=0.5", "self_critical.max_length=8")
+
+
+def begun_model(config: Path, alone) -> None:
+    """A run folder that a training can start from, beside the configuration."""
+    settings = load_config(config)
+    data = open_data(settings)
+    state = build_learner(settings, data, alone).model.state_dict()
+    save_model(config.parent / "begun/best", state, data.tokenizer, settings, data.features, 1)
 
 
 def pairs(ranks: int) -> list[tuple[str, str]]:
@@ -54,6 +77,8 @@ def taken(tmp_path_factory):
     """(ranks, *settings) -> what four steps did."""
     root = tmp_path_factory.mktemp("engines")
     config = small_config(root)
+    with engine_alone() as engine:
+        begun_model(config, engine)
     found = {}
     for ranks in (2, 1, 3):
         chosen = variants(root, ranks)
@@ -86,6 +111,19 @@ def test_the_loss_curve_and_the_weights_are_those_of_one_process(taken, alone, r
     torch.testing.assert_close(split["lines"], alone["lines"], rtol=1e-5, atol=1e-6)
     assert_same_weights(split["weights"], alone["weights"])
     assert (alone["weights"][-1] - alone["weights"][-2]).abs().max() > 1e-3  # the step that leaves ranks empty moves
+
+
+@pytest.mark.parametrize("engine", SAMPLING_ENGINES)
+@pytest.mark.parametrize("ranks", RANKS)
+def test_captions_are_drawn_and_rewarded_alike_on_any_engine_and_ranks(taken, ranks, engine):
+    root, found = taken
+    split, whole = found[ranks, f"engine={engine}", *sampling(root)], found[1, "engine=ddp", *sampling(root)]
+    torch.testing.assert_close(split["lines"], whole["lines"], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(split["weights"], whole["weights"], rtol=0, atol=1e-5)
+    assert whole["lines"][:, 2].min() > 1e-3 and (whole["weights"][-1] - whole["weights"][-2]).abs().max() > 1e-5
+    if engine == "ddp":
+        scale = whole["gradients"].abs().amax(1, keepdim=True)
+        torch.testing.assert_close(split["gradients"] / scale, whole["gradients"] / scale, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("engine", ENGINES)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sat.data.buffers import Ring, attach
-from sat.data.captions import CaptionOptions, captions_of
+from sat.data.captions import CaptionOptions, captions_of, references_of
 from sat.data.plan import Slots
 from sat.data.reader import BadSample, Rows, SampleReader
 from sat.shards.features import FeatureSpec
@@ -53,6 +53,8 @@ class CaptionBatch:
     boxes: Tensor | None = None
     """float32 [B, L, 4]: x0 y0 x1 y1 of the regions in 0..1, zeros behind them; None where there are none. Stays on the
     CPU."""
+    references: list[list[str]] | None = None
+    """All captions of each image as they were given, [] in padding rows; None where they are not asked for."""
 
     @property
     def bad(self) -> int:
@@ -257,6 +259,7 @@ class BatchReader:
             retries=sum(reader.retries for reader in self.readers) - retries,
             regions=regions,
             boxes=boxes,
+            references=references_of(found, self.captions),
         )
         if slot is None or torch.utils.data.get_worker_info() is None:
             return batch

@@ -26,6 +26,8 @@ class CaptionOptions:
     per_image: int
     max_words: int
     seed: int
+    keep_references: bool = False
+    """Batches hold all captions of their images as they were given, too."""
 
 
 class _Shown(NamedTuple):
@@ -61,6 +63,13 @@ def captions_of(
         which[row, : len(ids)] = numbers
     keys = caption_keys(found, which, options.seed, epoch)
     return torch.from_numpy(captions), torch.from_numpy(lengths), torch.from_numpy(keys)
+
+
+def references_of(found: Sequence[tuple[Rows | None, int]], options: CaptionOptions | None) -> list[list[str]] | None:
+    """All captions of these samples as they were given, where `options` ask for them."""
+    if options is None or not options.keep_references:
+        return None
+    return [rows.captions[sample].as_py() if rows else [] for rows, sample in found]
 
 
 def caption_keys(found: Sequence[tuple[Rows | None, int]], which: Ints, seed: int, epoch: int) -> Ints:

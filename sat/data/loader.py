@@ -68,6 +68,8 @@ class Reading:
     """Needed for image shards, and only for them."""
     pin_memory: bool = False
     """Batches lie in page-locked memory, from which a GPU copies without waiting."""
+    keep_references: bool = False
+    """Training batches hold the captions as they were given, too."""
 
 
 @dataclass
@@ -129,7 +131,9 @@ def training_batches(
     row = _row(sources[0][0], reading)
     plan = plan_training(sources, splits, cursor, epochs, global_batch, share, options.run_length)
     readers = [_open_reader(manifest, options, check=share.rank == 0) for manifest, _ in sources]
-    captions = CaptionOptions(tokenizer, options.captions_per_image, options.max_caption_length, cursor.seed)
+    captions = CaptionOptions(
+        tokenizer, options.captions_per_image, options.max_caption_length, cursor.seed, reading.keep_references
+    )
     decode = reading.pictures.decode if reading.pictures else None
     ring = _make_ring(plan, row, options.num_workers)
     reader = BatchReader(readers, captions, row, decode, options.on_bad_sample == "quarantine", ring)

@@ -26,6 +26,15 @@ class Samples(NamedTuple):
     lengths: Tensor
     """int64 [B, k], at least 1: words, and `<end>`."""
 
+    def cpu(self) -> "Samples":
+        """On the host; waits for the device."""
+        return Samples(self.captions.cpu(), self.lengths.cpu())
+
+    def listed(self) -> list[list[list[int]]]:
+        """The words, and `<end>`, of each image's captions."""
+        pairs = zip(self.captions[..., 1:].tolist(), self.lengths.tolist(), strict=True)
+        return [[words[:length] for words, length in zip(*image, strict=True)] for image in pairs]
+
 
 @torch.no_grad()
 def draw_samples(model: Captioner, memory: Memory, keys: Tensor, max_length: int, greedy: bool) -> Samples:

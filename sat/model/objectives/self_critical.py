@@ -75,17 +75,17 @@ class SelfCritical(nn.Module):
         if not len(images):
             return self._nothing(TeacherForcing(self.model)(grid, captions, lengths, 0.0, regions))
         if keys is None:
-            keys = torch.randint(-(1 << 63), (1 << 63) - 1, lengths.shape).to(lengths.device)
+            keys = torch.randint(-(1 << 63), (1 << 63) - 1, lengths.shape)
         assert references is not None and not sampling_probability
         began, model, n = time.perf_counter(), self.model.captioner, self.options.samples
-        memory = self.model.encode(grid, images, regions)
-        numbers = torch.arange(n, device=keys.device) + (int(Site.SAMPLE) << 32)
-        drawn = derive(keys[images, :1], numbers)  # [B', n]
+        there = images.to(grid.device, non_blocking=True)
+        memory = self.model.encode(grid, there, regions)
+        numbers = torch.arange(n, device=grid.device) + (int(Site.SAMPLE) << 32)
+        drawn = derive(keys.to(grid.device)[there, :1], numbers)  # [B', n]
         greedy, longest = self.options.baseline == "greedy", self.options.max_length
-        samples = draw_samples(model, model.for_decoding(memory), drawn, longest, greedy)
-        listed = _listed(samples)
+        samples = draw_samples(model, model.for_decoding(memory), drawn, longest, greedy).cpu()
         sampled = time.perf_counter()
-        judged = self._judge(listed, [references[image] for image in images.tolist()])
+        judged = self._judge(samples.listed(), [references[image] for image in images.tolist()])
         rewarded = time.perf_counter()
         sums = self._sums(memory, Samples(samples.captions[:, :n], samples.lengths[:, :n]), drawn, judged)
         seconds = {"sampling_seconds": sampled - began, "reward_seconds": rewarded - sampled}
@@ -115,10 +115,10 @@ class SelfCritical(nn.Module):
 
     def _sums(self, memory: Memory, samples: Samples, keys: Tensor, judged: _Judged) -> LossSums:
         """The samples scored again, their words weighted by what they gain."""
-        model, packing = self.model.captioner, pack(*samples)
+        model, packing = self.model.captioner, pack(*samples, memory.grid.device)
         draws = Draws.of(keys, packing)
         rollout = roll_out(model, memory.pick(packing.images), draws, 0.0)
-        gains = (judged.rewards - judged.baselines).to(keys.device)
+        gains = (judged.rewards - judged.baselines).to(memory.grid.device)
         of_rows = gains[packing.images[packing.row_image], packing.row_caption]  # [N]
         factors = of_rows[packing.word_row].to(torch.promote_types(rollout.hidden.dtype, torch.float32))
         words = word_losses(model, rollout, draws, 0.0, factors)
@@ -126,11 +126,11 @@ class SelfCritical(nn.Module):
         counts = {
             "nll": words.nll.sum(),
             "penalty": zero.detach(),
-            "tokens": words.correct.new_tensor(len(packing.targets)),
-            "captions": words.correct.new_tensor(packing.rows[0]),
+            "tokens": words.correct.new_full((), len(packing.targets)),
+            "captions": words.correct.new_full((), packing.rows[0]),
             "correct": words.correct,
-            "reward": judged.rewards.sum().to(words.nll),
-            "baseline": judged.baselines.sum().to(words.nll),
+            "reward": words.nll.new_full((), float(judged.rewards.sum())),
+            "baseline": words.nll.new_full((), float(judged.baselines.sum())),
         }
         if rollout.alpha is not None:
             counts |= attention_counts(rollout.alpha.detach())
@@ -142,11 +142,5 @@ class SelfCritical(nn.Module):
         return sums._replace(counts=sums.counts | {name: _scalar(0.0, sums) for name in more})
 
 
-def _listed(samples: Samples) -> list[list[list[int]]]:
-    """The words, and `<end>`, of each image's captions; waits for the device."""
-    pairs = zip(samples.captions[..., 1:].tolist(), samples.lengths.tolist(), strict=True)
-    return [[words[:length] for words, length in zip(*image, strict=True)] for image in pairs]
-
-
 def _scalar(value: float, sums: LossSums) -> Tensor:
-    return sums.counts["nll"].new_tensor(value)
+    return sums.counts["nll"].new_full((), value)
