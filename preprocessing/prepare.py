@@ -25,13 +25,15 @@ from preprocessing.annotations.read import Records, explain, read_annotations
 from preprocessing.build_vocab import caption_statistics, captions_of, warn_of_sentences
 from preprocessing.console import run
 from preprocessing.extract_features import main as extract_features
+from preprocessing.lint import gather, lint
 from preprocessing.preparing.discover import Found, discover
 from preprocessing.preparing.settings import FEW, Prepared, configuration, held_out, min_count
 from preprocessing.shard_images import UNPACKED, plan_images, shard_stripe
 from preprocessing.sharding.finalize import finalize
 from sat import files
+from sat.doctor.rows import OK
 from sat.machine import available_cores
-from sat.shards.manifest import Manifest
+from sat.shards.manifest import Manifest, load_manifest
 from sat.text import SPECIALS, WORD_RULES, build_tokenizer, normalise
 
 MARK, CONFIG, TOKENIZER = "prepare.json", "config.yaml", "tokenizer.json"
@@ -152,6 +154,17 @@ def make_configuration(out: Path, records: Records, splits: list[str], words: st
     write_ours(out, CONFIG, text)
 
 
+def warn_of_leaks(out: Path) -> None:
+    """Say what the splits share that would flatter a model, once for each set of pictures: see `sat lint`."""
+    mark, digest = files.read_json(out / MARK), load_manifest(out / IMAGES).digest
+    if mark.get("linted") == digest:
+        return
+    for row in lint(gather([str(out)], [], None)):
+        if row.state != OK:
+            print(row.text())
+    files.write_json(out / MARK, mark | {"linted": digest})
+
+
 def say_next(out: Path, captioned: bool, splits: dict[str, int], picture: Path) -> None:
     """The commands to type now."""
     place = shlex.quote(str(out))
@@ -207,6 +220,7 @@ def main(
         splits = [name for name in ("train", "restval") if manifest.splits.get(name)]
         make_vocabulary(out, splits, words)
         make_configuration(out, records, splits, words)
+        warn_of_leaks(out)
     say_next(out, captioned, manifest.splits, records.root / records.images[-1].file_name)
 
 

@@ -22,6 +22,10 @@ from sat.stopping import START_AGAIN, StartAgain
 
 PROGRAMS = {
     "prepare": ("preprocessing.prepare", "pictures and captions of any layout, ready to train on"),
+    "lint": (
+        "preprocessing.lint",
+        "what the splits of data share that would flatter a model: pictures, captions, words",
+    ),
     "train": ("sat.train", "train the captioner of a configuration, or go on with it"),
     "evaluate": ("sat.evaluate", "score a trained model on a split"),
     "compare": ("sat.compare", "whether one run is better than another, and on which pictures"),
