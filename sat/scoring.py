@@ -5,12 +5,10 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 
-import torch
 from tqdm import tqdm
 
 from sat import files
 from sat.config import Config
-from sat.data.order import derive_key
 from sat.engine.processes import Interrupted
 from sat.evaluation.report import write_captions
 from sat.evaluation.split import Evaluation, evaluate
@@ -36,7 +34,6 @@ def score_and_keep_best(
     """
     run.processes.pulse.beat(f"the evaluation after step {progress.step}")
     model, split = learner.evaluated.eval(), config.data.eval_split
-    torch.manual_seed(derive_key(config.train.seed, progress.step, run.processes.rank) >> 1)  # may sample locations
     try:
         result = evaluate(
             [model], data.main, split, data.tokenizer, config.eval, data.reading, run.processes, run.stop_wanted

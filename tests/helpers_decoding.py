@@ -37,7 +37,7 @@ class State(NamedTuple):
 class Toy:
     """Logits are a random table looked up by (image, words so far); keeps the interface of the Captioner."""
 
-    training = False
+    training = draws_locations = False
 
     def __init__(self, vocab_size=7, seed=0, end_bias=0.0, scale=2.0, dtype=torch.float32):
         generator = torch.Generator().manual_seed(seed)

@@ -184,9 +184,9 @@ def test_hard_attention_decodes_by_expectation_sampling_or_argmax():
     contexts = {}
     for how in ("expectation", "sample", "argmax"):
         model = make_model(**PAPER | {"attention": "hard", "hard_inference": how}).eval()
-        memory = model.encode(make_batch()[0])
-        query = torch.randn(len(LENGTHS), 2, A).double() * 9
-        attended = attend_for_inference(model.attention, memory.grid, memory.projection, query, how)
+        memory = model.encode(make_batch()[0])._replace(keys=torch.arange(len(LENGTHS)))
+        query, numbers = torch.randn(len(LENGTHS), 2, A).double() * 9, torch.rand(len(LENGTHS), 2).double()
+        attended = attend_for_inference(model.attention, memory.grid, memory.projection, query, how, uniform=numbers)
         contexts[how] = attended.context
         logits, _, alpha = model.step(memory, model.init_state(memory), torch.ones(len(LENGTHS), 1, dtype=torch.int64))
         assert logits.shape == (len(LENGTHS), 1, V) and torch.allclose(alpha.sum(-1), torch.ones(()).double())

@@ -1,12 +1,14 @@
 """Decoding with the real model: the same rules as with the toy, its attention, ensembles, and the benchmark."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
 from sat.evaluation.decoding import decode
 from sat.evaluation.options import DecodeOptions
+from sat.model import captioner as captioner_module
 from sat.model.captioner import Captioner
 from sat.model.spec import PRESETS, CaptionerSpec, Sizes
 from sat.text import END
@@ -49,6 +51,37 @@ def test_the_captioners_captions_do_not_depend_on_the_batch(method):
         assert_same(found, alone)
         for mine, theirs in zip(found, alone):
             torch.testing.assert_close(mine.alphas, theirs.alphas)
+
+
+def test_where_hard_attention_samples_depends_on_the_seed_and_the_image_alone():
+    models = [captioner(kind="hard", seed=seed, hard_inference="sample") for seed in (0, 1)]
+    grid, ids = torch.randn(12, 4, 12), list("abcdefghijkl")
+    options = DecodeOptions(n_best=3, keep_attention=True)
+    together = decode(models, grid, options, ids)
+    torch.manual_seed(99)  # no generator is asked
+    for place in reversed(range(len(ids))):
+        (alone,) = decode(models, grid[place : place + 1], options, ids[place : place + 1])
+        assert_same(together[place], alone)
+    others = decode(models, grid, replace(options, seed=1), ids), decode(models, grid, options, ids[1:] + ids[:1])
+    for other in others:
+        assert sum(a[0].tokens != b[0].tokens for a, b in zip(together, other)) > 3
+    with pytest.raises(ValueError, match="image_ids must name the 12 images, got none"):
+        decode(models, grid, options)
+
+
+def test_hard_attention_draws_anew_for_each_image_word_beam_and_model(monkeypatch):
+    drawn, plain = [], captioner_module.attend_for_inference
+
+    def keeping(*arguments):
+        drawn.append(arguments[-1].flatten())
+        return plain(*arguments)
+
+    monkeypatch.setattr(captioner_module, "attend_for_inference", keeping)
+    models = [captioner(kind="hard", seed=seed, hard_inference="sample") for seed in (0, 1)]
+    decode(models, torch.randn(50, 4, 12), DecodeOptions(max_length=6), [str(number) for number in range(50)])
+    numbers = torch.cat(drawn)
+    assert len(numbers) > 1000 and len(numbers.unique()) == len(numbers)
+    assert numbers.mean().item() == pytest.approx(0.5, abs=4 * (1 / 12 / len(numbers)) ** 0.5)
 
 
 @pytest.mark.gpu

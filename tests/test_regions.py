@@ -111,7 +111,7 @@ def test_an_ensemble_sees_the_same_regions():
 def test_hard_attention_never_looks_at_padding(how):
     model = make_model(**PAPER, attention="hard", hard_inference=how).eval()
     grid, captions, lengths = make_batch()
-    found = decode(model, padded(grid), SEARCH, regions=REGIONS)
+    found = decode(model, padded(grid), SEARCH, [f"image {row}" for row in range(len(grid))], REGIONS)
     assert all(torch.isfinite(best.alphas).all() for (best,) in found)
     for _ in range(20):
         sums = TeacherForcing(model.train())(padded(grid), captions, lengths, 0.0, REGIONS)

@@ -164,9 +164,13 @@ def test_hard_attentions_baseline_follows_the_global_loss_on_every_rank(steps):
         assert (moving_average(other) / expected - 1).abs().max() > 1e-4  # none of these would have passed
 
 
+SAMPLING = ("model.attention=hard", "model.hard_inference=sample")
+"""The evaluation itself draws, by the images' names."""
+
+
 @pytest.fixture(scope="module")
 def trained(config):
-    launch(["-m", "sat.train", str(config), "tracking.mlflow_uri=none"], 2)
+    launch(["-m", "sat.train", str(config), "tracking.mlflow_uri=none", *SAMPLING], 2)
     return config.parent / "run"
 
 
@@ -184,7 +188,7 @@ def test_evaluation_counts_each_of_an_odd_number_of_images_once_on_any_ranks(tra
 def test_a_stopped_training_goes_on_exactly_where_it_was(config, trained):
     """Killed by a stop file at an arbitrary step; the same weights, bit by bit, as the undisturbed run."""
     other = config.parent / "resumed"
-    overrides = [f"train.run_dir={other}", "tracking.mlflow_uri=none", "train.log_every=1"]
+    overrides = [f"train.run_dir={other}", "tracking.mlflow_uri=none", "train.log_every=1", *SAMPLING]
     for stop_after in (1, 4):
         worker = ["tests/stop_after_worker.py", str(stop_after), str(config), *overrides]
         launch(worker, 2)

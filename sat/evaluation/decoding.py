@@ -20,6 +20,7 @@ from torch import Tensor
 
 from sat.evaluation.options import DecodeOptions
 from sat.model.captioner import Memory, State
+from sat.model.draws import derive
 from sat.text import END, PAD, START, UNK
 
 Rows = TypeVar("Rows", bound=NamedTuple)
@@ -33,6 +34,10 @@ class Decodable(Protocol):
     """What decoding needs of a model: a `Captioner`, or one with its encoder in front."""
 
     training: bool
+
+    @property
+    def draws_locations(self) -> bool:
+        """Whether a step looks where the keys of its `Memory` decide; they are to be others at each word."""
 
     def encode(self, grid: Tensor, order: Tensor | None = None, regions: Tensor | None = None) -> Memory:
         """What is computed once per image; of every tensor the first dimension is the image."""
@@ -103,8 +108,8 @@ def decode(
     vote by the mean of their probabilities (float32); alphas are averaged too. An image gets fewer captions only where
     fewer exist. `<pad>` and `<start>` are never chosen, blocked words keep their share of the probability: scores are
     true log-probabilities. Equal scores go to the lower slot, then the lower word id, so captions do not depend on
-    which images share a batch, except where the rounding of a matrix product decides (or hard attention draws its
-    locations). `image_ids`, one per image, is needed to sample.
+    which images share a batch, except where the rounding of a matrix product decides. `image_ids`, one per image, is
+    needed to sample words, and where hard attention samples its locations: with the seed it decides all draws.
 
     Raises ValueError for a model in training mode, an ensemble of different vocabularies or logits that are not finite.
     """
@@ -113,6 +118,10 @@ def decode(
     uniforms = _uniforms(options, image_ids, len(grid)).to(grid.device) if options.method == "sample" else None
     more = {} if regions is None else {"regions": regions}
     memories = [model.encode(grid, **more) for model in models]  # once per image, not per word
+    for number, model in enumerate(models):
+        if model.draws_locations:
+            keys = _location_keys(options.seed, number, _named(image_ids, len(grid)))
+            memories[number] = memories[number]._replace(keys=keys.to(grid.device))
     size = _images_per_chunk(memories, options.width)
     captions: list[list[Hypothesis]] = []
     for start in range(0, len(grid), size):
@@ -169,6 +178,8 @@ def _search(
             trace.chosen[step, beams.images[:, None], slots] = logp[rows, parents, tokens]
         beams = _advance(beams, step, parents, tokens, scores)
         states = [_index(state, (rows, parents)) for _, state, _ in outputs]
+        drawn = [model.draws_locations for model in models]
+        memories = [_for_the_next_word(each) if draws else each for each, draws in zip(memories, drawn, strict=True)]
 
         settled = _settled(beams, options) | (step == options.max_length - 1)
         if settled.any():
@@ -284,13 +295,34 @@ def _uniforms(options: DecodeOptions, image_ids: Sequence[str] | None, images: i
 
     No generator: its stream would tie a caption to the order of the images, and to the version of the library.
     """
+    names = [
+        f"{options.seed}/{sample}/{image_id}"
+        for image_id in _named(image_ids, images)
+        for sample in range(options.n_best)
+    ]
+    draws = b"".join(hashlib.shake_256(name.encode()).digest(8 * options.max_length) for name in names)
+    numbers = (np.frombuffer(draws, "<u8") >> 12) * 2.0**-52  # 52 bits: 1 cannot come out by rounding
+    return torch.from_numpy(numbers).view(images, options.n_best, options.max_length)
+
+
+def _location_keys(seed: int, model: int, image_ids: Sequence[str]) -> Tensor:
+    """int64 [B], of where a model of the ensemble looks at the first word: a hash of (seed, model, image id)."""
+    names = [f"look/{seed}/{model}/{image_id}" for image_id in image_ids]
+    draws = b"".join(hashlib.shake_256(name.encode()).digest(8) for name in names)
+    return torch.from_numpy(np.frombuffer(draws, "<i8").astype(np.int64))
+
+
+def _for_the_next_word(memory: Memory) -> Memory:
+    assert memory.keys is not None
+    return memory._replace(keys=derive(memory.keys, torch.zeros_like(memory.keys)))
+
+
+def _named(image_ids: Sequence[str] | None, images: int) -> Sequence[str]:
+    """`image_ids`. Raises ValueError unless they name the images."""
     if image_ids is None or len(image_ids) != images:
         count = "none" if image_ids is None else len(image_ids)
         raise ValueError(f"sampling is seeded by image: image_ids must name the {images} images, got {count}")
-    names = [f"{options.seed}/{sample}/{image_id}" for image_id in image_ids for sample in range(options.n_best)]
-    draws = b"".join(hashlib.shake_256(name.encode()).digest(8 * options.max_length) for name in names)
-    numbers = (np.frombuffer(draws, "<u8") >> 12) * 2.0**-52  # 52 bits: 1 cannot come out by rounding
-    return torch.from_numpy(numbers).view(len(image_ids), options.n_best, options.max_length)
+    return image_ids
 
 
 def _advance(beams: _Beams, step: int, parents: Tensor, tokens: Tensor, scores: Tensor) -> _Beams:

@@ -37,7 +37,7 @@ class DecodeOptions:
     top_p: float = setting(1.0, above=0, at_most=1)
     """`sample`: only the fewest words that together reach this probability; 1: all."""
     seed: int = setting(0, at_least=-math.inf)
-    """`sample`: with the image's id it fixes the captions, whatever the batch."""
+    """`sample`: with the image's id it fixes the captions, whatever the batch; so too where hard attention samples."""
     keep_attention: bool = setting(False)
     """Return the attention of every step."""
 

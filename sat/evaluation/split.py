@@ -77,9 +77,9 @@ def evaluate(
 ) -> Evaluation:
     """Decode and score `split` by a model or an ensemble. All ranks enter and all get the result.
 
-    The scores are the same for any number of ranks (but for hard attention that samples its locations). Raises
-    ValueError where the split is empty or the captions do not cover it exactly, and Interrupted on all ranks together,
-    after a batch or while rank 0 scores, once any rank's `interrupted()` says so.
+    The scores are the same for any number of ranks. Raises ValueError where the split is empty or the captions do not
+    cover it exactly, and Interrupted on all ranks together, after a batch or while rank 0 scores, once any rank's
+    `interrupted()` says so.
     """
     local = decode_split(models, manifest, split, tokenizer, options, reading, processes, interrupted)
     gathered = [pair for part in processes.gather(local) for pair in part]

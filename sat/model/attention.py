@@ -87,12 +87,20 @@ def attend_for_inference(
     query: Tensor,
     how: str,
     regions: Tensor | None = None,
+    uniform: Tensor | None = None,
 ) -> Attended:
-    """`expectation` is soft attention; hard attention may also `sample` one location or take the best, `argmax`."""
+    """`expectation` is soft attention; hard attention may also `sample` one location or take the best, `argmax`.
+
+    `uniform` float64 [B, k] in [0, 1) decides what is sampled.
+    """
     if how == "expectation":
         return attend_soft(attention, grid, projection, query, regions)
     alpha = attention.alpha(projection, query, regions)
-    draw = torch.multinomial(alpha.flatten(0, 1), 1).view(alpha.shape[:2]) if how == "sample" else alpha.argmax(2)
+    if how == "sample":
+        assert uniform is not None
+        draw = drawn_location(alpha, uniform)
+    else:
+        draw = alpha.argmax(2)
     return Attended(_one_hot(draw, alpha).to(grid.dtype) @ grid, alpha, draw)
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from sat.model.attention import Attended, Attention, attend_for_inference, beyond
-from sat.model.draws import Site, dropout
+from sat.model.draws import Site, derive, dropout, uniform
 from sat.model.initialise import initialise
 from sat.model.kernels.choose import choose_beam_kernels, choose_kernels
 from sat.model.spec import CaptionerSpec, Sizes
@@ -43,11 +43,12 @@ class Memory(NamedTuple):
     """[B, L, A] the same as the native kernels want it; A = 0 where they do not serve."""
     regions: Tensor | None = None
     """int64 [B] how many of the L locations are real, the others being zeros; None: all are."""
+    keys: Tensor | None = None
+    """int64 [B] of this word's draws, where hard attention samples its locations (`draws_locations`)."""
 
     def pick(self, images: Tensor) -> "Memory":
         """Of those images, int64 [B'] or bool [B]."""
-        regions = None if self.regions is None else self.regions[images]
-        return Memory(self.grid[images], self.projection[images], self.prepared[images], regions)
+        return Memory(*(None if part is None else part[images] for part in self))  # type: ignore[arg-type]  # as self
 
 
 class State(NamedTuple):
@@ -157,6 +158,11 @@ class Captioner(nn.Module):
         """Whether decoding looks at the expected context, not at one location."""
         return self.spec.attention == "soft" or self.spec.hard_inference == "expectation"
 
+    @property
+    def draws_locations(self) -> bool:
+        """Whether decoding looks at locations that are drawn: `Memory.keys` decide where, other ones at each word."""
+        return self.spec.attention == "hard" and self.spec.hard_inference == "sample"
+
     def init_state(self, memory: Memory, keys: Callable[[Site], Tensor] | None = None) -> State:
         """LSTM state before the first word, h and c: [B, 1, H]. Show and Tell reads the image as a first word.
 
@@ -202,8 +208,12 @@ class Captioner(nn.Module):
         if self.expects and memory.prepared.numel() and not torch.is_grad_enabled():
             kernels = choose_beam_kernels(self.kernels, memory.grid)
         if kernels is None:
-            how = "expectation" if self.expects else self.spec.hard_inference
-            return attend_for_inference(attention, memory.grid, memory.projection, query, how, memory.regions)
+            how, numbers = "expectation" if self.expects else self.spec.hard_inference, None
+            if self.draws_locations:
+                if memory.keys is None:
+                    raise ValueError("hard attention that samples its locations needs the keys of the images' memory")
+                numbers = uniform(derive(memory.keys[:, None], torch.arange(query.shape[1], device=query.device)))
+            return attend_for_inference(attention, memory.grid, memory.projection, query, how, memory.regions, numbers)
         score = attention.score.weight[0].to(query.dtype)
         seen = kernels.attend_beams(memory.grid, memory.prepared, query, score, attention.tanh, memory.regions)
         return Attended(*seen, None)

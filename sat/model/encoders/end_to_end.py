@@ -34,6 +34,10 @@ class EndToEnd(nn.Module):
         seen, place = order.unique(return_inverse=True)  # in the batch's own order, so that sums over it stay the same
         return self.captioner.encode(self.grid(images[seen]), place)
 
+    @property
+    def draws_locations(self) -> bool:
+        return self.captioner.draws_locations
+
     def init_state(self, memory: Memory) -> State:
         return self.captioner.init_state(memory)
 

@@ -145,13 +145,13 @@ def _attend_rows(
     slots, B = packing.slots(t), packing.images_running[t]
     grid, projection, queries = memory.grid[:B], memory.projection[:B], slots.spread(query)
     regions = None if memory.regions is None else memory.regions[:B]
-    if locations and model.training:
+    numbers = slots.spread(locations.uniform[packing.steps[t]]) if locations else None
+    if locations and numbers is not None and model.training:
         exact = slots.spread(locations.exact[: len(query)])
-        numbers = slots.spread(locations.uniform[packing.steps[t]])
         attended = attend_hard(attention, grid, projection, queries, exact, numbers, regions)
     else:
         how = "expectation" if model.expects else model.spec.hard_inference
-        attended = attend_for_inference(attention, grid, projection, queries, how, regions)
+        attended = attend_for_inference(attention, grid, projection, queries, how, regions, numbers)
     context, alpha, chosen = attended
     return Attended(slots.collect(context), slots.collect(alpha), None if chosen is None else slots.collect(chosen))
 
