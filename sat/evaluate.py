@@ -1,7 +1,7 @@
 """Score a trained model, or an ensemble, on a split: `sat evaluate RUN`."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated
@@ -12,8 +12,10 @@ from sat import files
 from sat.cli import run_program
 from sat.config import Config
 from sat.data.loader import read_references
-from sat.engine.processes import Processes
+from sat.engine import losses
+from sat.engine.processes import Interrupted, Processes
 from sat.engine.start import start
+from sat.engine.watchdog import watched
 from sat.evaluation.attention_file import write_attention
 from sat.evaluation.baselines import AGAINST_REST, REFERENCE, baselines, leave_one_out
 from sat.evaluation.metrics import Scores, score
@@ -39,6 +41,7 @@ from sat.export import TrainedModel, best_folder, load_model
 from sat.machine import speed_up
 from sat.run_folder import CONFIG_FILE, attach
 from sat.shards.manifest import Manifest, load_manifest
+from sat.stopping import StartAgain, follow_launcher, listen
 from sat.training_data import reading_options
 
 PRECISIONS = ("fp32", "bf16", "fp16")
@@ -95,8 +98,9 @@ def main(
 
     Writes RUN/evaluation-SPLIT.json (scores), RUN/captions-SPLIT.json (COCO's results format), RUN/scores-SPLIT.parquet
     (of each image) and each baseline's captions. Under a launcher the images are shared by all ranks; in fp32 the
-    scores do not depend on how many there are (but for hard attention that samples its locations).
+    scores do not depend on how many there are. Asked to stop, it ends at once.
     """
+    follow_launcher()
     drawn = (temperature, top_k, top_p, seed)
     asked = Asked(method, beam_size, max_length, length_penalty, n_best, block_unk, block_ngram, *drawn)
     if precision not in PRECISIONS:
@@ -109,24 +113,31 @@ def main(
 
 
 def score_and_report(job: Job) -> None:
-    """Decode and score on all ranks of this launch; rank 0 writes and prints."""
+    """Decode and score on all ranks of this launch; rank 0 writes and prints. Raises StartAgain if asked to stop."""
     for model in job.trained:
         model.refuse_unfit(job.manifest)
-    processes = start(job.precision).processes
-    result = decode_and_score(job, processes)
-    processes.run_on_main(lambda: report(job, result))
+    timeout = job.config.train.timeout
+    with losses.named():
+        processes = start(job.precision, timeout).processes
+    stop = listen().is_there
+    with losses.named(processes), watched(processes, timeout, lambda _: None):
+        try:
+            result = decode_and_score(job, processes, stop)
+            processes.run_beside_on_main(lambda: report(job, result), stop)
+        except Interrupted:
+            raise StartAgain(f"stopped before {job.run} had its scores of {job.split}: start it again") from None
     processes.leave()
 
 
-def decode_and_score(job: Job, processes: Processes) -> Evaluation:
-    """The split, captioned and scored. All ranks enter."""
+def decode_and_score(job: Job, processes: Processes, stop: Callable[[], bool]) -> Evaluation:
+    """The split, captioned and scored. All ranks enter. Raises Interrupted once any rank is to `stop`."""
     kernels = speed_up(job.config.train.kernels, processes.device)
     if processes.is_main:
         print(kernels, flush=True)
     models = [each.model.to(processes.device) for each in job.trained]
     first = job.trained[0]
     reading = reading_options(job.config, first.features)
-    return evaluate(models, job.manifest, job.split, first.tokenizer, job.search, reading, processes)
+    return evaluate(models, job.manifest, job.split, first.tokenizer, job.search, reading, processes, stop)
 
 
 def report(job: Job, result: Evaluation) -> None:

@@ -320,7 +320,7 @@ def main(
             print(said)
         return
     with losses.named():
-        engine = start(config.train.precision)
+        engine = start(config.train.precision, config.train.timeout)
     wish = listen()
     if len(found := set(engine.processes.gather(config.train.precision))) > 1:
         raise ValueError(

@@ -53,9 +53,9 @@ class Ranks:
         print(json.dumps(order), file=self.server.stdin, flush=True)
         return json.loads(self.server.stdout.readline())
 
-    def start(self, arguments: list[str], log: Path, *how: str) -> None:
+    def start(self, arguments: list[str], log: Path, *how: str, program: str = "train") -> None:
         self.log = log
-        self.pids = self._ask({"start": arguments, "log": str(log), "how": how})
+        self.pids = self._ask({"start": arguments, "log": str(log), "how": how, "program": program})
 
     def wait(self, seconds: float = GRACE_S) -> tuple[list[int | None], list[int]]:
         """Exit codes of launcher and ranks, and what had to be killed, once nothing is left."""

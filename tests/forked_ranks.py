@@ -3,7 +3,8 @@
     python -m tests.forked_ranks
 
 Each line on standard input is a JSON object. {"start": [ARGUMENTS], "log": FILE, "how": NAME} forks a launcher and the
-ranks of `python -m sat.train ARGUMENTS`; the answer is {"launcher": PID, "ranks": [PID, PID]}. {"wait": SECONDS} waits
+ranks of `python -m sat.train ARGUMENTS`; the answer is {"launcher": PID, "ranks": [PID, PID]}, and
+"program" names another one of PROGRAMS. {"wait": SECONDS} waits
 until nothing that was started is left; the answer is {"codes": {PID: EXIT_CODE}, "orphans": [PID]}, those that were
 killed. This process adopts what loses its parent, so nothing escapes it.
 """
@@ -17,12 +18,15 @@ import sys
 import time
 from pathlib import Path
 
-from sat import scoring, train
+from sat import evaluate, scoring, train
 from sat.cli import run_program
+from sat.doctor import examine, steps
+from sat.engine import start as start_of_group
 from sat.evaluation import split
 
 RANKS = 2
 PR_SET_CHILD_SUBREAPER = 36
+PROGRAMS = {"train": train.main, "evaluate": evaluate.main, "doctor": examine.main}
 
 
 def slow_evaluation() -> None:
@@ -56,16 +60,53 @@ def slow_steps() -> None:
     train.take_step = slowly
 
 
-HOW = {"slow_evaluation": slow_evaluation, "failing_export": failing_export, "slow_steps": slow_steps}
+def absent() -> None:
+    """The last rank does not come."""
+    plain = start_of_group.meet
+
+    def comes_not(timeout):
+        if os.environ["RANK"] == "1":
+            time.sleep(600)
+        return plain(timeout)
+
+    start_of_group.meet = comes_not
 
 
-def rank(number: int, port: int, arguments: list[str]) -> None:
+def slow_baselines() -> None:
+    """To score the baselines takes for ever."""
+
+    def slowly(*_):
+        print("scores the baselines", flush=True)
+        time.sleep(600)
+
+    evaluate.score_baselines = slowly
+
+
+def stopped_in_a_step() -> None:
+    """The last rank of the doctor's stands still in the third step; no Java."""
+    plain = steps.take_step
+
+    def stops(config, learner, batches, step, *rest):
+        if step == 2 and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return plain(config, learner, batches, step, *rest)
+
+    steps.take_step, examine.check_metrics = stops, lambda _: ()
+
+
+HOW = {
+    each.__name__: each
+    for each in (slow_evaluation, failing_export, slow_steps, absent, slow_baselines, stopped_in_a_step)
+}
+
+
+def rank(number: int, port: int, program: str, arguments: list[str]) -> None:
     os.environ.update(RANK=str(number), LOCAL_RANK=str(number), WORLD_SIZE=str(RANKS), LOCAL_WORLD_SIZE=str(RANKS))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GROUP_RANK="0")
-    run_program(train.main, arguments, "sat train")
+    run_program(PROGRAMS[program], arguments, f"sat {program}")
 
 
-def launcher(arguments: list[str], log: str, how: list[str], reply: int) -> None:
+def launcher(program: str, arguments: list[str], log: str, how: list[str], reply: int) -> None:
     """As torch's: the first rank that fails ends the others."""
     os.setsid()
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -82,7 +123,7 @@ def launcher(arguments: list[str], log: str, how: list[str], reply: int) -> None
     ranks = []
     for number in range(RANKS):
         if (pid := os.fork()) == 0:
-            rank(number, port, arguments)
+            rank(number, port, program, arguments)
             os._exit(0)
         ranks.append(pid)
     os.write(reply, json.dumps({"launcher": os.getpid(), "ranks": ranks}).encode() + b"\n")
@@ -104,7 +145,7 @@ def start(order: dict) -> dict:
     here, there = os.pipe()
     if os.fork() == 0:
         try:
-            launcher(order["start"], order["log"], order["how"], there)
+            launcher(order.get("program", "train"), order["start"], order["log"], order["how"], there)
         finally:
             os._exit(99)
     os.close(there)

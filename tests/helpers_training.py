@@ -34,7 +34,7 @@ SMALL = [
 def engine_alone() -> Iterator[Engine]:
     """That of the only process; the signal handlers that runs set are taken back."""
     handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-    yield start("fp32")
+    yield start("fp32", 60)
     for number, handler in handlers.items():
         signal.signal(number, handler)
 

@@ -35,10 +35,10 @@ def take_step(config, learner, batches, step, run, meter):
 def main(config: Path, other: Path, out: Path) -> None:
     examine.check_metrics = lambda names: []
     steps.seconds_to_score = lambda images, names: 0.0
-    engine, found = examine.form_group("fp32")
+    engine, found = examine.form_group("fp32", 60)
     for name, settings in {"no_data": [f"data.features={out}/none"], "fails": [f"data.features={other}"]}.items():
         given = load_config(config, settings if last else [])
-        found += examine.examine(given, engine, True, 0.0)
+        found += examine.examine(given, engine, True, 0.0, print)
         if engine.processes.is_main:
             (out / f"{name}.json").write_text(json.dumps([asdict(row) for row in found]))
         steps.take_step = take_step

@@ -60,7 +60,7 @@ def test_accelerate_reads_every_key(path):
 )
 def test_ranks_that_would_train_apart_are_refused_with_the_right_command(tmp_path, launcher, variables):
     program = tmp_path / "program.py"
-    program.write_text("from sat.engine.start import start\nstart('fp32')\n")
+    program.write_text("from sat.engine.start import start\nstart('fp32', 60)\n")
     environment = os.environ | {"PYTHONPATH": str(ROOT)} | variables
     command = [sys.executable, *launcher, str(program)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)

@@ -78,9 +78,9 @@ def test_gpus_that_do_not_work_are_not_replaced_by_the_processor_in_silence(monk
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(ValueError, match="has GPUs .* but PyTorch cannot use them"):
-        start.start()
+        start.start("fp32", 60)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
-    assert start.start().processes.device.type == "cpu"
+    assert start.start("fp32", 60).processes.device.type == "cpu"
 
 
 # ------------------------------------------------------------------ two hosts and a cable

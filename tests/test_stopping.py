@@ -40,6 +40,10 @@ class Run:
         self.log.write_text("")
         self.ranks.start(arguments_of(self.settings, self.folder, *more), self.log, *how)
 
+    def call(self, program: str, *arguments: str, how: str) -> None:
+        self.log.write_text("")
+        self.ranks.start([*arguments], self.log, how, program=program)
+
     def until(self, words: str, seconds: float = GRACE_S) -> None:
         """Wait until the log has these words."""
         end = time.monotonic() + seconds
@@ -108,6 +112,14 @@ def test_a_run_goes_on_through_every_way_to_stop_as_if_nothing_had_been(tmp_path
     assert run.ended() == [0, 0, 0] and run.status()["state"] == "finished", run.said()
     assert result_of(run.folder) == result_of(undisturbed.folder)
 
+    run.call("evaluate", str(run.folder), "--split", "val", "--baselines", how="slow_baselines")
+    run.until("scores the baselines")  # on rank 0, while the other one waits
+    began = time.monotonic()
+    os.kill(ranks.pids["ranks"][1], signal.SIGINT)
+    assert run.ended() == [START_AGAIN] * 3 and time.monotonic() - began < 30, run.said()
+    assert "error: stopped before" in run.said() and "Traceback" not in run.said()
+    assert not (run.folder / "evaluation-val.json").exists()
+
 
 def test_a_lost_process_ends_all_in_a_sentence_and_the_run_goes_on(tmp_path, ranks):
     run = Run(tmp_path, ranks)
@@ -142,6 +154,28 @@ def test_a_lost_process_ends_all_in_a_sentence_and_the_run_goes_on(tmp_path, ran
 
     run.begin("train.epochs=1")
     assert run.ended() == [0, 0, 0] and run.status()["state"] == "finished", run.said()
+
+
+def test_a_rank_that_never_comes_ends_the_others_in_time_and_is_named(tmp_path, ranks):
+    run, began = Run(tmp_path, ranks), time.monotonic()
+    run.begin("train.timeout=3", how=("absent",))
+    assert run.ended() == [START_AGAIN, START_AGAIN, -signal.SIGTERM], run.said()
+    assert "error: 1 of 2 ranks have come within 3 s (train.timeout), not rank 1; see what its" in run.said()
+    assert time.monotonic() - began < 30 and not run.folder.exists()
+
+
+def test_the_doctor_finds_a_rank_that_hangs_and_keeps_its_table(tmp_path, ranks):
+    run, table = Run(tmp_path, ranks), tmp_path / "doctor.json"
+    arguments = arguments_of(run.settings, run.folder, "train.timeout=10", "--json", str(table))
+    run.call("doctor", *arguments, how="stopped_in_a_step")
+    assert run.ended()[1:] == [1, -signal.SIGKILL], run.said()
+    assert "most recent call first" in run.said()
+    document = json.loads(table.read_text())
+    last, states = document["rows"][-1], [row["state"] for row in document["rows"]]
+    assert (document["verdict"], last["check"], states.count("failed")) == ("failed", "steps", 1)
+    assert re.search(r"rank 1 on \S+ gives no sign of life", last["found"])
+    assert re.search(r"see what holds rank 1 up on \S+ .*kill -CONT.*--exclude=", last["mend"])
+    assert last["mend"][:30] in run.said() and "1 failed, " in run.said().splitlines()[-1]
 
 
 def test_random_kills_change_nothing(tmp_path, ranks):

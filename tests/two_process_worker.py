@@ -130,7 +130,8 @@ def flat(module: torch.nn.Module) -> torch.Tensor:
 
 def main() -> None:
     path, steps, out, *rest = sys.argv[1:]
-    engine = start(load_config(path).train.precision)
+    config = load_config(path)
+    engine = start(config.train.precision, config.train.timeout)
     variants = [list(group) for is_cut, group in itertools.groupby(rest, lambda word: word == "--") if not is_cut]
     found = [take_steps(engine, path, int(steps), settings) for settings in variants or [[]]]
     if engine.processes.is_main:

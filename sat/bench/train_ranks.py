@@ -155,7 +155,7 @@ class Ranks:
 
 def measure(config: Config, steps: int, rounds: int) -> None:
     """Write down of each round the mean over the ranks. All ranks enter."""
-    engine = start(config.train.precision)
+    engine = start(config.train.precision, config.train.timeout)
     speed_up(config.train.kernels, engine.processes.device)
     clock = Clock(engine.processes.device)
     processes = TimedProcesses(**vars(engine.processes), clock=clock)

@@ -1,6 +1,5 @@
 """Whether the processes find one another, are alike, and how fast they exchange."""
 
-import os
 import socket
 import time
 from collections import Counter
@@ -19,11 +18,11 @@ LEAST_BYTES = 16_000_000
 """Of an exchange that says something of the bandwidth."""
 
 
-def form_group(precision: str) -> tuple[Engine | None, list[Row]]:
+def form_group(precision: str, timeout: float) -> tuple[Engine | None, list[Row]]:
     """The engine of a training, and the row that says whether its process group formed. All ranks enter."""
     began = time.perf_counter()
     try:
-        engine = start(precision)
+        engine = start(precision, timeout)
     except Exception as error:  # whatever it is, a training would end in it
         return None, [refused("process group", error)]
     processes, seconds = engine.processes, time.perf_counter() - began
@@ -101,8 +100,3 @@ def check_exchange(processes: Processes, gradient_bytes: int) -> Iterator[Row]:
         yield failed("exchange", f"{said}, and the sums are wrong", "take the machine or the network out of service")
     else:
         yield ok("exchange", said, **figures)
-
-
-def announced_ranks() -> int:
-    """How many processes the launcher has started, known before the group forms."""
-    return int(os.environ.get("WORLD_SIZE", "1"))

@@ -7,6 +7,7 @@ and SIGUSR1 reach every rank; nobody is killed for taking its time to save. Rank
 
 import logging
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -16,7 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from sat.stopping import LAUNCHER, START_AGAIN, heard
+from sat.stopping import LAUNCHER, START_AGAIN, StartAgain, heard
+
+MACHINES_COME_WITHIN_S = 600
+"""Launchers of several machines wait so long for one another; the ranks then wait for train.timeout."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +49,9 @@ def launch(
     `processes`: how many over all machines, and `machines`: which, instead of what the configuration says. Waits for
     them. A rank that was killed is said here, as it cannot say so itself: 75 is then the status, as the same command
     goes on; 128 + its signal where it crashed. Raises ValueError where the configuration is for GPUs and this machine
-    has too few.
+    has too few, and StartAgain where another machine does not come.
     """
+    import torch.distributed as dist
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
@@ -58,6 +63,7 @@ def launch(
     given = launch_command_parser().parse_args(options)
     _refuse_missing_gpus(config, given.num_processes, given.num_machines)
     given.signals_to_handle = "SIGUSR2"  # torch's handler would end the ranks: all others are ours
+    given.rdzv_conf = given.rdzv_conf or f"timeout={MACHINES_COME_WITHIN_S}"
     os.environ[LAUNCHER] = str(os.getpid())
     for each in heard():
         signal.signal(each, _pass_on)
@@ -67,7 +73,23 @@ def launch(
         return _status({f"rank {rank}": failure.exitcode for rank, failure in error.failures.items()})
     except subprocess.CalledProcessError as error:
         return _status({"the process": error.returncode})
+    except dist.DistError as error:
+        raise StartAgain(_machines_apart(error, given.main_process_ip, given.main_process_port)) from error
     return 0
+
+
+def _machines_apart(error: Exception, host: str | None, port: int | None) -> str:
+    """What to say where the launchers have not found one another."""
+    me, where = socket.gethostname(), f"{host or '127.0.0.1'}:{port or 29500}"
+    if joined := re.search(r"(\d+)/(\d+) clients joined", str(error)):
+        return (
+            f"{joined[1]} of {joined[2]} machines have come to {me}, {where}, within {MACHINES_COME_WITHIN_S:g} s: "
+            "start the same command on the others, each with its own --machine"
+        )
+    return (
+        f"{me} and the launcher of machine 0 at {where} have not found or have lost one another "
+        f"({str(error).partition(chr(10))[0][:200]}); see what machine 0 says, then start it again"
+    )
 
 
 def _refuse_missing_gpus(config: Path, processes: int | None, machines: int | None) -> None:

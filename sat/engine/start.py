@@ -10,28 +10,22 @@ import torch.distributed as dist
 
 from sat.engine.ddp import Ddp
 from sat.engine.engine import Engine
-from sat.engine.launched import (
-    RIGHT,
-    announced,
-    refuse_a_lonely_process,
-    refuse_what_shapes_the_result,
-    zero_settings,
-)
+from sat.engine.launched import refuse_a_lonely_process, refuse_what_shapes_the_result, zero_settings
+from sat.engine.meeting import meet
 from sat.engine.network import choose_interface
 from sat.engine.processes import Processes
 from sat.engine.zero import Zero
 
-COLLECTIVE_TIMEOUT = timedelta(minutes=30)
-"""A rank that hears nothing for so long gives up; scoring on rank 0 must fit in it."""
 _DRIVER = Path("/proc/driver/nvidia/gpus")
 _AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def start(precision: str = "fp32") -> Engine:
+def start(precision: str, timeout: float) -> Engine:
     """Join the process group that the launcher set up (or run alone) at `precision` fp32|bf16|fp16.
 
-    Raises ValueError for what cannot be computed here, and when the group that forms is not the one the launcher
-    announced: two trainings that both think they are rank 0 would overwrite each other.
+    A rank waits `timeout` seconds for the others, here and in every exchange afterwards. Raises ValueError for what
+    cannot be computed here, and where the launcher's variables do not make one group: two trainings that both think
+    they are rank 0 would overwrite each other. Raises StartAgain where a rank does not come.
     """
     on_cpu = not torch.cuda.is_available()
     if precision == "fp16" and on_cpu:
@@ -41,24 +35,19 @@ def start(precision: str = "fp32") -> Engine:
     _refuse_broken_gpus(on_cpu)
     choose_interface()
     zero = zero_settings()
-    device = _join(zero is not None, on_cpu)
+    device = _join(zero is not None, on_cpu, timedelta(seconds=timeout))
     world_size = dist.get_world_size() if dist.is_initialized() else 1
-    if announced() != world_size:
-        raise ValueError(
-            f"the launcher announced WORLD_SIZE={announced()}, the process group has {world_size} ranks: they would "
-            f"train apart and overwrite each other; start with {RIGHT}"
-        )
     processes = Processes(
         rank=dist.get_rank() if world_size > 1 else 0,
         world_size=world_size,
         device=device,
         autocast_type=_AUTOCAST[precision],
-        host_group=dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT) if world_size > 1 else None,
+        host_group=dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout)) if world_size > 1 else None,
     )
     return Zero(processes, zero) if zero else Ddp(processes)
 
 
-def _join(with_deepspeed: bool, on_cpu: bool) -> torch.device:
+def _join(with_deepspeed: bool, on_cpu: bool, timeout: timedelta) -> torch.device:
     """This rank's device, after the group has formed; a process alone forms none."""
     if with_deepspeed and "LOCAL_RANK" not in os.environ:
         raise ValueError("DeepSpeed needs a launcher: `sat train --launch launch/deepspeed_zero2.yaml CONFIG`")
@@ -70,14 +59,16 @@ def _join(with_deepspeed: bool, on_cpu: bool) -> torch.device:
             )
         torch.cuda.set_device(local)
     backend = "gloo" if on_cpu else "nccl"
+    if "LOCAL_RANK" in os.environ:
+        store, rank, world = meet(timeout.total_seconds())
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
     if with_deepspeed:
-        _join_deepspeed(backend, on_cpu)
-    elif "LOCAL_RANK" in os.environ:
-        dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
+        _join_deepspeed(backend, on_cpu, timeout)
     return torch.device("cpu") if on_cpu else torch.device("cuda", local)
 
 
-def _join_deepspeed(backend: str, on_cpu: bool) -> None:
+def _join_deepspeed(backend: str, on_cpu: bool, timeout: timedelta) -> None:
+    """Over the group that there is."""
     os.environ["DS_ACCELERATOR"] = "cpu" if on_cpu else "cuda"  # read at DeepSpeed's first import
     import deepspeed
     import deepspeed.ops
@@ -85,7 +76,7 @@ def _join_deepspeed(backend: str, on_cpu: bool) -> None:
     if on_cpu:
         # Its shared-memory all-reduce wants a compiler and a minute, and aborts some processes at exit; gloo serves.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(backend, auto_mpi_discovery=False, timeout=COLLECTIVE_TIMEOUT)
+    deepspeed.init_distributed(backend, auto_mpi_discovery=False, timeout=timeout)
 
 
 def _refuse_broken_gpus(on_cpu: bool) -> None:

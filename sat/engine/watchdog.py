@@ -33,12 +33,14 @@ STUCK_FOR_GOOD_S = 60.0
 
 
 @contextlib.contextmanager
-def watched(processes: Processes, timeout: float, last_words: Callable[[str], None]) -> Iterator[None]:
-    """Inside, a pulse that stands still for nearly `timeout` seconds ends this process with exit status 75.
+def watched(
+    processes: Processes, timeout: float, last_words: Callable[[str], None], status: int = START_AGAIN
+) -> Iterator[None]:
+    """Inside, a pulse that stands still for nearly `timeout` seconds ends this process with an exit status.
 
     It says who is waited for, shows the stacks of all threads, and gives the sentence to `last_words`.
     """
-    watch = _Watch(processes, timeout, last_words)
+    watch = _Watch(processes, timeout, last_words, status)
     thread = threading.Thread(target=watch.look, name="watchdog", daemon=True)
     talking = threading.Thread(target=watch.talk, name="watchdog's word", daemon=True)
     processes.pulse.beat()
@@ -60,6 +62,7 @@ class _Watch:
     processes: Processes
     timeout: float
     last_words: Callable[[str], None]
+    status: int
     ended: threading.Event = field(default_factory=threading.Event)
     store: Any = None
     """A connection of our own to the launcher's; known to the thread that talks."""
@@ -133,7 +136,7 @@ class _Watch:
             if host == socket.gethostname() and _is_stopped(pid):
                 with contextlib.suppress(OSError):
                     os.kill(pid, signal.SIGKILL)
-        os._exit(START_AGAIN)
+        os._exit(self.status)
 
 
 def _is_stopped(pid: int) -> bool:

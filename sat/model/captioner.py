@@ -137,11 +137,10 @@ class Captioner(nn.Module):
 
     def for_decoding(self, memory: Memory) -> Memory:
         """`memory` without its gradient, as `step` likes it best."""
-        grid, projection, prepared, regions = memory
-        grid, projection = grid.detach(), projection.detach()
+        grid, projection, prepared = memory.grid.detach(), memory.projection.detach(), memory.prepared
         if self.attention and self.expects and (kernels := choose_beam_kernels(self.kernels, grid)):
             prepared = kernels.prepare(projection, self.attention.tanh)
-        return Memory(grid, projection, prepared, regions)
+        return memory._replace(grid=grid, projection=projection, prepared=prepared)
 
     def _refuse(self, grid: Tensor, regions: Tensor | None) -> None:
         L, D = self.sizes.grid_size, self.sizes.feature_dim

@@ -1,0 +1,90 @@
+"""The ranks of a launch find one another before their group forms, or say in time who has not come.
+
+The surprise: each rank writes its name into the launcher's store first. A process group that lacks a rank waits for
+its whole time-out and then names nobody.
+"""
+
+import os
+import socket
+import time
+from datetime import timedelta
+
+import torch.distributed as dist
+from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]  # public
+
+from sat.stopping import StartAgain
+
+_LOOK_EVERY_S = 0.5
+"""At most; ranks that come together look sooner."""
+_NAMED = 8
+"""So many missing ranks are named."""
+
+
+def meet(timeout: float) -> tuple[Store, int, int]:
+    """The store of this launch, this rank and the number of ranks, once all of them have come.
+
+    By RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT. Raises StartAgain where some have not come within `timeout`
+    seconds, and ValueError where two processes take themselves for the same rank.
+    """
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    until = time.monotonic() + timeout
+    store = _store(rank, timeout)
+    try:
+        if store.add(f"came/{rank}", 1) > 1:
+            raise ValueError(
+                f"two processes take themselves for rank {rank} of {world}: the variable RANK must be another one for "
+                "each; let a launcher set it"
+            )
+        came, wait = store.add("came", 1), 0.01
+        while came < world:
+            if time.monotonic() > until:
+                raise StartAgain(_who_lacks(store, world, timeout))
+            time.sleep(wait)
+            came, wait = store.add("came", 0), min(2 * wait, _LOOK_EVERY_S)
+    except dist.DistError as error:
+        raise StartAgain(
+            f"rank {rank} on {socket.gethostname()} has lost the process that all ranks meet at, {_address()}, before "
+            "all had come; start it again"
+        ) from error
+    return store, rank, world
+
+
+def _store(rank: int, timeout: float) -> Store:
+    """That of torch's launcher, where one has started us, else rank 0 serves it."""
+    serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    life = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # the launcher's store outlives its ranks
+    try:
+        served = TCPStore(
+            host,
+            port,
+            is_master=serves,
+            timeout=timedelta(seconds=timeout),
+            wait_for_workers=False,
+            multi_tenant=True,
+        )
+    except dist.DistError as error:
+        me = f"rank {rank} on {socket.gethostname()}"
+        if serves:
+            raise ValueError(
+                f"{me} cannot serve at {_address()}, where the ranks are to meet: another launch is there, or another "
+                "process that takes itself for rank 0; give another MASTER_PORT, or let a launcher set the variables"
+            ) from error
+        raise StartAgain(
+            f"{me} has found nobody at {_address()}, where the ranks meet, within {timeout:g} s (train.timeout); see "
+            "what the machine of rank 0 says, then start it again"
+        ) from error
+    return PrefixStore(f"sat/life-{life}", served)
+
+
+def _who_lacks(store: Store, world: int, timeout: float) -> str:
+    missing = [rank for rank in range(world) if not store.check([f"came/{rank}"])]
+    names = ", ".join(map(str, missing[:_NAMED])) + ", ..." * (len(missing) > _NAMED)
+    return (
+        f"{world - len(missing)} of {world} ranks have come within {timeout:g} s (train.timeout), not rank {names}; "
+        "see what its machine says, then start it again"
+    )
+
+
+def _address() -> str:
+    return f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
