@@ -45,7 +45,7 @@ def speed_up(kernels: str, device: object) -> str:
     from sat.model.kernels.choose import choose_kernels
 
     if torch.device(str(device)).type != "cpu":
-        return f"soft attention in PyTorch kernels on {torch.cuda.get_device_name(str(device))}"
+        return _on_gpu(kernels)
     _keep_freed_memory()
     if kernels == "torch":
         loop = "PyTorch kernels (train.kernels=torch)"
@@ -54,6 +54,17 @@ def speed_up(kernels: str, device: object) -> str:
     else:
         loop = f"PyTorch kernels ({native.library()[1]})"
     return f"soft attention in {loop}; fp32 products by {_route_fp32_products()}"
+
+
+def _on_gpu(kernels: str) -> str:
+    import torch
+
+    from sat.model.kernels import triton_kernels
+
+    index = torch.cuda.current_device()
+    reason = triton_kernels.usable(index) if kernels == "auto" else f"train.kernels={kernels}"
+    loop = f"PyTorch kernels ({reason})" if reason else "Triton kernels"
+    return f"soft attention in {loop} on {torch.cuda.get_device_name(index)}"
 
 
 def _keep_freed_memory() -> None:

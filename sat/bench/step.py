@@ -40,6 +40,7 @@ def run(
     rounds: Annotated[int, typer.Option(help="Turns of both contenders, each on other batches; medians count.")] = 3,
     images: Annotated[int, typer.Option(help="Images of a step, five captions each.")] = 32,
     steps: Annotated[int, typer.Option(help="Our steps of a turn; 0: one on a CPU, ten on a GPU.")] = 0,
+    kernels: Annotated[str, typer.Option(help="auto, or torch: without those written for this machine.")] = "auto",
     phases: Annotated[bool, typer.Option(help="Print what each phase of a step costs at least.")] = False,
 ) -> list[dict[str, object]]:
     """Measure both in turn, on a GPU where there is one; one row per precision and grid."""
@@ -47,29 +48,31 @@ def run(
     for names, known in zip(chosen, (list(GRIDS), list(PRECISIONS)), strict=True):
         if unknown := set(names) - set(known):
             raise ValueError(f"{', '.join(sorted(unknown))} is unknown; choose from {', '.join(known)}")
+    if kernels not in ("auto", "torch"):
+        raise ValueError(f"kernels {kernels!r} is unknown; choose auto or torch")
     if min(rounds, images) < 1 or steps < 0:
         raise ValueError(f"rounds {rounds} and images {images} must be at least 1, steps {steps} at least 0")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     steps = steps or (10 if device == "cuda" else 1)
     batches, source = caption_batches(BEFORE + (rounds + 1) * steps, images)
-    print(f"{images} images x {CAPTIONS} captions a step, {source}; {speed_up('auto', device)}", flush=True)
+    print(f"{images} images x {CAPTIONS} captions a step, {source}; {speed_up(kernels, device)}", flush=True)
     rows = []
     for precision in chosen[1]:
         for grid in chosen[0]:
-            rows.append(measure(grid, precision, batches, steps, device))
+            rows.append(measure(grid, precision, batches, steps, device, kernels))
             if phases:
                 print(f"{grid} {precision}, ms at least:", rows[-1]["phases"], flush=True)
     report(rows, json_file)
     return rows
 
 
-def measure(grid: str, precision: str, batches: Batches, steps: int, device: str) -> dict[str, object]:
+def measure(grid: str, precision: str, batches: Batches, steps: int, device: str, kernels: str) -> dict[str, object]:
     """One row of the table: both contenders on the same batches, a turn of ours `steps` of them and of the loop one."""
     torch.manual_seed(0)
     dtype, rounds = PRECISIONS[precision], (len(batches) - BEFORE) // steps - 1
     images = len(batches[0][1])
     features = torch.randn(images, GRIDS[grid], FEATURES).relu().bfloat16()
-    ours = our_step(features.to(device), batches, dtype)
+    ours = our_step(features.to(device), batches, dtype, kernels)
     memory = peak_memory_mb(lambda: [ours() for _ in range(2)], device)
     asked = traffic(ours, device)
     for _ in range(BEFORE - (5 if asked else 2)):
@@ -129,11 +132,11 @@ def _limits(
     }
 
 
-def our_step(features: Tensor, batches: Batches, dtype: torch.dtype) -> Callable[[], None]:
+def our_step(features: Tensor, batches: Batches, dtype: torch.dtype, kernels: str) -> Callable[[], None]:
     """A function that takes one optimizer step over the whole of the next of `batches`, which stay on the host."""
     device = features.device
     spec = CaptionerSpec.of_preset("tutorial", embedding_dim=WIDTH, lstm_dim=WIDTH, attention_dim=WIDTH)
-    model = Captioner(spec, Sizes(VOCABULARY, features.shape[1], FEATURES)).to(device)
+    model = Captioner(spec, Sizes(VOCABULARY, features.shape[1], FEATURES), kernels).to(device)
     objective = TeacherForcing(model)
     optimizer = build_optimizer(model, learning_rate=4e-4, weight_decay=0.0, encoder_learning_rate=0.0)
     upcoming = iter(batches)

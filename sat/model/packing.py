@@ -58,6 +58,8 @@ class Packing:
     """[B' + 1] begin and end of each image in `image_words`."""
     image_words: Tensor
     """[M] packed words, image by image; those of an image ascend."""
+    step_begins: Tensor
+    """[T] packed position of each step's first word."""
     words_per_image: tuple[int, ...]
     """How many each image has."""
     extent: tuple[int, int]
@@ -170,6 +172,7 @@ def _plan(captions: Tensor, lengths: Tensor) -> Packing:
         image_rows=by_row[1],
         word_ends=by_word[0],
         image_words=by_word[1],
+        step_begins=rows.cumsum(0) - rows,
         words_per_image=tuple(by_word[0].diff().tolist()),
         extent=(int(images.max()) + 1, int(row_caption.max()) + 1) if len(row) else (0, 0),
     )

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sat.model.kernels.interface import Kernels, Seen
+from sat.model.kernels.interface import Gate, Kernels, Seen
 from sat.model.packing import Packing
 
 
@@ -127,34 +127,30 @@ class _Recurrence(torch.autograd.Function):
         projection = kernels.prepare(inputs.projection, tanh)
         seen = Seen(packing, inputs.grid.contiguous(), projection, weights.score, tanh, regions)
         words = _Words.empty(inputs, weights)
-        alpha_sum = inputs.c.new_zeros(len(inputs.c), inputs.grid.shape[1])
         h, c = inputs.h, inputs.c
         for t, step in enumerate(packing.steps):
             n, s = packing.rows[t], words.states[step]
             torch.mm(h[:n], weights.state.t(), out=s)
-            kernels.attend(seen, t, s[:, 4 * H : 4 * H + A], words.alphas[step], words.contexts[step])
-            alpha_sum[:n] += words.alphas[step]
-            if len(weights.gate_bias):
-                gate = s[:, 4 * H + A :].add_(weights.gate_bias).sigmoid_()
-                torch.mul(words.contexts[step], gate, out=words.gated[step])
-            context_gates = words.gated[step] @ weights.context.t()
+            gate = Gate(s[:, 4 * H + A :], weights.gate_bias)
+            query, gated = s[:, 4 * H : 4 * H + A], words.gated[step]
+            kernels.look(seen, t, query, gate, words.alphas[step], words.contexts[step], gated)
+            context_gates = gated @ weights.context.t()
             h_now, c_now = words.hidden[step], words.cells[step]
             kernels.cell(s[:, : 4 * H], inputs.word_gates[step], context_gates, c[:n], c_now, h_now)
             h, c = h_now, c_now
-        kept = (seen.grid, seen.projection, inputs.h, inputs.c, weights.state, weights.context, weights.score)
-        ctx.save_for_backward(*kept, *words)
-        ctx.loop, ctx.gate_width = loop, len(weights.gate_bias)
+        ctx.save_for_backward(seen.grid, seen.projection, inputs.h, inputs.c, *weights, *words)
+        ctx.loop = loop
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(words.alphas)
-        return words.hidden, words.gated, alpha_sum, words.alphas
+        return words.hidden, words.gated, kernels.alpha_sums(packing, words.alphas), words.alphas
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        grid, projection, h_first, c_first, state_weight, context_weight, score, *kept = ctx.saved_tensors
-        (kernels, packing, tanh, regions), words = ctx.loop, _Words(*kept)
-        H, A = words.hidden.shape[1], len(score)
+        grid, projection, h_first, c_first, *kept = ctx.saved_tensors
+        (kernels, packing, tanh, regions), weights, words = ctx.loop, Weights(*kept[:4]), _Words(*kept[4:])
+        H, A = words.hidden.shape[1], len(weights.score)
         grad_hidden, grad_gated, grad_alpha_sum, _ = grads
-        seen = Seen(packing, grid, projection, score, tanh, regions)
+        seen = Seen(packing, grid, projection, weights.score, tanh, regions)
         grad_states, grad_scores = torch.empty_like(words.states), torch.empty_like(words.alphas)
         grad_contexts = torch.empty_like(words.contexts)
         grad_h, grad_c = torch.zeros_like(c_first), torch.zeros_like(c_first)
@@ -171,16 +167,12 @@ class _Recurrence(torch.autograd.Function):
             kernels.cell_backward(
                 s[:, : 4 * H], c_before, words.cells[step], grad_h[:n], grad_c[:n], grad_s[:, : 4 * H]
             )
-            grad = grad_s[:, : 4 * H] @ context_weight
-            if grad_gated is not None:
-                grad += grad_gated[step]
-            if ctx.gate_width:
-                _through_the_gate(grad, words.contexts[step], s[:, 4 * H + A :], grad_s[:, 4 * H + A :])
-            grad_contexts[step] = grad
-            kernels.attend_backward(
-                seen, t, s[:, query], words.alphas[step], grad, grad_alpha_sum[:n], grad_scores[step], grad_s[:, query]
-            )
-            grad_h[:n] = grad_s @ state_weight
+            grad, asked = grad_s[:, : 4 * H] @ weights.context, None if grad_gated is None else grad_gated[step]
+            gate, of_context = Gate(s[:, 4 * H + A :], weights.gate_bias), grad_contexts[step]
+            kernels.gate_backward(gate, grad, asked, words.contexts[step], grad_s[:, 4 * H + A :], of_context)
+            of_step = (of_context, grad_alpha_sum[:n], grad_scores[step], grad_s[:, query])
+            kernels.attend_backward(seen, t, s[:, query], words.alphas[step], *of_step)
+            grad_h[:n] = grad_s @ weights.state
 
         before = torch.cat([h_first, words.hidden])[packing.previous]
         grad_projection, grad_score = kernels.attend_backward_shared(seen, words.states[:, query], grad_scores)
@@ -191,17 +183,9 @@ class _Recurrence(torch.autograd.Function):
             state=grad_states.t() @ before,
             gate_bias=grad_states[:, 4 * H + A :].sum(0),
             context=grad_gates.t() @ words.gated,
-            score=grad_score.to(score.dtype),
+            score=grad_score.to(weights.score.dtype),
         )
         return None, *of_inputs, *of_weights
-
-
-def _through_the_gate(grad: Tensor, context: Tensor, gate: Tensor, grad_gate: Tensor) -> None:
-    """Turn `grad` [n, D] of the gated context into that of the `context`; fill that of the `gate` [n, G]'s argument."""
-    asked = grad * context
-    asked = asked.sum(1, keepdim=True) if gate.shape[1] == 1 else asked
-    grad_gate.copy_(asked * gate * (1 - gate))
-    grad *= gate
 
 
 def _grad_grid(packing: Packing, grid: Tensor, alphas: Tensor, grad_contexts: Tensor) -> Tensor:

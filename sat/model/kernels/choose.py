@@ -1,9 +1,9 @@
-"""Which kernels serve: native on CPUs where they can be built, those in PyTorch elsewhere or on request."""
+"""Which kernels serve: native on CPUs, Triton's on GPUs, where they can be built; else, or on request, PyTorch's."""
 
 import torch
 from torch import Tensor
 
-from sat.model.kernels import native, torch_kernels
+from sat.model.kernels import native, torch_kernels, triton_kernels
 from sat.model.kernels.interface import BeamKernels, Kernels
 
 
@@ -12,12 +12,16 @@ def choose_kernels(kernels: str, like: Tensor) -> Kernels:
 
     `kernels`: `auto`, `torch` (no compiler is called) or `native` (ValueError where the kernels cannot be built).
     """
-    return native if _native_serves(kernels, like) else torch_kernels
+    if _native_serves(kernels, like):
+        return native
+    return triton_kernels if _triton_serves(kernels, like) else torch_kernels
 
 
 def choose_beam_kernels(kernels: str, like: Tensor) -> BeamKernels | None:
     """The same for decoding; None where PyTorch's own operations serve."""
-    return native if _native_serves(kernels, like) else None
+    if _native_serves(kernels, like):
+        return native
+    return triton_kernels if _triton_serves(kernels, like) else None
 
 
 def _native_serves(kernels: str, like: Tensor) -> bool:
@@ -27,3 +31,11 @@ def _native_serves(kernels: str, like: Tensor) -> bool:
     if library is None and kernels == "native":
         raise ValueError(f"train.kernels is native, but there are no native kernels: {explanation}; use auto or torch")
     return library is not None
+
+
+def _triton_serves(kernels: str, like: Tensor) -> bool:
+    """Programs run on the current device; a tensor of another one would be out of their reach."""
+    if kernels != "auto" or like.device.type != "cuda" or like.dtype not in triton_kernels.TYPES:
+        return False
+    index = torch.cuda.current_device()
+    return like.device.index == index and not triton_kernels.usable(index)

@@ -29,6 +29,15 @@ class Seen(NamedTuple):
     """int64 [B] locations that are real, the first ones of each image; None: all. The others get no attention."""
 
 
+class Gate(NamedTuple):
+    """The gate on the context, sigmoid(values + bias): G is 0 (none), 1 or D."""
+
+    values: Tensor
+    """[n, G], in which `look` may leave what `gate_backward` needs."""
+    bias: Tensor
+    """[G]"""
+
+
 class Kernels(Protocol):
     """The parts of a training step that are no matrix product."""
 
@@ -37,6 +46,23 @@ class Kernels(Protocol):
 
     def attend(self, seen: Seen, t: int, query: Tensor, alpha: Tensor, context: Tensor) -> None:
         """Fill `alpha` [n, L] and `context` [n, D] for the `query` [n, A] of the rows running at step t."""
+
+    def look(
+        self, seen: Seen, t: int, query: Tensor, gate: Gate, alpha: Tensor, context: Tensor, gated: Tensor
+    ) -> None:
+        """`attend`, and fill `gated` [n, D] with the context behind its gate; without one it is the context itself."""
+
+    def gate_backward(
+        self, gate: Gate, grad: Tensor, asked: Tensor | None, context: Tensor, grad_gate: Tensor, out: Tensor
+    ) -> None:
+        """Fill `out` [n, D], the gradient of the `context`, and `grad_gate` [n, G], that of the gate's argument.
+
+        From the gradient of the gated context, which is `grad` [n, D] and what the output layer `asked` [n, D] of it;
+        `grad` may be written to. `gate` is as `look` left it.
+        """
+
+    def alpha_sums(self, packing: Packing, alphas: Tensor) -> Tensor:
+        """`alphas` [M, L] summed over the words of each row, [N, L]."""
 
     def attend_backward(
         self,

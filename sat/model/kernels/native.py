@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 from sat.model.kernels.build import build
-from sat.model.kernels.interface import Seen
-from sat.model.kernels.torch_kernels import dropout_threshold
+from sat.model.kernels.interface import Gate, Seen
+from sat.model.kernels.torch_kernels import alpha_sums as alpha_sums  # nothing is gained by kernels of its own
+from sat.model.kernels.torch_kernels import dropout_threshold, open_gate
+from sat.model.kernels.torch_kernels import gate_backward as gate_backward
 
 FLAGS = ["-std=c++17", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC"]
 SOURCE, HEADER = (Path(__file__).with_name(name) for name in ("native.cpp", "numbers.h"))
@@ -54,6 +56,12 @@ def attend(seen: Seen, t: int, query: Tensor, alpha: Tensor, context: Tensor) ->
         alpha,
         context,
     )
+
+
+def look(seen: Seen, t: int, query: Tensor, gate: Gate, alpha: Tensor, context: Tensor, gated: Tensor) -> None:
+    """`attend`, and fill `gated` [n, D] with the context behind its gate."""
+    attend(seen, t, query, alpha, context)
+    open_gate(gate, context, gated)
 
 
 def attend_beams(

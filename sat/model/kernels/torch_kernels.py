@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from sat.model.attention import beyond
-from sat.model.kernels.interface import Seen
+from sat.model.kernels.interface import Gate, Seen
+from sat.model.packing import Packing
 
 GOLDEN = 0x9E3779B9 - (1 << 32)
 LANES = 16
@@ -33,6 +34,40 @@ def attend(seen: Seen, t: int, query: Tensor, alpha: Tensor, context: Tensor) ->
     alphas = scores.to(alpha.dtype).softmax(-1)  # [B_t, K_t, L]
     alpha.copy_(slots.collect(alphas))
     context.copy_(slots.collect(alphas.to(seen.grid.dtype) @ seen.grid[:B]))
+
+
+def look(seen: Seen, t: int, query: Tensor, gate: Gate, alpha: Tensor, context: Tensor, gated: Tensor) -> None:
+    """`attend`, and fill `gated` [n, D] with the context behind its gate."""
+    attend(seen, t, query, alpha, context)
+    open_gate(gate, context, gated)
+
+
+def open_gate(gate: Gate, context: Tensor, gated: Tensor) -> None:
+    """Fill `gated` [n, D] with the `context` behind its gate, and leave the gate's activation in its values."""
+    if len(gate.bias):
+        torch.mul(context, gate.values.add_(gate.bias).sigmoid_(), out=gated)
+
+
+def gate_backward(
+    gate: Gate, grad: Tensor, asked: Tensor | None, context: Tensor, grad_gate: Tensor, out: Tensor
+) -> None:
+    """Fill `out` [n, D], the gradient of the `context`, and `grad_gate` [n, G], from that of the gated context."""
+    if asked is not None:
+        grad += asked
+    if len(gate.bias):
+        opened, of_gate = gate.values, grad * context
+        of_gate = of_gate.sum(1, keepdim=True) if opened.shape[1] == 1 else of_gate
+        grad_gate.copy_(of_gate * opened * (1 - opened))
+        grad *= opened
+    out.copy_(grad)
+
+
+def alpha_sums(packing: Packing, alphas: Tensor) -> Tensor:
+    """`alphas` [M, L] summed over the words of each row, [N, L]."""
+    sums = alphas.new_zeros(packing.rows[0], alphas.shape[1])
+    for n, step in zip(packing.rows, packing.steps, strict=True):
+        sums[:n] += alphas[step]
+    return sums
 
 
 def attend_backward(
