@@ -4,7 +4,7 @@
 #   bash launch/flickr8k.sh FOLDER             FOLDER holds the pictures, Flickr8k.token.txt and the lists of its official splits, in any sub-folders
 #   bash launch/flickr8k.sh FOLDER train.seed=2 train.run_dir=runs/flickr8k-seed2      settings over those of configs/flickr8k.yaml
 #   SIZE=224 bash launch/flickr8k.sh FOLDER    another side of the encoder's input: 224 gives 7x7 cells, 288 (the default) 9x9
-#   WEIGHTS=imagenet bash launch/flickr8k.sh FOLDER    ResNet-50 (python -m preprocessing.fetch_weights) instead of EfficientNet-Lite0, or WEIGHTS=FILE
+#   WEIGHTS=imagenet bash launch/flickr8k.sh FOLDER    ResNet-50 (python -m preprocessing.fetch_weights) instead of EfficientNet-Lite2; WEIGHTS=lite0, or WEIGHTS=FILE
 #
 # Data, run and weights go to data/flickr8k, runs/flickr8k and weights, or to those below OUT=FOLDER.
 # Every second picture of the dev list chooses the checkpoint (split `val`), the others are reported (split `held_out`); where the official test split
@@ -18,7 +18,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . launch/functions.sh
 
 size=${SIZE:-288}
-weights=${WEIGHTS:-lite0}
+weights=${WEIGHTS:-lite2}
 out=${OUT:+$OUT/}
 data=${out}data/flickr8k
 features=$data/features-$(basename "${weights%.*}")-$size

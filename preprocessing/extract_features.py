@@ -132,9 +132,9 @@ def main(
     out: Annotated[Path, typer.Option(help="folder of the feature shards")],
     images: Annotated[Path | None, typer.Option(help="folder of the image shards")] = None,
     weights: Annotated[
-        str, typer.Option(help="`imagenet` (ResNet-50), `lite0` (EfficientNet-Lite0), or a safetensors file")
+        str, typer.Option(help="`imagenet` (ResNet-50), `lite0` or `lite2` (EfficientNet-Lite), or a safetensors file")
     ] = "imagenet",
-    weights_dir: Annotated[Path, typer.Option(help="where `imagenet` and `lite0` weights lie")] = WEIGHTS_DIR,
+    weights_dir: Annotated[Path, typer.Option(help="where weights with a name lie")] = WEIGHTS_DIR,
     size: Annotated[
         int, typer.Option(help="side of the encoder's input: at a stride of 32, 224 gives 7x7 cells, 448 gives 14x14")
     ] = FeatureOptions.size,

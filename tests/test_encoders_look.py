@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from preprocessing.features.lite0 import convert_lite0
+from preprocessing.features.lite import FAMILY, convert_lite
 from sat.model.encoders.encoder import GridEncoder
 from sat.model.encoders.geometry import measure_centre, pads_one_side
 from sat.model.encoders.table import build_encoder, load_encoder
@@ -29,15 +29,16 @@ def discs(count: int, radius: int) -> tuple[np.ndarray, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def lite0(tmp_path_factory):
-    path = tmp_path_factory.mktemp("weights") / "lite0.safetensors"
-    convert_lite0(path)
-    return path
+def lites(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("weights")
+    for lite in FAMILY.values():
+        convert_lite(lite, folder / f"{lite.name}.safetensors")
+    return folder
 
 
-def encoder_of(name: str, stage: int, lite0) -> GridEncoder:
-    if name == "lite0":
-        return load_encoder(lite0, stage=stage)
+def encoder_of(name: str, stage: int, lites) -> GridEncoder:
+    if name in FAMILY:
+        return load_encoder(lites / f"{name}.safetensors", stage=stage)
     torch.manual_seed(0)
     return build_encoder(name, stage).requires_grad_(False).eval()
 
@@ -49,6 +50,7 @@ def encoder_of(name: str, stage: int, lite0) -> GridEncoder:
         ("resnet50", 2, 8, 0),
         ("lite0", 0, 32, 18),  # as its file says of these weights
         ("lite0", 4, 16, 9),
+        ("lite2", 0, 32, 26),
         ("timm/tf_efficientnet_lite0", 0, 32, 31),
         ("timm/tf_efficientnet_lite0", 4, 16, 15),
         ("timm/vit_tiny_patch16_224", 0, 16, 7.5),
@@ -59,9 +61,9 @@ def encoder_of(name: str, stage: int, lite0) -> GridEncoder:
     ],
 )
 def test_stride_and_first_centre_are_those_of_the_convolutions_unless_the_file_says_more(
-    name, stage, stride, first, lite0
+    name, stage, stride, first, lites
 ):
-    spec = encoder_of(name, stage, lite0).spec
+    spec = encoder_of(name, stage, lites).spec
     assert (spec.stride, spec.first_centre) == (stride, first)
 
 
@@ -71,12 +73,13 @@ def test_stride_and_first_centre_are_those_of_the_convolutions_unless_the_file_s
         ("resnet50", 0, 5),
         ("lite0", 5, 12),
         ("lite0", 4, 12),
+        ("lite2", 5, 12),
         ("timm/vit_tiny_patch16_224", 0, 5),
         ("timm/convnext_atto", 0, 5),
     ],
 )
-def test_the_strongest_cell_is_the_one_whose_centre_is_nearest_to_the_disc(name, stage, radius, lite0):
-    encoder = encoder_of(name, stage, lite0)
+def test_the_strongest_cell_is_the_one_whose_centre_is_nearest_to_the_disc(name, stage, radius, lites):
+    encoder = encoder_of(name, stage, lites)
     places, pictures = discs(16, radius)
     with torch.inference_mode():
         grid = encoder(encoder.normalise(pictures))
@@ -92,10 +95,10 @@ def test_the_strongest_cell_is_the_one_whose_centre_is_nearest_to_the_disc(name,
     assert np.abs(drift).max() < 0.25 * encoder.spec.stride, "the centres lie to one side of the answers"
 
 
-@pytest.mark.parametrize("stage", [0, 3, 4, 5])
-def test_lite0_looks_where_its_file_says_by_the_gradient(stage, lite0):
+@pytest.mark.parametrize(("name", "stage"), [("lite0", 0), ("lite0", 3), ("lite0", 4), ("lite2", 3), ("lite2", 4)])
+def test_a_lite_looks_where_its_file_says_by_the_gradient(name, stage, lites):
     """Its padding alone would put the cells half a cell further right and down; training made up for it."""
-    encoder = load_encoder(lite0, stage=stage)
+    encoder = encoder_of(name, stage, lites)
     assert pads_one_side(encoder) and not pads_one_side(build_encoder("resnet50", 1))
     assert abs(measure_centre(encoder, 4) - encoder.spec.first_centre) <= encoder.spec.stride / 8
 

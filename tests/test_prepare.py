@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from preprocessing.annotations.read import read_annotations
-from preprocessing.features.lite0 import convert_lite0
+from preprocessing.features.lite import LITE0, convert_lite
 from preprocessing.prepare import main
 from preprocessing.preparing.discover import discover
 from preprocessing.preparing.settings import Prepared, configuration, held_out
@@ -22,7 +22,7 @@ from tests.helpers_shards import encoded, picture, real_data, snapshot
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
     path = tmp_path_factory.mktemp("weights") / "lite0.safetensors"
-    convert_lite0(path)
+    convert_lite(LITE0, path)
     return str(path)
 
 

@@ -7,7 +7,7 @@ A file damaged in the cache is refused when it is used, not only when it was fet
 from pathlib import Path
 
 from sat import files
-from sat.model.encoders.weights import CONTENT_KEY, LITE0, TIMM, content_digest, fetch_command, read_header
+from sat.model.encoders.weights import CONTENT_KEY, LITES, TIMM, content_digest, fetch_command, read_header
 
 IMAGENET_FILE = "resnet50-imagenet.safetensors"
 WEIGHTS_DIR = Path("weights")
@@ -19,16 +19,16 @@ def default_file(architecture: str) -> str:
 
 
 def find_weights(weights: str, weights_dir: Path = WEIGHTS_DIR) -> Path:
-    """`imagenet`, `lite0` or a path -> the file; `lite0` is made from its package where it is not there.
+    """`imagenet`, `lite0`, `lite2` or a path -> the file; a Lite is made from its package where it is not there.
 
     Raises ValueError, with the command to run, for a missing or damaged one.
     """
-    named = {"imagenet": IMAGENET_FILE, "lite0": default_file(LITE0)}
+    named = {"imagenet": IMAGENET_FILE} | {name: default_file(architecture) for name, architecture in LITES.items()}
     path = weights_dir / named[weights] if weights in named else Path(weights)
-    if weights == "lite0" and not path.exists():
-        from preprocessing.features.lite0 import convert_lite0
+    if weights in LITES and not path.exists():
+        from preprocessing.features.lite import FAMILY, convert_lite
 
-        convert_lite0(path)
+        convert_lite(FAMILY[weights], path)
     if not path.is_file():
         raise ValueError(
             f"encoder weights {path} do not exist; make them where there is internet: {fetch_command(path)}"

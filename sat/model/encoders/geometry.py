@@ -8,7 +8,8 @@ that does not explain the number of cells (patches merged by slicing), they are 
 
 The surprising decision: this is where kernels of equal weights look. One-sided padding is answered by training with
 one-sided kernels: EfficientNet-Lite0's cells look around 32 i + 18, near the middle of their squares, not 32 i + 31.
-For networks with such padding `measure_centre` says where given weights look; their file carries it.
+For networks with such padding `measure_centre` says where given weights look; their file carries it. Where a network
+was trained on another parity (Lite2: 260 px, 17 to 9 cells) its gradient leads by 10 px, and discs have the word.
 """
 
 import copy
@@ -27,6 +28,8 @@ from sat.shards.features import EncoderSpec
 
 PROBE = 448
 """Pixels per side of the picture that is followed: a multiple of every usual stride."""
+WHOLE = 32
+"""Pixels: centres are measured on pictures whose side is a multiple of this, as 224, 256 and 288 are."""
 
 
 def spec_of(encoder: GridEncoder) -> EncoderSpec:
@@ -58,6 +61,8 @@ def measure_centre(encoder: GridEncoder, pictures: int = 8) -> float:
     the same ones; the magnitude's centroid, of both directions. A few seconds on a CPU.
     """
     generator, size = torch.Generator().manual_seed(0), encoder.pixels.size
+    if not encoder.fixed_size:
+        size = size // WHOLE * WHOLE  # "same" padding pads other sizes on both sides, so cells look elsewhere there
     encoder = copy.deepcopy(encoder).eval().requires_grad_(False)
     images = encoder.normalise(_pink_noise(pictures, size, generator)).requires_grad_()
     with torch.enable_grad():

@@ -19,8 +19,8 @@ RESNETS = ("resnet50", "resnet101", "resnet152")
 LAST_RESNET_STAGE = 4
 TIMM = "timm/"
 """Before timm's own name in an architecture's."""
-LITE0 = TIMM + "tf_efficientnet_lite0"
-"""The architecture whose weights are in the package registry."""
+LITES = {name: f"{TIMM}tf_efficientnet_{name}" for name in ("lite0", "lite2")}
+"""What a user calls them -> architectures whose weights are in the package registry."""
 INTERPOLATIONS = ("bicubic", "bilinear")
 """Ways to resize a picture that an encoder may ask for."""
 
@@ -97,7 +97,7 @@ def named_stage(architecture: str, stage: int) -> int:
 
 def fetch_command(path: str | Path) -> str:
     """What to type where these weights are missing."""
-    name = LITE0 if "lite0" in Path(path).name else RESNETS[0]
+    name = next((LITES[lite] for lite in LITES if lite in Path(path).name), RESNETS[0])
     return f"python -m preprocessing.fetch_weights {name} --out {path}"
 
 

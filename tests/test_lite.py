@@ -1,4 +1,6 @@
-"""EfficientNet-Lite0 from the package registry: converted by rule, and equal to a pass written from its own names."""
+"""The EfficientNet-Lites of the package registry: converted by rule, equal to a pass written from their own names."""
+
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -7,8 +9,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from preprocessing.features import lite0
-from preprocessing.features.lite0 import convert_lite0, package_file, timm_name
+from preprocessing.features import lite as lite_module
+from preprocessing.features.lite import FAMILY, LITE0, convert_lite, package_file, timm_name
 from preprocessing.features.network import load_network
 from preprocessing.features.weights import find_weights
 from sat import files
@@ -17,20 +19,28 @@ from sat.model.encoders.weights import read_about
 from sat.shards.pictures import fit
 from tests.helpers_shards import real_data
 
-EXPANSIONS = ["1", "66", "66", "666", "666", "6666", "6"]
+EXPANSIONS = {
+    "lite0": ["1", "66", "66", "666", "666", "6666", "6"],
+    "lite2": ["1", "666", "666", "6666", "6666", "66666", "6"],
+}
 STRIDES = (1, 2, 2, 2, 1, 2, 1)
 KERNELS = (3, 3, 5, 3, 5, 5, 3)
 
 
-@pytest.fixture(scope="module")
-def original() -> dict[str, Tensor]:
-    return torch.load(package_file(), map_location="cpu", weights_only=True)
+@pytest.fixture(scope="module", params=FAMILY)
+def lite(request):
+    return FAMILY[request.param]
 
 
 @pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    path = tmp_path_factory.mktemp("weights") / "lite0.safetensors"
-    convert_lite0(path)
+def original(lite) -> dict[str, Tensor]:
+    return torch.load(package_file(lite), map_location="cpu", weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def weights(lite, tmp_path_factory):
+    path = tmp_path_factory.mktemp("weights") / f"{lite.name}.safetensors"
+    convert_lite(lite, path)
     return path
 
 
@@ -44,7 +54,7 @@ def same(x: Tensor, weight: Tensor, stride: int, groups: int = 1) -> Tensor:
     return F.conv2d(F.pad(x, pads), weight, None, stride, 0, 1, groups)
 
 
-def lite0_by_hand(w: dict[str, Tensor], pictures: Tensor) -> dict[int, Tensor]:
+def by_hand(name: str, w: dict[str, Tensor], pictures: Tensor) -> dict[int, Tensor]:
     """Feature maps of the last features (0) and the five stages, from uint8 [B, 3, S, S] and the package's names."""
 
     def norm(x: Tensor, name: str) -> Tensor:
@@ -54,15 +64,15 @@ def lite0_by_hand(w: dict[str, Tensor], pictures: Tensor) -> dict[int, Tensor]:
     x = (pictures.float() - 127) / 128
     x = F.relu6(norm(same(x, w["_conv_stem.weight"], 2), "_bn0"))
     maps, number = [], 0
-    for expansions, first_stride, kernel in zip(EXPANSIONS, STRIDES, KERNELS):
+    for expansions, first_stride, kernel in zip(EXPANSIONS[name], STRIDES, KERNELS):
         for place, expansion in enumerate(expansions):
-            name, stride, before = f"_blocks.{number}", first_stride if place == 0 else 1, x
+            block, stride, before = f"_blocks.{number}", first_stride if place == 0 else 1, x
             if expansion != "1":
-                x = F.relu6(norm(F.conv2d(x, w[f"{name}._expand_conv.weight"]), f"{name}._bn0"))
-            assert w[f"{name}._depthwise_conv.weight"].shape[-1] == kernel
-            x = same(x, w[f"{name}._depthwise_conv.weight"], stride, x.shape[1])
-            x = F.relu6(norm(x, f"{name}._bn1"))
-            x = norm(F.conv2d(x, w[f"{name}._project_conv.weight"]), f"{name}._bn2")
+                x = F.relu6(norm(F.conv2d(x, w[f"{block}._expand_conv.weight"]), f"{block}._bn0"))
+            assert w[f"{block}._depthwise_conv.weight"].shape[-1] == kernel
+            x = same(x, w[f"{block}._depthwise_conv.weight"], stride, x.shape[1])
+            x = F.relu6(norm(x, f"{block}._bn1"))
+            x = norm(F.conv2d(x, w[f"{block}._project_conv.weight"]), f"{block}._bn2")
             x = x + before if x.shape == before.shape and stride == 1 else x
             number += 1
         maps.append(x)
@@ -85,11 +95,11 @@ def synthetic(size: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("pictures", [synthetic, photographs])
-def test_the_grid_is_that_of_the_packages_own_network(pictures, original, weights):
+def test_the_grid_is_that_of_the_packages_own_network(pictures, lite, original, weights):
     pixels = pictures(224)
     images = torch.from_numpy(pixels).permute(0, 3, 1, 2)
     with torch.inference_mode():
-        expected = {stage: x.flatten(2).transpose(1, 2) for stage, x in lite0_by_hand(original, images).items()}
+        expected = {stage: x.flatten(2).transpose(1, 2) for stage, x in by_hand(lite.name, original, images).items()}
         for stage in (0, 4):
             encoder = load_encoder(weights, stage=stage)
             grid = encoder(encoder.normalise(images))
@@ -101,40 +111,38 @@ def test_the_grid_is_that_of_the_packages_own_network(pictures, original, weight
             assert float((fast - expected[stage]).norm() / expected[stage].norm()) < 1e-5
 
 
-def test_every_name_is_mapped_by_rule_and_an_unknown_one_is_refused(original, weights):
-    assert len({timm_name(name) for name in original}) == len(original)
-    assert timm_name("_blocks.5._expand_conv.weight") == "blocks.3.0.conv_pw.weight"
+def test_every_name_is_mapped_by_rule_and_an_unknown_one_is_refused(lite, original):
+    assert len({timm_name(lite, name) for name in original}) == len(original)
+    assert timm_name(LITE0, "_blocks.5._expand_conv.weight") == "blocks.3.0.conv_pw.weight"
     for name in ("_blocks.0._expand_conv.weight", "_blocks.16._bn1.bias", "_swish.weight", "conv_stem.weight"):
         with pytest.raises(ValueError, match=r"no tensor|no layer|has 16 blocks"):
-            timm_name(name)
+            timm_name(LITE0, name)
 
 
-def test_the_same_weights_give_the_same_file_which_says_what_it_is(weights, tmp_path):
-    convert_lite0(tmp_path / "again.safetensors")
+def test_the_same_weights_give_the_same_file_which_says_what_it_is(lite, weights, tmp_path):
+    convert_lite(lite, tmp_path / "again.safetensors")
     assert files.sha256(tmp_path / "again.safetensors") == files.sha256(weights)
     about = read_about(weights)
-    assert about.architecture == "timm/tf_efficientnet_lite0" and "Apache-2.0" in about.source
+    assert about.architecture == f"timm/tf_efficientnet_{lite.name}" and "Apache-2.0" in about.source
     assert np.allclose(np.array(about.pixels.mean) * 255, 127) and np.allclose(np.array(about.pixels.std) * 255, 128)
-    assert (about.pixels.interpolation, about.pixels.size) == ("bicubic", 224)
+    assert (about.pixels.interpolation, about.pixels.size) == ("bicubic", lite.size)
 
 
-def test_lite0_is_made_from_its_package_where_it_is_asked_for(weights, tmp_path, monkeypatch):
-    made = find_weights("lite0", tmp_path)
-    assert made == tmp_path / "tf_efficientnet_lite0.safetensors" and made.read_bytes() == weights.read_bytes()
-    monkeypatch.setattr(lite0, "convert_lite0", lambda out: pytest.fail("it was there already"))
-    assert find_weights("lite0", tmp_path) == made
+def test_it_is_made_from_its_package_where_it_is_asked_for(lite, weights, tmp_path, monkeypatch):
+    made = find_weights(lite.name, tmp_path)
+    assert made == tmp_path / f"tf_efficientnet_{lite.name}.safetensors" and made.read_bytes() == weights.read_bytes()
+    monkeypatch.setattr(lite_module, "convert_lite", lambda *given: pytest.fail("it was there already"))
+    assert find_weights(lite.name, tmp_path) == made
     damaged = bytearray(made.read_bytes())
     damaged[-1] ^= 1
     made.write_bytes(damaged)
-    with pytest.raises(ValueError, match="is damaged.*fetch_weights timm/tf_efficientnet_lite0"):
-        find_weights("lite0", tmp_path)
+    with pytest.raises(ValueError, match=f"is damaged.*fetch_weights timm/tf_efficientnet_{lite.name}"):
+        find_weights(lite.name, tmp_path)
 
 
-def test_a_package_that_is_missing_or_another_is_refused_with_what_to_do(tmp_path, monkeypatch):
-    monkeypatch.setattr(lite0, "SHA256", "0" * 64)
+def test_a_package_that_is_missing_or_another_is_refused_with_what_to_do(tmp_path):
     with pytest.raises(ValueError, match="missing or damaged; pip install"):
-        convert_lite0(tmp_path / "never.safetensors")
-    monkeypatch.setattr(lite0, "PACKAGE", "no_such_package")
-    with pytest.raises(ValueError, match=r"is not installed; run bash launch/setup\.sh"):
-        convert_lite0(tmp_path / "never.safetensors")
+        convert_lite(replace(LITE0, sha256="0" * 64), tmp_path / "never.safetensors")
+    with pytest.raises(ValueError, match=r"lite9-pytorch-model is not installed; run bash launch/setup\.sh"):
+        convert_lite(replace(LITE0, name="lite9"), tmp_path / "never.safetensors")
     assert not list(tmp_path.iterdir())
