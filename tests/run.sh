@@ -7,6 +7,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash launch/setup.sh
 export PATH="${SAT_VENV:-$PWD/.venv}/bin:$PATH"
 export PYTHONDONTWRITEBYTECODE= # the first import of a module compiles it for all later ones
+export OMP_NUM_THREADS=1 # threads that wait for one another on a core that another process has cost ten times what they give
 if [[ ${1:-} == --checks ]]; then
   failed=0 # each check says all it has to say
   ruff format --check --quiet . || { failed=1; echo "error: not formatted; run: ruff format ." >&2; }
