@@ -18,6 +18,9 @@ import sys
 import time
 from pathlib import Path
 
+import pandas  # noqa: F401  which pyarrow's first table imports: here once for all lives
+import torch._dynamo  # noqa: F401  which an optimizer imports
+
 from sat import evaluate, scoring, train
 from sat.cli import run_program
 from sat.doctor import examine, steps
