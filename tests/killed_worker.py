@@ -1,4 +1,4 @@
-"""Runs one preprocessing job in forked processes and kills them, so that fifty kills do not cost fifty imports.
+"""Runs one preprocessing job in forked processes and kills them, so that many kills do not cost as many imports.
 
     python -m tests.killed_worker images|features ROOT    with lines OUT SECONDS on standard input; inf: let it finish
 
