@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 
 from sat.data.loader import read_references
 from sat.text import build_tokenizer
-from tests.helpers_launch import DEEPSPEED, start, start_cold
+from tests.helpers_launch import DEEPSPEED, ENCODERS, start, start_cold
 from tests.helpers_shards import make_feature_dataset
 
 STEPS = 4
@@ -22,7 +22,7 @@ def launch(arguments: list[str], ranks: int, launcher: str | None, expect: int =
     if options and not launcher.endswith("cpu"):
         code, said = start_cold(arguments, options)
     else:
-        code, said = start(arguments, options, DEEPSPEED if launcher and "deepspeed" in launcher else ())
+        code, said = start(arguments, options, DEEPSPEED if launcher and "deepspeed" in launcher else ENCODERS)
     assert code == expect, f"{' '.join(arguments)} on {ranks} ranks:\n{said}"
     return said
 

@@ -22,6 +22,7 @@ PRELOADED = (
     "torch._dynamo",
     "pandas",
 )
+ENCODERS = ("timm",)
 DEEPSPEED = ("deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer")
 """The second is what its set-up imports, and torch's whole compiler with it."""
 
@@ -65,7 +66,9 @@ def _server(modules: tuple[str, ...]) -> subprocess.Popen[str]:
     return server
 
 
-def start(python: list[object], accelerate: list[object] | None = None, warm: tuple[str, ...] = ()) -> tuple[int, str]:
+def start(
+    python: list[object], accelerate: list[object] | None = None, warm: tuple[str, ...] = ENCODERS
+) -> tuple[int, str]:
     """Exit status and output of `python WORDS` on CPUs, under `accelerate launch OPTIONS` where there are any.
 
     `warm`: what is imported once for all that ask for it, beside `PRELOADED`. Fails where a process is left behind.

@@ -1,8 +1,6 @@
 """Region features from real shards into batches, training and evaluation."""
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -24,6 +22,7 @@ from sat.shards.schema import sample_rows
 from sat.text import CaptionTokenizer
 from sat.train import train
 from sat.training_data import open_data, reading_options
+from tests.helpers_engines import launch
 from tests.helpers_import import (
     D,
     boxes_of,
@@ -34,7 +33,7 @@ from tests.helpers_import import (
     values_of,
     write_annotations,
 )
-from tests.helpers_shards import REPOSITORY, flip_bit, read_batches
+from tests.helpers_shards import flip_bit, read_batches
 from tests.helpers_training import SMALL, engine_alone, with_tokenizer
 
 
@@ -184,16 +183,9 @@ def test_the_programs_train_on_two_ranks_and_evaluate(root, settings, tmp_path):
         section, key = name.split(".")
         document.setdefault(section, {})[key] = yaml.safe_load(value)
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(document))
-    launch = ["--launch", REPOSITORY / "launch" / "cpu.yaml", "--processes", 2]
-    run_sat("train", *launch, tmp_path / "config.yaml")
-    run_sat("evaluate", *launch, tmp_path / "run", "--split", "val")
+    launch(["-m", "sat.train", str(tmp_path / "config.yaml")], 2, "cpu")
+    launch(["-m", "sat.evaluate", str(tmp_path / "run"), "--split", "val"], 2, "cpu")
     report = files.read_json(tmp_path / "run" / "evaluation-val.json")
     assert report["images"] == 7
     captions = json.loads((tmp_path / "run" / "captions-val.json").read_text())
     assert {each["image_id"] for each in captions} == {200 + index for index in range(7)}
-
-
-def run_sat(*arguments):
-    command = [sys.executable, "-m", "sat.cli", *map(str, arguments)]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
