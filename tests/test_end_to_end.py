@@ -1,9 +1,6 @@
 """The real programs one after the other, as a user would call them, on a tiny set of scenes."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,19 +8,17 @@ import torch
 from safetensors.torch import save_file
 
 from sat.model.encoders.resnet import ResNet
+from tests.helpers_launch import start
 from tests.test_two_process import launch
 
-ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.end_to_end
 
 
 def run(*arguments: object, expect: int = 0) -> str:
     """A program of ours in a process of its own, in the repository's root."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == expect, f"{' '.join(command)}\n{done.stdout}\n{done.stderr}"
-    return done.stdout + done.stderr
+    code, said = start(["-m", *arguments])
+    assert code == expect, f"{' '.join(map(str, arguments))}\n{said}"
+    return said
 
 
 def annotations_of(scenes: Path) -> list[str]:
@@ -72,11 +67,11 @@ def settings(root: Path, run_dir: Path) -> list[str]:
         "model.embedding_dim=64",
         "model.attention_dim=64",
         "model.dropout=0.2",
-        "train.epochs=40",
+        "train.epochs=10",
         "train.global_batch=16",
         "train.learning_rate=0.003",
         "train.warmup_steps=20",
-        "train.eval_every=100",
+        "train.eval_every=50",
         "train.patience=0",
         "data.num_workers=0",
         "eval.metrics=[CIDEr,BLEU]",
