@@ -18,8 +18,8 @@ from sat.engine.start import start
 from sat.engine.watchdog import watched
 from sat.evaluation.attention_file import write_attention
 from sat.evaluation.baselines import AGAINST_REST, REFERENCE, baselines, leave_one_out
-from sat.evaluation.metrics import Scores, score
-from sat.evaluation.options import METRICS, EvaluationOptions
+from sat.evaluation.metrics import Scores, score, scorer_kept
+from sat.evaluation.options import REPORTED_METRICS, EvaluationOptions
 from sat.evaluation.report import Report, captions_file, intervals_of, write_captions
 from sat.evaluation.score_table import table_file, write_table
 from sat.evaluation.search_options import (
@@ -107,7 +107,8 @@ def main(
         raise ValueError(f"--precision is {precision!r}; choose one of {', '.join(PRECISIONS)}")
     trained = load_ensemble([run, *(also or [])])
     config = trained[0].config
-    search = replace(asked.over(config.eval), metrics=list(METRICS), keep_attention=keep_attention)
+    metrics = list(dict.fromkeys((*REPORTED_METRICS, *config.eval.metrics)))
+    search = replace(asked.over(config.eval), metrics=metrics, keep_attention=keep_attention)
     manifest = load_manifest(features or config.data.features)
     score_and_report(Job(run, split, manifest, trained, search, precision, with_baselines))
 
@@ -120,7 +121,7 @@ def score_and_report(job: Job) -> None:
     with losses.named():
         processes = start(job.precision, timeout).processes
     stop = listen().is_there
-    with losses.named(processes), watched(processes, timeout, lambda _: None):
+    with losses.named(processes), watched(processes, timeout, lambda _: None), scorer_kept():
         try:
             result = decode_and_score(job, processes, stop)
             processes.run_beside_on_main(lambda: report(job, result), stop)
@@ -198,13 +199,13 @@ def score_baselines(
     The second value: the references left out, as captions; none where no image has two.
     """
     references = scored_references(job.manifest, job.split, job.trained[0].tokenizer.word_rule, job.config.data)
-    found = {name: score(references, each, tuple(METRICS)) for name, each in captions.items()}
+    found = {name: score(references, each, tuple(job.search.metrics)) for name, each in captions.items()}
     human = leave_one_out(references)
     if not human.captions:
         return found, {}
     ours = {image_id: result.captions[image_id] for image_id in human.captions}
     for name, each in ((REFERENCE, human.captions), (AGAINST_REST, ours)):
-        found[name] = score(human.rest, each, tuple(METRICS))
+        found[name] = score(human.rest, each, tuple(job.search.metrics))
     return found, {REFERENCE: dict(human.captions)}
 
 

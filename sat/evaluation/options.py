@@ -8,6 +8,14 @@ from sat.settings import check, setting
 
 METHODS = ("beam", "greedy", "sample")
 METRICS = ("BLEU", "METEOR", "ROUGE-L", "CIDEr")
+"""Scored during training unless it says otherwise."""
+FURTHER_METRICS = ("BLEU without brevity penalty", "CIDEr-D")
+"""They cost nothing beside those."""
+REPORTED_METRICS = (*METRICS, *FURTHER_METRICS)
+"""Scored by `sat evaluate` and `sat score`."""
+OPTIONAL_METRICS = ("SPICE",)
+"""Scored where they are asked for: they need more than is installed with us."""
+ALL_METRICS = (*REPORTED_METRICS, *OPTIONAL_METRICS)
 
 
 @dataclass(frozen=True)
@@ -62,5 +70,5 @@ class EvaluationOptions(DecodeOptions):
     SECTION: ClassVar[str] = "eval"
     batch_size: int = setting(64, above=0)
     """Images decoded at once per rank."""
-    metrics: list[str] = setting(list(METRICS), choices=METRICS)
+    metrics: list[str] = setting(list(METRICS), choices=ALL_METRICS)
     """Metrics computed; CIDEr, which picks the best model, is one of them."""

@@ -13,7 +13,7 @@ from sat.data.options import CacheOptions
 from sat.data.plan import Share
 from sat.engine.processes import Interrupted, Processes
 from sat.evaluation.decoding import Decodable, Hypothesis, decode
-from sat.evaluation.metrics import Scores, score
+from sat.evaluation.metrics import Scores, get_ready, score
 from sat.evaluation.options import EvaluationOptions
 from sat.evaluation.prediction import Prediction, predict
 from sat.evaluation.score_table import Candidate, ScoreTable
@@ -81,6 +81,8 @@ def evaluate(
     cover it exactly, and Interrupted on all ranks together, after a batch or while rank 0 scores, once any rank's
     `interrupted()` says so.
     """
+    if processes.is_main:
+        get_ready(options.metrics)
     local = decode_split(models, manifest, split, tokenizer, options, reading, processes, interrupted)
     gathered = [pair for part in processes.gather(local) for pair in part]
     gathered.sort(key=lambda pair: pair[0].image_id)  # sums too are the same for any number of ranks
