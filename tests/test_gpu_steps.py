@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from sat.data.batch import CaptionBatch
 from sat.engine.ddp import Ddp
 from sat.engine.processes import Processes
 from sat.model.captioner import Captioner
@@ -70,3 +71,26 @@ def test_a_plan_reaches_a_gpu_as_it_is_on_the_host():
         if isinstance(value, torch.Tensor):
             assert torch.equal(getattr(there, name).cpu(), value), name
             assert getattr(there, name).device.type == "cuda"
+
+
+def test_batches_are_copied_beside_the_computing_and_arrive_whole():
+    """Many of them, whose memory is used again and again, while the GPU is busy."""
+    busy = torch.randn(2048, 2048, device="cuda")
+    sums, expected = [], []
+    for number in range(60):
+        captions, lengths, keys = host_batch(number)
+        grid = torch.full((64, 49, 256), float(number)).pin_memory()
+        nothing = {"image_ids": [], "sample_keys": [], "problems": []} | dict.fromkeys(
+            ("epoch", "step", "samples_done", "retries"), 0
+        )
+        batch = CaptionBatch(grid, captions, lengths, keys.pin_memory(), **nothing)
+        busy = (busy @ busy).clamp(-1, 1)
+        there = batch.to("cuda")
+        assert there.grid.device.type == there.keys.device.type == "cuda"
+        assert there.captions is captions and there.lengths is lengths
+        sums.append(
+            torch.stack([there.grid.amin(), there.grid.amax(), (there.keys.sum() == keys.sum().cuda()).float()])
+        )
+        expected.append([number, number, 1])
+        del batch, there, grid
+    assert torch.stack(sums).tolist() == expected

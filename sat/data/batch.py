@@ -4,6 +4,7 @@ The surprising decision: a grid is copied once, from the page cache into the bat
 processes share and use again (`buffers`), and what a worker hands over is the number of its slot.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
@@ -78,11 +79,22 @@ class CaptionBatch:
         return self.boxes[row, : int(self.regions[row])].numpy()
 
     def to(self, device: torch.device | str) -> "CaptionBatch":
-        """What the model computes with on `device`; from pinned memory without waiting for the copy.
+        """What the model computes with on `device`; captions and lengths stay on the host, where the step is planned.
 
-        Captions and lengths stay on the host, where the step is planned.
+        From pinned memory nobody waits for the copy, and a GPU copies beside what it still computes of the last step.
         """
-        there = self._map(lambda tensor: tensor.to(device, non_blocking=True))
+        if torch.device(device).type == "cuda":
+            return self._beside(torch.device(device))
+        there = self._map(lambda tensor: tensor.to(device))
+        return replace(there, captions=self.captions, lengths=self.lengths)
+
+    def _beside(self, device: torch.device) -> "CaptionBatch":
+        """Copied by a stream of its own, for which the computing one waits."""
+        computing, copying = torch.cuda.current_stream(device), _copying_stream(device)
+        with torch.cuda.stream(copying):
+            there = self._map(lambda tensor: tensor.to(device, non_blocking=True))
+        computing.wait_stream(copying)
+        there._map(lambda tensor: _keep_for(computing, tensor))
         return replace(there, captions=self.captions, lengths=self.lengths)
 
     def pin_memory(self) -> "CaptionBatch":
@@ -93,6 +105,17 @@ class CaptionBatch:
         regions = None if self.regions is None else function(self.regions)
         grid, captions, lengths = function(self.grid), function(self.captions), function(self.lengths)
         return replace(self, grid=grid, captions=captions, lengths=lengths, keys=function(self.keys), regions=regions)
+
+
+@functools.cache
+def _copying_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+def _keep_for(stream: torch.cuda.Stream, tensor: Tensor) -> Tensor:
+    """Its memory is not used again before `stream` is done with it."""
+    tensor.record_stream(stream)
+    return tensor
 
 
 @dataclass(frozen=True)
