@@ -66,7 +66,7 @@ class EncoderConfig:
     learning_rate: float = setting(1e-5, above=0)
     """Peak rate of the encoder's parameters."""
     freeze_batchnorm: bool = setting(True)
-    """Keep BatchNorm's statistics and affine parameters fixed."""
+    """Keep BatchNorm's statistics and affine parameters fixed; `false` trains on one process, without accumulation."""
     checkpointing: bool = setting(False)
     """Recompute activations in the backward pass to save memory."""
 
@@ -212,6 +212,17 @@ def fixed_settings(config: Config) -> dict[str, object]:
 def save_config(config: Config, path: Path) -> None:
     """Write the resolved settings as YAML that `load_config` reads back to an equal Config."""
     files.write_text(path, OmegaConf.to_yaml(OmegaConf.structured(config)))
+
+
+def refuse_ranks(config: Config, ranks: int) -> None:
+    """Raise ValueError for settings that would not train the same model on so many ranks as on one."""
+    shares = ranks * config.train.accumulation_steps
+    if config.encoder.train and not config.encoder.freeze_batchnorm and shares > 1:
+        raise ValueError(
+            f"encoder.freeze_batchnorm=false normalises by the statistics of the whole batch, but {ranks} ranks x "
+            f"train.accumulation_steps {config.train.accumulation_steps} see a share of it each and train another "
+            "model; train on one process with train.accumulation_steps=1, or leave encoder.freeze_batchnorm true"
+        )
 
 
 def _build(given: Any) -> Config:

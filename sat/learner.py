@@ -1,14 +1,14 @@
 """Model, optimizer and weight average of a run: built once, moved step by step, saved and loaded as tensors."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sat import checkpoint
-from sat.config import Config
+from sat.config import Config, refuse_ranks
 from sat.data.batch import CaptionBatch
 from sat.data.loader import evaluation_batches
 from sat.engine.engine import Engine, Stepper, StepResult
@@ -48,6 +48,10 @@ class Learner:
     config: Config
     total_steps: int
     """Of the schedules."""
+    statistics: tuple[Tensor, ...] = ()
+    """Of BatchNorms that are trained: a forward pass moves them, before it is known whether the step counts."""
+    before: list[Tensor] = field(default_factory=list)
+    """What they were before the step."""
 
     @property
     def evaluated(self) -> Captioner | EndToEnd:
@@ -74,6 +78,7 @@ class Learner:
     ) -> dict[str, Tensor]:
         """Forward and backward of one micro-batch of a global batch of so many `tokens` and `captions`; its counts."""
         batch = batch.to(processes.device)
+        self.before[:] = [each.clone() for each in self.statistics]  # one micro-batch is the whole batch then
         with self.stepper.micro_batch(last):
             with processes.autocast():
                 probability = self.sampling_probability(step)
@@ -84,6 +89,9 @@ class Learner:
 
     def after_step(self, result: StepResult, counts: list[dict[str, Tensor]], processes: Processes) -> None:
         """Let average and objective follow a step that was not skipped; where they do, it waits for the device."""
+        if self.statistics and bool(result.skipped):
+            for buffer, value in zip(self.statistics, self.before, strict=True):
+                buffer.copy_(value)
         follows = self.objective.follows
         if not (self.average or follows) or bool(result.skipped):
             return
@@ -109,11 +117,15 @@ class Learner:
 
 
 def build_learner(config: Config, data: TrainingData, engine: Engine) -> Learner:
-    """A fresh learner; the weights are a function of the seed alone. All ranks enter."""
+    """A fresh learner; the weights are a function of the seed alone. All ranks enter.
+
+    Raises ValueError for settings that so many ranks cannot train with.
+    """
     processes, train = engine.processes, config.train
+    refuse_ranks(config, processes.world_size)
     torch.manual_seed(train.seed)
     model = build_model(config, data, processes).to(processes.device)
-    objective = build_objective(config, data, model)
+    objective = build_objective(config, data, model).train()  # an encoder is loaded in eval mode
     optimizer = build_optimizer(
         model,
         learning_rate=train.learning_rate,
@@ -128,7 +140,13 @@ def build_learner(config: Config, data: TrainingData, engine: Engine) -> Learner
         accumulation_steps=train.accumulation_steps,
         clip_norm=train.clip_norm,
     )
-    return Learner(stepper, objective, model, average, config, data.total_steps)
+    return Learner(stepper, objective, model, average, config, data.total_steps, moving_statistics(model))
+
+
+def moving_statistics(model: nn.Module) -> tuple[Tensor, ...]:
+    """The buffers of BatchNorms that are not frozen."""
+    norms = [each for each in model.modules() if isinstance(each, nn.BatchNorm2d) and each.training]
+    return tuple(buffer for norm in norms for buffer in norm.buffers())
 
 
 def build_objective(config: Config, data: TrainingData, model: Captioner | EndToEnd) -> TeacherForcing | SelfCritical:

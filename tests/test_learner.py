@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from math import nan
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from torch import nn
 
 from preprocessing import shard_images
 from sat import caption, scoring, train
-from sat.config import Config, load_config
+from sat.config import Config, load_config, refuse_ranks
 from sat.data.plan import Cursor
 from sat.evaluation.split import evaluate
 from sat.export import load_model
@@ -121,6 +122,31 @@ def test_training_end_to_end_moves_the_open_stage_and_the_captioner_and_nothing_
     opened = {f"encoder.{name}" for name in convolutions if name.startswith("layer4.")}
     captioner = {name for name in before if name.startswith("captioner.") and "feature_" not in name}
     assert len(opened) == 10 and moved == opened | captioner
+
+
+def test_unfrozen_batchnorms_want_the_whole_batch_and_a_skipped_step_leaves_them_as_they_were(pictures, alone):
+    """Any share of a batch has other statistics: several ranks or passes would train another model than one."""
+    given = [*pictures, "encoder.freeze_batchnorm=false"]
+    for config, ranks in (
+        (load_config(None, given), 2),
+        (load_config(None, [*given, "train.accumulation_steps=2"]), 1),
+    ):
+        refuse_ranks(load_config(None, [*pictures, "train.accumulation_steps=2"]), 3)
+        with pytest.raises(ValueError, match="train another model; train on one process with train.accumulation"):
+            refuse_ranks(config, ranks)
+    learner, data = fresh(given, alone)
+    norms = learner.model.encoder.layer4.state_dict()
+    before = {name: value.clone() for name, value in norms.items()}
+    spoils = learner.objective.register_forward_hook(lambda _m, _a, sums: sums._replace(per_token=sums.per_token * nan))
+    steps = train.steps_from(learner.config, data, Cursor.start(data.sources, 1), alone.processes, Meter())
+    run = Run(Path("."), alone.processes, None)
+    skipped, _ = train.take_step(learner.config, learner, next(steps), 0, run, Meter())
+    assert bool(skipped.skipped)
+    assert_equal(norms, before)
+    spoils.remove()
+    train.take_step(learner.config, learner, next(steps), 1, run, Meter())
+    steps.close()
+    assert all(not torch.equal(norms[name], before[name]) for name in norms if "running" in name or "tracked" in name)
 
 
 def test_the_features_are_standardised_by_the_statistics_of_the_training_pictures(run_on_pictures, alone):

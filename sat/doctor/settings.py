@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from sat import checkpoint
-from sat.config import Config, load_config
-from sat.doctor.rows import Row, attempted, counted, failed, ok, warning
+from sat.config import Config, load_config, refuse_ranks
+from sat.doctor.rows import Row, attempted, counted, failed, ok, refused, warning
 from sat.machine import available_cores
 from sat.run_folder import CONFIG_FILE, STOP_FILE, read_status
 from sat.run_lock import living_owner
@@ -31,6 +31,10 @@ def check_ranks(config: Config, ranks: int, local_ranks: int) -> Iterator[Row]:
         yield warning("batch", f"{said} is uneven: {idle}", f"use {even}; the losses are right in any case")
     else:
         yield ok("batch", f"{said}: {rows} at once")
+    try:
+        refuse_ranks(config, ranks)
+    except ValueError as error:
+        yield refused("BatchNorm", error)
     yield from attempted("workers", lambda: _workers(config, local_ranks))
 
 
