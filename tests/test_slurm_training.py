@@ -124,6 +124,20 @@ def test_a_cancelled_job_and_one_at_its_time_limit_leave_a_whole_checkpoint(slur
     assert slurm.job(job)["JobState"] == "CANCELLED"  # and not queued again
 
 
+def test_a_job_that_dies_twice_without_a_newer_checkpoint_is_not_queued_again(slurm, training, tmp_path):
+    """What stands for the container runs the programs beside the training, and kills that as a lack of memory does."""
+    (tmp_path / "container").write_text('[[ "$*" == *sat.lives* ]] && exec "$@"\necho begins\nkill -9 $$\n')
+    output, container = f"--output={tmp_path}/run-%j.out", f"--export=ALL,CONTAINER=bash {tmp_path}/container"
+    command = ["sbatch", "--parsable", "--nodes=1", output, container, "slurm/train.sh", *ON_CPUS, *training.settings]
+    job = slurm.run(*command, cwd=ROOT)
+    fields = slurm.wait_for(job, "FAILED", timeout=150)
+    assert (fields["Restarts"], fields["ExitCode"]) == ("1", "137:0"), training.said()
+    assert training.said().count("begins\n") == 2
+    assert training.said().count("goes on in its next life, from step 0") == 1
+    assert f"job {job} has died 2 times in a row without a checkpoint newer than step 0: it is not" in training.said()
+    assert not slurm.run("squeue", "-h")
+
+
 def test_a_job_without_gpus_does_not_train_on_a_processor_in_silence(slurm, training):
     """Nor is an error a reason to try again."""
     output = f"--output={training.run.parent}/run-%j.out"
