@@ -19,6 +19,7 @@ from sat.config import load_config, save_config
 from sat.evaluation.attention_file import write_attention
 from sat.evaluation.attention_map import Cells, Regions, cells_at
 from sat.evaluation.prediction import Prediction
+from sat.evaluation.report import write_captions
 from sat.evaluation.score_table import ScoreTable, read_table, write_table
 from sat.report import pictures
 from sat.report.choose import choose
@@ -100,6 +101,7 @@ def make_run(folder: Path, data: Path, gain: float = 0.0, rate: float = 0.001, d
         ids, tuple(captions), sure, np.ones(COUNT, bool), {"CIDEr": cider}, counts, values, digest, {"CIDEr": NASTY}
     )
     write_table(folder / f"scores-{SPLIT}.parquet", table)
+    write_captions(folder / f"captions-{SPLIT}.json", dict(zip(ids, captions)))
     document = {
         "split": SPLIT,
         "images": COUNT,
@@ -140,6 +142,13 @@ def root(tmp_path_factory) -> Path:
     make_run(root / "one", root / "features")
     make_run(root / "two", root / "features", gain=0.125, rate=0.002)
     return root
+
+
+def unscored(table: ScoreTable) -> ScoreTable:
+    """None of whose pictures could be scored."""
+    none = np.zeros(0)
+    rows = {"image_ids": (), "captions": (), "log_probabilities": none, "finished": none.astype(bool)}
+    return replace(table, per_image={}, bleu_counts=np.zeros((0, 10), np.int64), **rows)
 
 
 def report(root: Path, *runs: str, **options) -> tuple[Page, str]:
@@ -292,7 +301,6 @@ def test_several_runs_are_compared_on_the_same_pictures_alone(root, tmp_path):
 
 def test_claims_are_shown_where_the_truth_is_known(root, tmp_path):
     run = make_run(tmp_path / "run", root / "features")
-    files.write_json(run / f"captions-{SPLIT}.json", [])
     claims = {
         f"{SPLIT}-0": [
             {"words": ["red", "dog"], "holds": False, "wrong": [0]},
@@ -319,7 +327,7 @@ def test_what_is_not_there_is_not_shown_and_said(root, tmp_path, capsys):
     run = make_run(tmp_path / "run", tmp_path / "nowhere")
     (run / f"attention-{SPLIT}.npz").unlink()
     table = read_table(run / f"scores-{SPLIT}.parquet")
-    write_table(run / f"scores-{SPLIT}.parquet", replace(table, per_image={}))
+    write_table(run / f"scores-{SPLIT}.parquet", unscored(table))
     main([run], split=SPLIT, each=1)
     page = Page((run / f"report-{SPLIT}.html").read_text())
     assert page.all("figure") == [] and "no picture" in page.words
@@ -370,6 +378,15 @@ def test_a_users_mistake_is_named(root, tmp_path):
     with pytest.raises(ValueError, match=r"attention-val\.npz is of another evaluation than"):
         main([run], split=SPLIT)
     (run / f"attention-{SPLIT}.npz").unlink()
+    write_captions(run / f"captions-{SPLIT}.json", {f"{SPLIT}-0": "something else"})
+    with pytest.raises(ValueError, match=r"scores-val\.parquet is of another evaluation than .*captions-val\.json"):
+        main([run], split=SPLIT)
+    (run / f"captions-{SPLIT}.json").write_text("{}]")
+    with pytest.raises(ValueError, match=r"captions-val\.json is no list of image_id and caption"):
+        main([run], split=SPLIT)
+    (run / f"captions-{SPLIT}.json").unlink()
+    with pytest.raises(ValueError, match=r"captions-val\.json is missing; run `sat evaluate"):
+        main([run], split=SPLIT)
     (run / f"scores-{SPLIT}.parquet").unlink()
     with pytest.raises(ValueError, match=r"scores-val\.parquet is missing"):
         main([run], split=SPLIT)

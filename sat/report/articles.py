@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from PIL import Image
 
 from sat.evaluation.attention_map import cells_at
-from sat.report.choose import confidence, is_wholly_true, ranking_metric
+from sat.report.choose import is_wholly_true, per_word, ranking_metric
 from sat.report.panels import Panels, jpeg_uri, panels
 from sat.report.pictures import Source, seen_by_encoder
 from sat.report.reading import Claim, RunReport
@@ -24,9 +24,10 @@ class Said:
     caption: str
     finished: bool
     scores: Mapping[str, float]
-    """By metric."""
-    log_probability: float
-    per_word: float
+    """By metric; of an image that could not be scored none."""
+    log_probability: float | None
+    """None where neither scores nor attention tell it."""
+    per_word: float | None
     """The same, divided by the words and the end."""
     panels: Panels | None
     claims: Sequence[Claim] | None
@@ -81,19 +82,21 @@ def _picture(source: Source | None) -> tuple[Image.Image | None, str]:
 def _said(
     image_id: str, number: int, run: RunReport, several: bool, picture: Image.Image | None, attention: bool
 ) -> Said:
-    table = run.table
-    row = table.image_ids.index(image_id)
+    table, caption, kept = run.table, run.captions[image_id], run.predictions.get(image_id)
+    row = table.image_ids.index(image_id) if image_id in table.image_ids else None
+    sure = kept.log_probability if kept else None
+    sure = sure if row is None else float(table.log_probabilities[row])
     return Said(
         run=number,
         name=run.name if several else "",
-        caption=table.captions[row],
-        finished=bool(table.finished[row]),
-        scores={name: float(values[row]) for name, values in table.per_image.items()},
-        log_probability=float(table.log_probabilities[row]),
-        per_word=float(confidence(table)[row]),
+        caption=caption,
+        finished=kept is None or kept.finished if row is None else bool(table.finished[row]),
+        scores={} if row is None else {name: float(values[row]) for name, values in table.per_image.items()},
+        log_probability=sure,
+        per_word=None if sure is None else per_word(sure, caption),
         panels=_panels(image_id, run, picture) if picture and attention else None,
         claims=run.claims.get(image_id, ()) if run.claims else None,
-        others=[(each.caption, each.log_probability) for each in table.others[row]] if table.others else (),
+        others=[] if row is None or not table.others else [(o.caption, o.log_probability) for o in table.others[row]],
     )
 
 

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sat.evaluation.score_table import Floats, ScoreTable
 from sat.report.reading import Claim, RunReport
 
 WRONG_SHARE = 0.25
@@ -32,7 +31,8 @@ def choose(runs: Sequence[RunReport], count: int, every: bool, seed: int = 0) ->
 
     With several runs also the pictures on which these differ most.
     """
-    ids, drawn = runs[0].table.image_ids, np.random.default_rng(seed).permutation(len(runs[0].table.image_ids))
+    ids = tuple(runs[0].captions)
+    drawn = np.random.default_rng(seed).permutation(len(ids))
     sections = [*_by_score(runs, count), *_wrong(runs, count)]
     if every:
         return [*sections, Section("All pictures", f"{len(ids):,}, by name.", ids)]
@@ -45,11 +45,9 @@ def is_wholly_true(claims: Sequence[Claim]) -> bool:
     return bool(claims) and all(each.holds for each in claims)
 
 
-def confidence(table: ScoreTable) -> Floats:
-    """[images] Mean log-probability of a caption's words, its end counted."""
-    lengths = [len(caption.split()) + 1 for caption in table.captions]
-    confident: Floats = table.log_probabilities / lengths
-    return confident
+def per_word(log_probability: float, caption: str) -> float:
+    """Mean log-probability of a caption's words, its end counted."""
+    return log_probability / (len(caption.split()) + 1)
 
 
 def _by_score(runs: Sequence[RunReport], count: int) -> list[Section]:
@@ -81,7 +79,8 @@ def _wrong(runs: Sequence[RunReport], count: int) -> list[Section]:
         what = f"Captions in the lowest {WRONG_SHARE:.0%} of the scores"
     else:
         return []
-    order = np.argsort(-confidence(table), kind="stable")
+    sure = [per_word(*each) for each in zip(table.log_probabilities, table.captions, strict=True)]
+    order = np.argsort(-np.array(sure), kind="stable")
     why = f"{what}{_whose(runs)}, the most probable per word first."
     return [Section("Most confidently wrong", why, _named(table.image_ids, order[false[order]][:count]))]
 

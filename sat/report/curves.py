@@ -15,7 +15,17 @@ COLOURS = 8
 """Runs that have a colour of their own; further ones share them, dashed."""
 POINTS = 400
 """Of a longer curve the means over so many stretches are drawn."""
-FIRST = ("nll_per_token", "CIDEr", "BLEU-4", "METEOR", "penalty_per_caption", "accuracy", "attention/effective_cells")
+FIRST = (
+    "nll_per_token",
+    "reward",
+    "baseline",
+    "CIDEr",
+    "BLEU-4",
+    "METEOR",
+    "penalty_per_caption",
+    "accuracy",
+    "attention/effective_cells",
+)
 """What is shown first, in this order, where there is such a curve; the rest follows folded."""
 LEAVE_OUT = ("best/",)
 _TEXT, _LINE, _RUN = "#010101", "#020202", "#0303"

@@ -11,6 +11,7 @@ from sat.config import flatten, load_config
 from sat.evaluation.attention_file import KeptAttention, read_attention
 from sat.evaluation.compare import refuse_other_references
 from sat.evaluation.prediction import Prediction
+from sat.evaluation.report import captions_file
 from sat.evaluation.score_table import ScoreTable, read_table, table_file
 from sat.export import best_folder
 from sat.run_folder import CONFIG_FILE, Status, read_status
@@ -37,7 +38,10 @@ class RunReport:
     folder: Path
     evaluation: Mapping[str, Any]
     """The document of evaluation-SPLIT.json, see `sat.evaluation.report.Report`."""
+    captions: Mapping[str, str]
+    """Of every image of the split, by its id."""
     table: ScoreTable
+    """Of the images that could be scored."""
     attention: KeptAttention | None
     """None where it was not kept."""
     truth: Mapping[str, Any]
@@ -81,14 +85,19 @@ def read_run(folder: Path, split: str, name: str) -> RunReport:
     kept = folder / f"attention-{split}.npz"
     attention = read_attention(kept) if kept.is_file() else None
     predictions = {each.image_id: each for each in attention.predictions} if attention else {}
-    said = dict(zip(table.image_ids, table.captions, strict=True))
-    if attention and {image: each.caption for image, each in predictions.items()} != said:
-        raise ValueError(f"{kept} is of another evaluation than {table_file(folder, split)}; {again} again")
+    captions = _captions(captions_file(folder, split), again)
+    if attention and {image: each.caption for image, each in predictions.items()} != captions:
+        raise ValueError(f"{kept} is of another evaluation than {captions_file(folder, split)}; {again} again")
+    if any(captions.get(image) != said for image, said in zip(table.image_ids, table.captions, strict=True)):
+        raise ValueError(
+            f"{table_file(folder, split)} is of another evaluation than {captions_file(folder, split)}; {again} again"
+        )
     known = (folder / CONFIG_FILE).is_file()
     return RunReport(
         name=name,
         folder=folder,
         evaluation=evaluation,
+        captions=captions,
         table=table,
         attention=attention,
         truth=read_truth(folder, split),
@@ -118,6 +127,16 @@ def _names(folders: Sequence[Path]) -> list[str]:
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise ValueError("a run is named twice; name each once")
     return short if len(set(short)) == len(short) else [str(folder) for folder in folders]
+
+
+def _captions(path: Path, again: str) -> dict[str, str]:
+    if not path.is_file():
+        raise ValueError(f"{path} is missing; {again} first")
+    try:
+        rows = {str(row["image_id"]): str(row["caption"]) for row in json.loads(path.read_text())}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no list of image_id and caption: {error!r}") from None
+    return dict(sorted(rows.items()))
 
 
 def _claims(path: Path) -> dict[str, tuple[Claim, ...]]:
