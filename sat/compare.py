@@ -21,7 +21,7 @@ from sat.cli import run_program
 from sat.evaluation.compare import Comparison, PictureDifference, Side, compare
 from sat.evaluation.score_table import read_table, table_file
 
-HEAD = f"{'':10}{'A':>8}{'B':>9}{'B - A':>9}  {'interval':^18}{'p pictures':>12}{'p runs':>9}"
+HEAD = f"{'':14}{'A':>8}{'B':>9}{'B - A':>9}  {'interval':^18}{'p pictures':>12}{'p runs':>9}"
 
 
 def main(
@@ -98,7 +98,7 @@ def table_of(comparison: Comparison, split: str) -> str:
         interval = f"[{each.low:+.4f}, {each.high:+.4f}]"
         runs = "-" if each.p_runs is None else f"{each.p_runs:.4f}"
         scores = f"{each.a:>8.4f}{each.b:>9.4f}{each.difference:>+9.4f}"
-        lines.append(f"{each.metric:10}{scores}  {interval:18}{each.p_pictures:>12.4f}{runs:>9}")
+        lines.append(f"{each.metric:14}{scores}  {interval:18}{each.p_pictures:>12.4f}{runs:>9}")
     lines += said_of_seeds(comparison)
     for title, pictures in (("better", comparison.better), ("worse", comparison.worse)):
         if pictures:

@@ -97,6 +97,18 @@ def test_intervals_are_the_same_again_and_of_all_metrics_at_once():
     assert all(every[m].low < narrower[m].low < narrower[m].high < every[m].high for m in METRICS)
 
 
+def test_bleu_without_brevity_penalty_has_its_interval_too():
+    table = random_table(80)
+    unpenalised = corpus_bleu(table.bleu_counts.sum(0).astype(float), brevity_penalty=False)
+    short = replace(table, bleu_counts=table.bleu_counts + np.array([0] * 9 + [5]))  # references are longer
+    short = replace(short, values=dict(short.values) | {"BLEU-4-no-BP": float(unpenalised[3])})
+    found = bootstrap_all(short)
+    assert set(found) == {*METRICS, "BLEU-4-no-BP"}
+    assert found["BLEU-4-no-BP"].low < unpenalised[3] < found["BLEU-4-no-BP"].high
+    assert found["BLEU-4"].high < found["BLEU-4-no-BP"].low
+    assert found["BLEU-4-no-BP"] == bootstrap(short, "BLEU-4-no-BP")
+
+
 def test_what_allows_no_interval_is_refused():
     table = random_table(2)
     with pytest.raises(ValueError, match="SPICE has no score per picture; there are CIDEr"):

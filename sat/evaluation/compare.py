@@ -24,7 +24,7 @@ from itertools import combinations, islice
 
 import numpy as np
 
-from sat.evaluation.intervals import CHUNK, Floats, Metrics, check, percentiles, resamples_of
+from sat.evaluation.intervals import CHUNK, Floats, Metrics, check, metrics_of, percentiles, resamples_of
 from sat.evaluation.score_table import ScoreTable
 
 SPLITS_TRIED = 10_000
@@ -126,13 +126,13 @@ def common_metrics(a: Side, b: Side) -> tuple[str, ...]:
         raise ValueError(f"{a.name} and {b.name} share runs; compare a run with others")
     for name, table in others:
         refuse_other_references(where, first, name, table)
-    metrics = tuple(m for m in first.per_image if all(m in table.per_image for _, table in others))
-    for metric in metrics:
-        for name, table in others:
-            if table.signature.get(metric) != first.signature.get(metric):
+    metrics = tuple(m for m in metrics_of(first) if all(m in metrics_of(table) for _, table in others))
+    for name, table in others:
+        for metric in sorted(first.signature.keys() & table.signature.keys()):
+            if table.signature[metric] != first.signature[metric]:
                 raise ValueError(
-                    f"{metric} was computed in another way for {name} ({table.signature.get(metric)}) than for {where} "
-                    f"({first.signature.get(metric)}); run sat evaluate on both again"
+                    f"{metric} was computed in another way for {name} ({table.signature[metric]}) than for {where} "
+                    f"({first.signature[metric]}); run sat evaluate on both again"
                 )
     if not metrics:
         raise ValueError(f"{a.name} and {b.name} have no metric in common; run sat evaluate on both again")

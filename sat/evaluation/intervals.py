@@ -17,6 +17,8 @@ import numpy.typing as npt
 
 Floats = npt.NDArray[np.float64]
 BLEU = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4")
+NO_PENALTY = tuple(f"{name}-no-BP" for name in BLEU)
+"""BLEU without brevity penalty."""
 CHUNK = 1 << 22
 """Weights held at once."""
 TINY, SMALL = 1e-15, 1e-9
@@ -46,23 +48,26 @@ class Interval:
 
 @dataclass(frozen=True)
 class Metrics:
-    """How metrics come from sums over pictures of M numbers: one per metric, then the ten counts of BLEU."""
+    """How metrics come from sums over pictures of M numbers: one per metric (BLEU: zero), then the counts of BLEU."""
 
     names: tuple[str, ...]
     images: int
 
     def numbers(self, scored: Scored) -> Floats:
         """[images, M] whose sums are to be given to `values`."""
-        means = [scored.per_image[name] for name in self.names]
+        nothing = np.zeros(self.images)
+        means = [nothing if name in (*BLEU, *NO_PENALTY) else scored.per_image[name] for name in self.names]
         return np.column_stack([*means, scored.bleu_counts]).astype(np.float64)
 
     def values(self, sums: Floats) -> Floats:
         """Sums [..., M] over as many pictures as there are -> metrics [..., names]."""
         found = sums[..., : len(self.names)] / self.images
-        corpus = corpus_bleu(sums[..., len(self.names) :])
-        for column, name in enumerate(self.names):
-            if name in BLEU:
-                found[..., column] = corpus[..., BLEU.index(name)]
+        for names, brevity_penalty in ((BLEU, True), (NO_PENALTY, False)):
+            if set(names) & set(self.names):
+                corpus = corpus_bleu(sums[..., len(self.names) :], brevity_penalty)
+                for column, name in enumerate(self.names):
+                    if name in names:
+                        found[..., column] = corpus[..., names.index(name)]
         return found
 
     def offsets(self, scored: Scored) -> Floats:
@@ -76,7 +81,13 @@ class Metrics:
         return np.array(shifts)
 
 
-def corpus_bleu(counts: Floats) -> Floats:
+def metrics_of(scored: Scored) -> tuple[str, ...]:
+    """The metrics that sums over pictures give: those with a score per picture, and BLEU without brevity penalty."""
+    from_counts = (name for name in NO_PENALTY if scored.values.get(name) is not None)
+    return (*scored.per_image, *from_counts)
+
+
+def corpus_bleu(counts: Floats, brevity_penalty: bool = True) -> Floats:
     """BLEU-1..4 [..., 4] of summed counts [..., 10] (Papineni et al. 2002), as pycocoevalcap computes it.
 
     The counts: clipped matches of 1 to 4 words, their totals, words of the hypotheses and of the nearest references.
@@ -85,8 +96,8 @@ def corpus_bleu(counts: Floats) -> Floats:
     ratio = (counts[..., 8] + TINY) / (counts[..., 9] + SMALL)
     with np.errstate(divide="ignore", over="ignore", under="ignore"):
         brevity = np.exp(np.minimum(0.0, 1 - 1 / ratio))
-    bleu: Floats = np.cumprod(precisions, -1) ** (1 / np.arange(1, 5)) * brevity[..., None]
-    return bleu
+    bleu: Floats = np.cumprod(precisions, -1) ** (1 / np.arange(1, 5))
+    return bleu * brevity[..., None] if brevity_penalty else bleu
 
 
 def resamples_of(images: int, resamples: int, rng: np.random.Generator) -> Iterator[Floats]:
@@ -101,11 +112,11 @@ def resamples_of(images: int, resamples: int, rng: np.random.Generator) -> Itera
 def bootstrap_all(
     scored: Scored, metrics: Sequence[str] = (), resamples: int = 1000, level: float = 0.95, seed: int = 0
 ) -> dict[str, Interval]:
-    """The percentile interval of each of the metrics that has a score per picture, by default of all.
+    """The percentile interval of each of the metrics, by default of all of `metrics_of`.
 
     All share their resamples. Raises ValueError for fewer than two pictures, a level outside 0 to 1, or no resamples.
     """
-    wanted = [name for name in (metrics or scored.per_image) if name in scored.per_image]
+    wanted = list(metrics or metrics_of(scored))
     images = len(scored.bleu_counts)
     check(images, resamples, level)
     how = Metrics(tuple(wanted), images)
@@ -119,8 +130,8 @@ def bootstrap_all(
 
 def bootstrap(scored: Scored, metric: str, resamples: int = 1000, level: float = 0.95, seed: int = 0) -> Interval:
     """The percentile interval of one metric. Raises ValueError as `bootstrap_all`, and for a metric not scored."""
-    if metric not in scored.per_image:
-        raise ValueError(f"{metric} has no score per picture; there are {', '.join(scored.per_image) or 'none'}")
+    if metric not in metrics_of(scored):
+        raise ValueError(f"{metric} has no score per picture; there are {', '.join(metrics_of(scored)) or 'none'}")
     return bootstrap_all(scored, [metric], resamples, level, seed)[metric]
 
 
