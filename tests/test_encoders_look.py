@@ -73,26 +73,43 @@ def test_stride_and_first_centre_are_those_of_the_convolutions_unless_the_file_s
         ("resnet50", 0, 5),
         ("lite0", 5, 12),
         ("lite0", 4, 12),
-        ("lite2", 5, 12),
+        ("lite2", 4, 12),
         ("timm/vit_tiny_patch16_224", 0, 5),
         ("timm/convnext_atto", 0, 5),
     ],
 )
 def test_the_strongest_cell_is_the_one_whose_centre_is_nearest_to_the_disc(name, stage, radius, lites):
     encoder = encoder_of(name, stage, lites)
-    places, pictures = discs(16, radius)
-    with torch.inference_mode():
-        grid = encoder(encoder.normalise(pictures))
-        empty = encoder(encoder.normalise(torch.full_like(pictures[:1], 128)))
-    answer = (grid - empty).norm(dim=2).numpy()  # [n, L]
+    places, answer = answers(encoder, radius)
     centres = centres_of(encoder)
     distance = np.linalg.norm(places[:, None] - centres[None], axis=2)  # [n, L]
     strongest = distance[np.arange(len(places)), answer.argmax(1)]
     # The peak is the nearest cell, or, for a disc near the border of two cells, its neighbour.
     assert (strongest <= distance.min(1) + 0.25 * encoder.spec.stride).mean() >= 0.85
-    weights = answer**4 / (answer**4).sum(1, keepdims=True)
-    drift = (weights @ centres - places).mean(0)
+    drift = drift_of(encoder, places, answer)
     assert np.abs(drift).max() < 0.25 * encoder.spec.stride, "the centres lie to one side of the answers"
+
+
+def answers(encoder: GridEncoder, radius: int) -> tuple[np.ndarray, np.ndarray]:
+    """Places of 16 discs, and how far each moves the features of every cell [16, L]."""
+    places, pictures = discs(16, radius)
+    with torch.inference_mode():
+        grid = encoder(encoder.normalise(pictures))
+        empty = encoder(encoder.normalise(torch.full_like(pictures[:1], 128)))
+    return places, (grid - empty).norm(dim=2).numpy()
+
+
+def drift_of(encoder: GridEncoder, places: np.ndarray, answer: np.ndarray) -> np.ndarray:
+    """Pixels (x, y) from the discs to the middle of the answers, on average."""
+    weights = answer**4 / (answer**4).sum(1, keepdims=True)
+    return (weights @ centres_of(encoder) - places).mean(0)
+
+
+@pytest.mark.parametrize("radius", [5, 12])
+def test_lite2s_last_cells_answer_around_the_disc_where_its_file_says(radius, lites):
+    """Its answer is wide, so the strongest cell is seldom the nearest; its middle is what attention is drawn by."""
+    encoder = encoder_of("lite2", 5, lites)
+    assert np.abs(drift_of(encoder, *answers(encoder, radius))).max() < encoder.spec.stride / 8
 
 
 @pytest.mark.parametrize(("name", "stage"), [("lite0", 0), ("lite0", 3), ("lite0", 4), ("lite2", 3), ("lite2", 4)])
