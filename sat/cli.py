@@ -28,6 +28,7 @@ PROGRAMS = {
     ),
     "train": ("sat.train", "train the captioner of a configuration, or go on with it"),
     "evaluate": ("sat.evaluate", "score a trained model on a split"),
+    "score": ("preprocessing.score", "score anybody's captions, without a model"),
     "compare": ("sat.compare", "whether one run is better than another, and on which pictures"),
     "caption": ("sat.caption", "caption picture files, with pictures of the attention"),
     "draw": ("sat.draw", "pictures of the attention over a split's pictures"),
@@ -45,6 +46,7 @@ BENCHMARKS = {
     "decode": ("sat.bench.decode", "batched beam search against one image at a time"),
     "features": ("preprocessing.bench_features", "feature extraction against the bare network and a naive loop"),
     "loader": ("sat.bench.loader", "the reader against a raw sequential read and stock webdataset"),
+    "metrics": ("sat.bench.metrics", "the metrics against pycocoevalcap's own, to the last bit"),
     "plan": ("sat.bench.plan", "the sample order of 1e9 samples over 1,024 ranks"),
 }
 """Benchmark -> the module whose `run` measures it (one of another package runs as a process), and what it compares."""
