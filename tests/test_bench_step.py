@@ -8,7 +8,7 @@ import torch
 from sat.bench import limit, step
 from sat.bench.captions import CAPTIONS, caption_batches
 from sat.bench.harness import InOwnProcess
-from sat.bench.popular import PerCaptionLoop
+from sat.bench.popular import PerCaptionLoop, popular_step
 from sat.model.captioner import Captioner
 from sat.model.loss import total_loss
 from sat.model.objectives.teacher_forcing import TeacherForcing
@@ -53,6 +53,18 @@ def test_the_loop_computes_our_loss_and_gradients():
         layer, _, kind = name.rpartition(".")
         expected = parameters[f"{OURS[layer]}.{kind}"].grad
         assert torch.allclose(dict(loop.named_parameters())[name].grad, expected, rtol=1e-9, atol=1e-12), name
+
+
+def test_the_loop_steps_through_fresh_batches_in_bf16_too():
+    batches, _ = caption_batches(3, 8)
+    model, grid = PerCaptionLoop(10_000, 6, 7), torch.rand(8, 5, 7)
+    take = popular_step(model, grid, batches, torch.bfloat16, "cpu")
+    before = model.vocabulary.weight.clone()
+    for _ in batches:
+        take()
+    assert model.vocabulary.weight.isfinite().all() and not torch.equal(model.vocabulary.weight, before)
+    with pytest.raises(StopIteration):
+        take()
 
 
 def _cell(parameters: dict, kind: str) -> torch.Tensor:

@@ -61,20 +61,21 @@ class Draws:
 
     def of_images(self, site: Site) -> Tensor:
         """int64 [B']"""
-        return derive(self.images, self._part(site, 1)[0])
+        return _derived(self.images, self._part(site, 1)[0])
 
     def of_captions(self, site: Site) -> Tensor:
         """int64 [N]"""
-        return derive(self.captions, self._part(site, 1)[0])
+        return _derived(self.captions, self._part(site, 1)[0])
 
     def of_words(self, site: Site) -> Tensor:
         """int64 [M], packed."""
         steps = self._part(site, len(self.packing.rows))
-        return derive(self.captions[self.packing.word_row], steps[self.packing.word_step])
+        return _derived(self.captions[self.packing.word_row], steps[self.packing.word_step])
 
     def _part(self, site: Site, steps: int) -> Tensor:
-        """int64 [steps]: a number for this site and each step."""
-        return torch.arange(steps, device=self.captions.device) + (int(site) << 32)
+        """int64 [steps]: a number for this site and each step, mixed on the host, where it costs no launches."""
+        mixed = mix(torch.arange(steps) + (int(site) << 32))
+        return mixed.to(self.captions.device, non_blocking=True)
 
 
 def at_step(keys: Tensor, site: Site, step: int) -> Tensor:
@@ -84,7 +85,11 @@ def at_step(keys: Tensor, site: Site, step: int) -> Tensor:
 
 def derive(keys: Tensor, part: Tensor) -> Tensor:
     """Keys that depend on int64 `keys` and on `part`, which fits them; the same as `sat.data.order.derive_keys`."""
-    return mix(keys + GOLDEN ^ mix(part))
+    return _derived(keys, mix(part))
+
+
+def _derived(keys: Tensor, mixed: Tensor) -> Tensor:
+    return mix(keys + GOLDEN ^ mixed)
 
 
 def mix(x: Tensor) -> Tensor:
