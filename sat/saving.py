@@ -47,22 +47,22 @@ class Saves:
         progress = state.progress
         if self.begun != progress and progress.step > 0:
             self.begin(learner, state)
-        results = self._wait(progress)
-        if results and results[-1].error:
+        error = self._wait(progress)
+        if error:
             self.begin(learner, state)
-            results = self._wait(progress)
-        if results and results[-1].error:
-            sentence = (
-                f"the checkpoint of step {progress.step} could not be saved ({results[-1].error}); make room, and"
-            )
-            if ended:
-                raise ValueError(f"{self.run.folder} has taken all its steps, but {sentence} start it again")
-            raise StartAgain(f"stopped, but {sentence} start it again: it goes on from an older one")
+            error = self._wait(progress)
+        if error and ended:
+            raise ValueError(f"{self.run.folder} has taken all its steps, but {error}; make room, and start it again")
+        if error:
+            raise StartAgain(f"stopped, but {error}; make room, and start it again: it goes on from an older one")
 
-    def _wait(self, progress: Progress) -> list[SaveResult]:
-        results = self.saver.wait()
-        self._note(results, progress)
-        return results
+    def _wait(self, progress: Progress) -> str:
+        """Why the newest save has failed, "" where it has not; whoever has taken note of its end, all ranks know."""
+        run = self.run
+        self._note(self.saver.wait(), progress)
+        known = (run.saved_step, run.failed_saves, run.save_error)
+        run.saved_step, run.failed_saves, run.save_error = run.processes.broadcast(known)
+        return run.save_error
 
     def _note(self, results: list[SaveResult], progress: Progress) -> None:
         run = self.run
