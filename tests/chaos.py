@@ -132,7 +132,8 @@ def one_life(ranks: Ranks, settings: Path, folder: Path, draw: random.Random, lo
     while time.monotonic() < until and Path(f"/proc/{ranks.pids['launcher']}").exists():
         time.sleep(0.02)
     kill(victim, ranks.pids)
-    codes, orphans = ranks.wait()
+    # Without its uploader, or killed too late, a training goes on to its end.
+    codes, orphans = ranks.wait(300)
     said = f"{victim} after {delay:.1f} s{f', death at {place}' if place else ''}: exit codes {codes}"
     assert not orphans, f"{said}: left {orphans}\n{folder.with_suffix('.log').read_text()[-3000:]}"
     allowed = {0, 75, -signal.SIGKILL, -signal.SIGTERM, 256 - signal.SIGKILL, 256 - signal.SIGTERM}
