@@ -11,10 +11,12 @@ import pytest
 
 from sat.config import load_config, save_config
 from sat.doctor.rows import FAILED, OK, WARNING, Row
+from tests.helpers_launch import start
 from tests.helpers_shards import make_feature_dataset
 from tests.helpers_training import SMALL, with_tokenizer
 
 ROOT = Path(__file__).parents[1]
+CPUS = ["--config_file", "launch/cpu.yaml", "--num_processes", 2]
 
 PROGRAM = '''
 """The checks of `sat doctor` twice: the last rank sees other data and none, then it fails alone in a step."""
@@ -83,11 +85,9 @@ def test_two_processes_print_one_table_and_end_with_its_exit_status(root):
 def test_what_one_rank_meets_alone_is_a_row_and_holds_up_nobody(root):
     (root / "program.py").write_text(PROGRAM)
     make_feature_dataset(root / "other", {"train": 24, "val": 6}, name="other")
-    launch = "import sys; from sat.engine.launcher import launch; from pathlib import Path; "
-    launch += "sys.exit(launch(Path('launch/cpu.yaml'), 'program', sys.argv[1:], 2))"
     began = time.monotonic()
-    done = run(root, "-c", launch, root / "config.yaml", root / "other", root)
-    assert done.returncode == 1 and time.monotonic() - began < 200, done.stderr
+    code, said = start([root / "program.py", root / "config.yaml", root / "other", root], CPUS)
+    assert code == 1 and time.monotonic() - began < 200, said
 
     first, both = (
         [Row(**row) for row in json.loads((root / name).read_text())] for name in ("no_data.json", "fails.json")
@@ -101,6 +101,4 @@ def test_what_one_rank_meets_alone_is_a_row_and_holds_up_nobody(root):
     failed = {row.check: row.found for row in second if row.state == FAILED}
     assert list(failed) == ["shards", "steps"] and "rank 1: its digest is" in failed["shards"]
     assert "rank 0 on " in failed["steps"] and "has lost another rank" in failed["steps"]
-    assert [line for line in done.stderr.splitlines() if line.startswith("rank")] == [
-        "rank 1: RuntimeError: out of memory"
-    ]
+    assert [line for line in said.splitlines() if line.startswith("rank")] == ["rank 1: RuntimeError: out of memory"]
