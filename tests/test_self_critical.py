@@ -221,3 +221,24 @@ def test_logits_that_are_not_finite_are_named():
         model.vocabulary.bias[3] = torch.nan
         with pytest.raises(ValueError, match="not finite"):
             draw_samples(model, model.encode(grids()), ONE, 3, greedy=False)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("baseline", ["others", "greedy"])
+def test_a_gpu_draws_and_learns_what_a_cpu_does(baseline):
+    """In float64, so that no word falls to the other side of a rounding."""
+    grid = torch.randn(4, L, D, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    lengths, keys = torch.tensor([[1, 2], [0, 0], [2, 0], [1, 1]]), torch.arange(8).view(4, 2)
+    options, found = SelfCriticalOptions(samples=3, max_length=6, baseline=baseline), []
+    for device in ("cpu", "cuda"):
+        model = make_model(**PAPER | {"dropout": 0.5, "kernels": "torch"}).to(device).train()
+        objective = SelfCritical(model, lengths_of_words, options)
+        captions = torch.zeros(4, 2, 3, dtype=torch.int64)
+        sums = objective(grid.to(device), captions, lengths, 0.0, None, keys.to(device), [["a"]] * 4)
+        total_loss(sums, 0, 9).backward()
+        gradient = torch.cat([each.grad.flatten() for each in model.parameters()])
+        counts = {name: float(count) for name, count in sums.counts.items() if not name.endswith("seconds")}
+        found.append((counts, gradient.cpu()))
+    assert found[1][0] == pytest.approx(found[0][0])
+    torch.testing.assert_close(found[1][1], found[0][1], rtol=1e-9, atol=1e-12)
+    assert found[0][1].abs().max() > 1e-3

@@ -80,7 +80,7 @@ class Draws:
 
 def at_step(keys: Tensor, site: Site, step: int) -> Tensor:
     """Keys of a site at one step, as `Draws` has them, of int64 `keys` [...] of captions (or images, at step 0)."""
-    return derive(keys, torch.tensor(step + (int(site) << 32), device=keys.device))
+    return derive(keys, torch.full((), step + (int(site) << 32), device=keys.device))
 
 
 def derive(keys: Tensor, part: Tensor) -> Tensor:
