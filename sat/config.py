@@ -131,6 +131,14 @@ class TrackingConfig:
     """MLflow experiment."""
     run_name: str = setting("", may_change=True)
     """MLflow run name; empty: the run folder's name."""
+    log_model: bool = setting(True, may_change=True)
+    """Log the best model at the end as an MLflow model that captions pictures, its encoder included."""
+    encoder_weights: str = setting("weights", may_change=True)
+    """The file of the encoder that made the features, or a folder that holds it; goes into the logged model."""
+    register: str = setting("", may_change=True)
+    """Name in MLflow's registry that the logged model becomes a version of; empty: none."""
+    system_metrics: bool = setting(False, may_change=True)
+    """Log the load of rank 0's machine every ten seconds, as MLflow's system metrics."""
 
     def __post_init__(self) -> None:
         if self.mlflow_uri:

@@ -1,6 +1,7 @@
 """Score a trained model, or an ensemble, on a split: `sat evaluate RUN`."""
 
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from sat.evaluation.attention_file import write_attention
 from sat.evaluation.baselines import AGAINST_REST, REFERENCE, baselines, leave_one_out
 from sat.evaluation.metrics import Scores, score, scorer_kept
 from sat.evaluation.options import REPORTED_METRICS, EvaluationOptions
+from sat.evaluation.recording import Extra, record_evaluation
 from sat.evaluation.report import Report, captions_file, intervals_of, write_captions
 from sat.evaluation.score_table import table_file, write_table
 from sat.evaluation.search_options import (
@@ -39,10 +41,9 @@ from sat.evaluation.search_options import (
 from sat.evaluation.split import Evaluation, evaluate, scored_references
 from sat.export import TrainedModel, best_folder, load_model
 from sat.machine import speed_up
-from sat.run_folder import CONFIG_FILE, attach
 from sat.shards.manifest import Manifest, load_manifest
 from sat.stopping import StartAgain, follow_launcher, listen
-from sat.training_data import reading_options
+from sat.training_data import input_of, reading_options
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 NOT_OF_THE_SEARCH = ("batch_size", "keep_attention", "metrics")
@@ -54,6 +55,8 @@ class Job:
     """What is to be scored, and how."""
 
     run: Path
+    out: Path
+    """Folder of what is written."""
     split: str
     manifest: Manifest
     trained: Sequence[TrainedModel]
@@ -61,6 +64,8 @@ class Job:
     search: EvaluationOptions
     precision: str
     with_baselines: bool
+    ensemble: tuple[Path, ...]
+    """The other run folders whose models vote."""
 
     @property
     def config(self) -> Config:
@@ -79,6 +84,7 @@ def main(
     ] = False,
     keep_attention: Annotated[bool, typer.Option("--attention", help="write RUN/attention-SPLIT.npz too")] = False,
     precision: Annotated[str, typer.Option(help="fp32; in bf16 captions depend a little on the batch")] = "fp32",
+    out: Annotated[Path | None, typer.Option(help="folder for what is written; default: RUN")] = None,
     also: Annotated[
         list[Path] | None, typer.Option("--ensemble", help="further run folders, averaged word by word")
     ] = None,
@@ -105,12 +111,24 @@ def main(
     asked = Asked(method, beam_size, max_length, length_penalty, n_best, block_unk, block_ngram, *drawn)
     if precision not in PRECISIONS:
         raise ValueError(f"--precision is {precision!r}; choose one of {', '.join(PRECISIONS)}")
-    trained = load_ensemble([run, *(also or [])])
+    folder, others = writable(out or run), tuple(also or ())
+    trained = load_ensemble([run, *others])
     config = trained[0].config
     metrics = list(dict.fromkeys((*REPORTED_METRICS, *config.eval.metrics)))
     search = replace(asked.over(config.eval), metrics=metrics, keep_attention=keep_attention)
     manifest = load_manifest(features or config.data.features)
-    score_and_report(Job(run, split, manifest, trained, search, precision, with_baselines))
+    score_and_report(Job(run, folder, split, manifest, trained, search, precision, with_baselines, others))
+
+
+def writable(folder: Path) -> Path:
+    """The folder, made if need be. Raises ValueError, before minutes of scoring, where nothing can be written there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{folder} cannot be made ({error.strerror}); choose another --out FOLDER") from None
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ValueError(f"{folder} cannot be written; have the scores elsewhere: --out FOLDER")
+    return folder
 
 
 def score_and_report(job: Job) -> None:
@@ -142,7 +160,7 @@ def decode_and_score(job: Job, processes: Processes, stop: Callable[[], bool]) -
 
 
 def report(job: Job, result: Evaluation) -> None:
-    """Score what the model is held against, write everything into the run folder and print the report."""
+    """Score what the model is held against, print the report, write everything, and bring the scores to MLflow."""
     blind = baseline_captions(job, result) if job.with_baselines else {}
     scores = {"model": result.scores}
     if job.with_baselines:
@@ -161,11 +179,14 @@ def report(job: Job, result: Evaluation) -> None:
         intervals=intervals_of(scores),
         search=search | {"precision": job.precision},
     )
-    keep(job.run, found, {"model": result.captions} | blind)
-    write_table(table_file(job.run, job.split), result.table)
+    print(json.dumps(found.to_document(), indent=1), flush=True)  # first: whatever becomes of the files
+    written = keep(job.out, found, {"model": result.captions} | blind)
+    write_table(table_file(job.out, job.split), result.table)
     if job.search.keep_attention:
-        write_attention(job.run / f"attention-{job.split}.npz", result.predictions, job.trained[0].features)
-    print(json.dumps(found.to_document(), indent=1))
+        write_attention(job.out / f"attention-{job.split}.npz", result.predictions, job.trained[0].features)
+    data = input_of(job.manifest, [job.split], "evaluation")
+    extra = Extra((*written, table_file(job.out, job.split)), job.ensemble)
+    record_evaluation(job.out, job.run, found, data, extra)
 
 
 def load_ensemble(folders: Sequence[Path]) -> list[TrainedModel]:
@@ -209,25 +230,16 @@ def score_baselines(
     return found, {REFERENCE: dict(human.captions)}
 
 
-def keep(run: Path, report: Report, captions: Mapping[str, Mapping[str, str]]) -> None:
-    """Write scores and captions into the run folder, and into its MLflow run where it has one.
+def keep(folder: Path, report: Report, captions: Mapping[str, Mapping[str, str]]) -> list[Path]:
+    """Write scores and captions into the folder; the files of the scores and of the model's captions.
 
     `captions`: those of `model` and of each baseline, by image.
     """
-    path = captions_file(run, report.split)
     for name, each in captions.items():
-        write_captions(captions_file(run, report.split, name), each)
-    files.write_json(run / f"evaluation-{report.split}.json", report.to_document())
-    if not (run / CONFIG_FILE).is_file():
-        return
-    with attach(run) as tracker:
-        for name, scores in report.scores.items():
-            label = report.split if name == "model" else f"{report.split}_{name}"
-            spread = report.attention if name == "model" else {}
-            tracker.log(
-                report.step, {f"{label}/{metric}": value for metric, value in {**scores.values, **spread}.items()}
-            )
-        tracker.artifact(path, "captions")
+        write_captions(captions_file(folder, report.split, name), each)
+    scores = folder / f"evaluation-{report.split}.json"
+    files.write_json(scores, report.to_document())
+    return [scores, captions_file(folder, report.split)]
 
 
 if __name__ == "__main__":

@@ -12,12 +12,13 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 from sat import files
-from sat.config import Config, flatten, load_config, save_config
+from sat.config import Config, flatten, save_config
 from sat.engine.engine import Engine
 from sat.engine.processes import Processes
 from sat.run_lock import owned
 from sat.stopping import Wish
 from sat.tracking.journal import CLOSE_TIMEOUT_S, STOPPED_TIMEOUT_S, Tracker
+from sat.tracking.record import About
 from sat.train_state import Progress
 
 STOP_FILE = "STOP"
@@ -102,6 +103,11 @@ class Run:
         if self.tracker:
             self.tracker.artifact(path, folder)
 
+    def keep_model(self) -> None:
+        """Have the best model logged in MLflow. Rank 0 does."""
+        if self.tracker:
+            self.tracker.model()
+
     def flush(self) -> None:
         """Bring the journal to the disk."""
         if self.tracker:
@@ -133,17 +139,6 @@ def read_status(folder: Path) -> Status | None:
 
 
 @contextlib.contextmanager
-def attach(folder: Path) -> Iterator[Tracker]:
-    """The journal and MLflow run of a trained run folder, to add figures and files to. Rank 0 only."""
-    config = load_config(folder / CONFIG_FILE)
-    tracker = Tracker(folder, config.tracking, flatten(config), resume_step=sys.maxsize)
-    try:
-        yield tracker
-    finally:
-        tracker.close()
-
-
-@contextlib.contextmanager
 def owned_run(folder: Path, processes: Processes) -> Iterator[None]:
     """Be the only training in a run folder; see `sat.run_lock.owned`. All ranks enter, rank 0 holds the lock."""
     with contextlib.ExitStack() as held:
@@ -157,8 +152,10 @@ def forget_stop(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def open_run(config: Config, engine: Engine, progress: Progress, wish: Wish) -> Iterator[Run]:
-    """Make or re-open the run folder, and say in its status how it was left.
+def open_run(
+    config: Config, engine: Engine, progress: Progress, wish: Wish, about: About | None = None
+) -> Iterator[Run]:
+    """Make or re-open the run folder, and say in its status how it was left; MLflow is told what it is `about`.
 
     All ranks enter; only rank 0 writes. Journal lines after the step of `progress`, and those of an evaluation that is
     to be done again, belong to a life that was lost and are superseded. Inside, the last act is to write a status; an
@@ -175,9 +172,10 @@ def open_run(config: Config, engine: Engine, progress: Progress, wish: Wish) -> 
     processes.run_on_main(prepare)
     tracker = None
     if processes.is_main:
-        params = flatten(config) | {"world_size": processes.world_size, "engine": engine.name}
+        about, spread = about or About(), {"world_size": processes.world_size, "engine": engine.name}
+        params = flatten(config) | spread | {"device": str(processes.device), **about.digests}
         redone = f"{config.data.eval_split}/" if progress.evaluated_step != progress.step else ""
-        tracker = Tracker(folder, config.tracking, params, progress.step, redone)
+        tracker = Tracker(folder, config.tracking, params, progress.step, redone, about.inputs)
     run = Run(folder, processes, tracker, wish=wish, saved_step=progress.step)
     run.keep_artifact(folder / CONFIG_FILE)
     run.write_status(run.status_of("running", progress))

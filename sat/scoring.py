@@ -83,6 +83,7 @@ def log_scores(config: Config, progress: Progress, result: Evaluation, better: b
     values = result.scores.values | (result.attention.values() if config.model.attention != "none" else {})
     scores = {f"{split}/{name}": value for name, value in values.items()}
     best = {f"best/{name}": value for name, value in values.items() if better and value is not None}
+    best |= {"best/step": progress.step} if better else {}
     run.log(progress.step, scores | best | {f"{split}/unfinished": result.unfinished})
     if run.processes.is_main:
         known = (f"{name} {value:.4f}" for name, value in sorted(scores.items()) if value is not None)

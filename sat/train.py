@@ -55,11 +55,12 @@ def train(config: Config, engine: Engine, wish: Wish | None = None) -> Progress:
         data = open_data(config)
         learner = build_learner(config, data, engine)
         begun = resume(config, data, learner, fresh_state(config, data, engine), processes)
-        with open_run(config, engine, begun.progress, wish) as run, losses.named(processes), scorer_kept():
+        about = data.about(config)
+        with open_run(config, engine, begun.progress, wish, about) as run, losses.named(processes), scorer_kept():
             with watched(processes, config.train.timeout, run.fail), progress_bar(data, begun.progress, run) as bar:
                 progress = take_all_steps(config, data, learner, begun, run, bar)
-            for path in sorted(run.best.glob("*")):
-                run.keep_artifact(path, "model")
+            if has_ended(config, data, progress):
+                run.keep_model()
             run.write_status(run.status_of("finished" if has_ended(config, data, progress) else "stopped", progress))
     if not progress.step:
         raise StartAgain("stopped before the first step: start it again")

@@ -1,8 +1,10 @@
 """What a run learns from, opened and checked before anything expensive starts."""
 
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
@@ -14,9 +16,12 @@ from sat.data.loader import Pictures, Reading, steps_per_epoch
 from sat.model.encoders.encoder import opened_stages
 from sat.model.encoders.table import blueprint
 from sat.shards.features import FeatureSpec, Transform
+from sat.shards.location import is_url
 from sat.shards.manifest import Manifest, load_manifest
 from sat.shards.pictures import RESIZE, decode, fit
 from sat.text import CaptionTokenizer
+from sat.tracking.record import About, DataInput
+from sat.tracking.store import shown
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,24 @@ class TrainingData:
     @property
     def main(self) -> Manifest:
         return self.sources[0][0]
+
+    def about(self, config: Config) -> About:
+        """What MLflow is told of the data sets, the encoder and the vocabulary."""
+        learnt = [input_of(manifest, config.data.train_splits, "training") for manifest, _ in self.sources]
+        scored, encoder = input_of(self.main, [config.data.eval_split], "evaluation"), self.features.get("encoder")
+        digests = {"data.digest": self.main.digest, "data.tokenizer_sha256": self.tokenizer.digest}
+        if encoder:
+            digests["features.encoder"] = encoder["architecture"]
+            digests["features.encoder_sha256"] = encoder.get("weights_sha256") or encoder["trained_from"]
+        return About((*learnt, scored), digests)
+
+
+def input_of(manifest: Manifest, splits: Sequence[str], context: str) -> DataInput:
+    """A data set as MLflow is told of it: named by its folder and the splits that are used."""
+    root = manifest.root if is_url(manifest.root) else os.path.abspath(manifest.root)
+    name = "/".join([*PurePath(root).parts[-2:], "+".join(splits)])
+    images = {split: manifest.splits[split] for split in splits if split in manifest.splits}
+    return DataInput(name, manifest.digest, shown(root), context, images)
 
 
 def open_data(config: Config) -> TrainingData:

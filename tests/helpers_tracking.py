@@ -10,7 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from sat.tracking import journal as tracking
-from sat.tracking import mlflow as mlflow_upload
+from sat.tracking.client import connect
 from sat.tracking.journal import read_journal
 from sat.tracking.mlflow import follow
 
@@ -51,7 +51,7 @@ def replace_uploader(patch, uploader) -> None:
 
 
 def client(uri: str):
-    mlflow_upload.connect(uri)  # sets MLflow's environment
+    connect(uri)  # sets MLflow's environment
     from mlflow.tracking import MlflowClient
 
     return MlflowClient(uri)

@@ -112,6 +112,7 @@ def test_the_scores_of_the_best_step_stand_beside_the_last_ones(features, alone,
         best = max(best, line["val/CIDEr"])
         assert ("best/CIDEr" in line) == better
         if better:
+            assert line.pop("best/step") == line["step"]
             assert {n: v for n, v in line.items() if n.startswith("best/")} == {
                 n.replace("val/", "best/"): v for n, v in line.items() if n.startswith("val/") and n != "val/unfinished"
             }

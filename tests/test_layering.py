@@ -54,6 +54,8 @@ LAYERS = (
     ("sat.learner",),
     ("sat.evaluation", "sat.captioning"),
     ("sat.saving", "sat.scoring"),
+    ("sat.tracking.model",),
+    ("sat.tracking.log_model",),
     ("sat.train", "sat.evaluate", "sat.caption", "sat.draw", "sat.summary", "sat.compare"),
     ("sat.report",),
     ("sat.serving",),

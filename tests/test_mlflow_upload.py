@@ -13,6 +13,7 @@ import pytest
 
 from sat.config import TrackingConfig
 from sat.tracking import mlflow as mlflow_upload
+from sat.tracking import uploader
 from sat.tracking.journal import Tracker, read_journal
 from sat.tracking.mlflow import sync
 from tests.helpers_tracking import (
@@ -277,7 +278,7 @@ def test_a_read_only_store_costs_no_line_and_is_caught_up(tmp_path):
 def test_a_locked_store_costs_no_line_and_no_time(tmp_path, in_thread, monkeypatch):
     folder, uri = tmp_path / "run", f"sqlite:///{tmp_path}/mlflow.db"
     client(uri)
-    monkeypatch.setattr(mlflow_upload, "POINTS_PER_REQUEST", 1)
+    monkeypatch.setattr(uploader, "POINTS_PER_REQUEST", 1)
     import sqlite3
 
     locked = sqlite3.connect(tmp_path / "mlflow.db", isolation_level=None)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from sat.tracking.mlflow import connect
+from sat.tracking.client import connect
 from sat.tracking.probe import ask, probe
 
 EXPERIMENT = "captions"

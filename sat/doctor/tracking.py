@@ -6,8 +6,9 @@ from pathlib import Path
 from sat import files
 from sat.config import Config
 from sat.doctor.rows import Row, ok, warning
-from sat.tracking.journal import SETTINGS, UPLOADED, store_of
 from sat.tracking.probe import probe
+from sat.tracking.record import RECORD, UPLOADED
+from sat.tracking.store import store_of
 
 BOUND_S = 60.0
 
@@ -15,7 +16,7 @@ BOUND_S = 60.0
 def check_mlflow(config: Config, bound_s: float = BOUND_S) -> Iterator[Row]:
     """A warning at most: a training goes on without MLflow and catches up."""
     folder = Path(config.train.run_dir)
-    store = store_of(config.tracking, folder, files.read_json(folder / SETTINGS).get("uri", ""))
+    store = store_of(config.tracking, folder, files.read_json(folder / RECORD).get("uri", ""))
     if store.problem:
         yield warning("MLflow", store.problem.removeprefix("warning: "), "set it anew, or tracking.mlflow_uri")
     if not store.uri:

@@ -30,8 +30,8 @@ from sat.report.tables import (
     signatures,
     truth_table,
 )
-from sat.run_folder import CONFIG_FILE, attach
 from sat.shards.manifest import load_manifest
+from sat.tracking.journal import add_artifact
 
 
 def main(
@@ -70,9 +70,8 @@ def main(
     for said in lacking:
         print(f"not shown: {said}", flush=True)
     for folder in run:
-        if track and (folder / CONFIG_FILE).is_file():
-            with attach(folder) as tracker:
-                tracker.artifact(path, "report")
+        if track:
+            add_artifact(folder, path, "report")
     print(f"{path}: {len(wanted)} pictures, {len(text.encode()) / 1e6:.1f} MB", flush=True)
 
 

@@ -5,37 +5,38 @@ The journal is the truth and also the queue: `log` appends one line and returns,
 included; whatever a dead server missed is still in the journal when it returns.
 """
 
+import contextlib
 import json
 import logging
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
-from uuid import uuid4
 
-from sat import files, stopping
-from sat.config import TrackingConfig, refuse_store
+from sat import stopping
+from sat.config import TrackingConfig
+from sat.tracking.provenance import provenance
+from sat.tracking.record import DataInput, Record
+from sat.tracking.store import store_of
 
 JOURNAL = "metrics.jsonl"
+SYSTEM = "system.jsonl"
+"""A journal of the machine's load, which the uploader writes."""
 ARTIFACTS = "artifacts.jsonl"
-SETTINGS = "tracking.json"
-"""What the uploader has to know; written here, read there."""
-UPLOADED = "mlflow_run.json"
-"""Where the uploader stands: {uri, run_id, artifacts}; written there, read here."""
+"""What is to be copied into the MLflow run; a line is {path, folder}, or {model} for the best model."""
 
 Entry = dict[str, Any]
 """A line of the journal: step (int), time (s since 1970), and values by name (float or None)."""
 
 CLOSE_TIMEOUT_S = 60.0
 """For a server that answers; one that does not ends the wait within seconds."""
-VARIABLE = "MLFLOW_TRACKING_URI"
-"""MLflow's own variable: where figures go that the settings do not send anywhere."""
 STOPPED_TIMEOUT_S = 5.0
 """After a wish to stop: a preemption leaves little time, and the journal has everything."""
 REVIVALS = 3
@@ -45,37 +46,6 @@ MAX_PENDING_BYTES = 1 << 20
 
 _NAME = re.compile(r"\w[\w\-. :]*(/\w[\w\-. :]*)*")
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Store:
-    """The MLflow that a run's figures go to."""
-
-    uri: str
-    """Empty: none."""
-    said: str = ""
-    """Where the address is from, if not from the settings."""
-    problem: str = ""
-    """Why the one that the environment names is not used."""
-
-
-def store_of(tracking: TrackingConfig, folder: Path, before: str = "") -> Store:
-    """What `tracking.mlflow_uri` names; where it is empty MLFLOW_TRACKING_URI, else `mlflow.db` beside the folder.
-
-    `before`: the store of the run's earlier lives; a server stays the run's own until another one is named.
-    """
-    if tracking.mlflow_uri:
-        return Store("" if tracking.mlflow_uri == "none" else _absolute_uri(tracking.mlflow_uri))
-    own, named = f"sqlite:///{folder.resolve().parent / 'mlflow.db'}", os.environ.get(VARIABLE, "")
-    if not named:
-        return Store(before if before and not before.startswith("sqlite:") else own)
-    try:
-        refuse_store(named, VARIABLE)
-    except ValueError as error:
-        return Store(own, problem=f"warning: {error}; MLflow is kept in {own}")
-    shown = re.sub("//[^/@]*@", "//***@", named)  # a password is nobody's business
-    said = f"MLflow: {shown}, as {VARIABLE} says (tracking.mlflow_uri is empty)"
-    return Store("" if named == "none" else _absolute_uri(named), said)
 
 
 class Tracker:
@@ -88,46 +58,45 @@ class Tracker:
         params: Mapping[str, object] | None = None,
         resume_step: int = 0,
         redone: str = "",
+        inputs: Sequence[DataInput] = (),
+        parent: Path | None = None,
     ) -> None:
         """Open or continue `run_dir`. Lines of steps after `resume_step` are dropped: the steps will be taken again.
 
-        `redone`: so are lines of that step with names that begin so.
+        `redone`: so are lines of that step with names that begin so. `parent`: this is an evaluation of the run in that
+        folder, and nested in its MLflow run.
 
-        A start at step 0 is a new MLflow run, with `params`; after any other step the folder's run goes on. Raises
-        OSError for a folder that cannot be written. An MLflow that cannot be reached raises nothing, here or later.
+        A start at step 0 is a new MLflow run, with `params` and `inputs`; after any other step that of the folder goes
+        on, unless the folder is a copy. Raises OSError for a folder that cannot be written. An MLflow that cannot be
+        reached raises nothing, here or later.
         """
         self._folder = Path(run_dir).resolve()
         self._folder.mkdir(parents=True, exist_ok=True)
         drop_after(self._folder / JOURNAL, resume_step, redone)
         if not resume_step:
-            (self._folder / ARTIFACTS).unlink(missing_ok=True)
+            for name in (ARTIFACTS, SYSTEM):
+                (self._folder / name).unlink(missing_ok=True)
         self._file = os.open(self._folder / JOURNAL, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         self._size = os.fstat(self._file).st_size
         self._pending = b""
         self._uploader: subprocess.Popen[bytes] | None = None
         self._revived = 0
-        before = files.read_json(self._folder / SETTINGS) if resume_step else {}
-        store = store_of(tracking, self._folder, before.get("uri", ""))
+        self._record: Record | None = None
+        before = (Record.of_folder(self._folder) if resume_step else None) or Record(started=time.time())
+        store = store_of(tracking, self._folder if parent is None else parent, before.uri)
         for said in (store.said, store.problem):
-            if said:
+            if said and parent is None:
                 print(said, file=sys.stderr, flush=True)
-        if uri := store.uri:
-            self._settings = {
-                "key": before.get("key", uuid4().hex),
-                "started": before.get("started", time.time()),
-                "uri": uri,
-                "experiment": tracking.experiment,
-                "run_name": tracking.run_name or self._folder.name,
-                "params": {_checked(name): str(value) for name, value in (params or {}).items()},
-                "status": None,
-            }
-            self._start_uploader()
+        if store.uri:
+            about = replace(before.here(self._folder), uri=store.uri, inputs=tuple(inputs), status="", ended=None)
+            named = {_checked(name): str(value) for name, value in (params or {}).items()}
+            self._record = replace(_asked(about, tracking, parent), params=named, tags=provenance())
+            self._start_uploader(self._record)
 
     @property
     def run_id(self) -> str | None:
         """MLflow's id of this run; None until the server has been reached for the first time."""
-        known: str | None = files.read_json(self._folder / UPLOADED).get("run_id")
-        return known
+        return (self._record.uploaded(self._folder)[0] or None) if self._record else None
 
     def log(self, step: int, values: Mapping[str, float | None]) -> None:
         """Append one line {step, time, values}; None is null. Never waits for MLflow.
@@ -148,12 +117,11 @@ class Tracker:
 
     def artifact(self, path: str | os.PathLike[str], folder: str = "") -> None:
         """Have a file or folder copied into `folder` of the MLflow run. It is read later: replace it atomically."""
-        line = json.dumps({"path": os.path.relpath(Path(path).resolve(), self._folder), "folder": folder})
-        try:
-            with open(self._folder / ARTIFACTS, "a") as file:
-                file.write(line + "\n")
-        except OSError as error:
-            _log.warning("%s is not recorded as an artifact: %s", path, error)
+        self._note({"path": os.path.relpath(Path(path).resolve(), self._folder), "folder": folder})
+
+    def model(self) -> None:
+        """Have the run's best model logged as an MLflow model, as it is when the uploader comes to it."""
+        self._note({"model": "best"})
 
     def flush(self) -> None:
         """Put the journal on the disk, so that it survives the machine; call it before a checkpoint is committed."""
@@ -167,25 +135,33 @@ class Tracker:
         """End this life of the run as FINISHED, FAILED or KILLED; waits at most `patience_s` for MLflow."""
         self.flush()
         os.close(self._file)
-        if self._uploader is None:
+        if self._uploader is None or self._record is None:
             return
         try:
-            self._settings |= {"status": status, "ended": time.time()}
-            files.write_json(self._folder / SETTINGS, self._settings)
+            self._record = replace(self._record, status=status, ended=time.time())
+            self._record.write(self._folder)
             self._revive_uploader()
             if self._uploader.wait(patience_s):
                 raise OSError(f"its uploader ended with exit status {self._uploader.returncode}")
         except (OSError, subprocess.TimeoutExpired) as error:
-            self._uploader.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._uploader.pid, signal.SIGKILL)  # and what it has started
             self._uploader.wait()
             _log.warning("MLflow is behind (%s); catch up: sat sync %s", error, self._folder)
 
+    def _note(self, artifact: Mapping[str, str]) -> None:
+        try:
+            with open(self._folder / ARTIFACTS, "a") as file:
+                file.write(json.dumps(artifact) + "\n")
+        except OSError as error:
+            _log.warning("%s is not recorded as an artifact: %s", next(iter(artifact.values())), error)
+
     def _revive_uploader(self) -> None:
-        if self._uploader is None or not self._uploader.poll() or self._revived == REVIVALS:
+        if self._record is None or self._uploader is None or not self._uploader.poll() or self._revived == REVIVALS:
             return
         self._revived += 1
         _log.warning("the MLflow uploader has ended with exit status %d, starting it again", self._uploader.returncode)
-        self._start_uploader()
+        self._start_uploader(self._record)
 
     def _append(self) -> None:
         """Write what is pending, whole lines or nothing."""
@@ -199,19 +175,62 @@ class Tracker:
         self._size += len(self._pending)
         self._pending = b""
 
-    def _start_uploader(self) -> None:
+    def _start_uploader(self, record: Record) -> None:
         command = [sys.executable, "-P", "-m", "sat.tracking.mlflow", str(self._folder), "--parent", str(os.getpid())]
-        root = str(Path(__file__).resolve().parents[2])
-        path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
         try:
-            files.write_json(self._folder / SETTINGS, self._settings)
+            record.write(self._folder)
             # the wish to stop is not for it, by whatever way it comes; it ends when its parent does
             with stopping.held():
                 self._uploader = subprocess.Popen(
-                    command, stdin=subprocess.DEVNULL, env=os.environ | {"PYTHONPATH": path}, start_new_session=True
+                    command, stdin=subprocess.DEVNULL, env=_environment(), start_new_session=True
                 )
         except OSError as error:
             _log.warning("no MLflow for this run: %s", error)
+
+
+def add_artifact(run: Path, path: Path, folder: str = "") -> None:
+    """Have a file copied into `folder` of a run's MLflow run, now or by the uploader of its training, if that goes on.
+
+    The run's journal and status stay as they are. An MLflow that cannot be reached is a warning.
+    """
+    run = run.resolve()
+    if (record := Record.of_folder(run)) is None:
+        return
+    line = json.dumps({"path": os.path.relpath(path.resolve(), run), "folder": folder})
+    with open(run / ARTIFACTS, "a") as file:
+        file.write(line + "\n")
+    if not record.status:
+        return
+    command = [sys.executable, "-P", "-m", "sat.tracking.mlflow", str(run), "--no-model"]
+    try:
+        done = subprocess.run(
+            command, env=_environment(), capture_output=True, text=True, timeout=CLOSE_TIMEOUT_S, check=False
+        )
+        reason = done.stderr.strip() if done.returncode else ""
+    except subprocess.TimeoutExpired:
+        reason = f"no answer within {CLOSE_TIMEOUT_S:.0f} s"
+    if reason:
+        _log.warning("MLflow is behind (%s); catch up: sat sync %s", reason, run)
+
+
+def _environment() -> dict[str, str]:
+    """In which the uploader finds this package."""
+    path = os.pathsep.join(filter(None, [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH")]))
+    return os.environ | {"PYTHONPATH": path}
+
+
+def _asked(record: Record, tracking: TrackingConfig, parent: Path | None) -> Record:
+    """The record with what the settings ask for; `parent` is the run that this is an evaluation of."""
+    folder = Path(record.folder)
+    return replace(
+        record,
+        experiment=tracking.experiment,
+        run_name=folder.name if parent else tracking.run_name or folder.name,
+        parent=os.path.relpath(parent.resolve(), folder) if parent else "",
+        system_metrics=tracking.system_metrics and not parent,
+        encoder_weights=os.path.abspath(tracking.encoder_weights) if tracking.log_model and not parent else "",
+        register=tracking.register,
+    )
 
 
 def read_journal(run_dir: str | os.PathLike[str]) -> list[Entry]:
@@ -274,8 +293,3 @@ def _number(value: float | None) -> float | str | None:
     """JSON has no NaN and no infinities: they become the strings that `float` understands."""
     value = None if value is None else float(value)
     return value if value is None or math.isfinite(value) else str(value)
-
-
-def _absolute_uri(uri: str) -> str:
-    scheme, _, path = uri.partition(":///")
-    return f"sqlite:///{Path(path).resolve()}" if scheme == "sqlite" else uri

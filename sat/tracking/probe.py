@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sat.tracking.mlflow import connect, reason
+from sat.tracking.client import connect, reason
 
 DEFAULT = "0"
 """Experiment that every store has."""
