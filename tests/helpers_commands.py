@@ -30,6 +30,7 @@ OTHERS = {
     "pre-commit install",
     "ruff format .",
     "ruff check --fix .",
+    "curl --data-binary @photo.jpg http://127.0.0.1:8000/caption",
 }
 """Commands of others, word by word."""
 
