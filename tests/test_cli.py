@@ -105,7 +105,7 @@ def test_every_sub_command_has_a_help_of_its_own(monkeypatch, capfd, name):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["nonsense"], "choose one of prepare, train, evaluate"),
+        (["nonsense"], "choose one of prepare, lint, train, evaluate"),
         (["bench", "nonsense"], "choose one of step"),
         (["train"], "Missing argument 'CONFIG'. (see sat train --help)"),
         (["summary", "run", "--splt", "val"], "No such option: --splt"),
