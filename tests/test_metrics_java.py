@@ -27,8 +27,9 @@ def fake_java(folder: Path, script: str) -> None:
     (folder / "java").chmod(0o755)
 
 
-def alive(pid_file: Path) -> bool:
-    return runs(Path("/proc") / pid_file.read_text().strip())
+def any_alive(pids: Path) -> bool:
+    """Whether any of the processes runs whose numbers are in the file: METEOR's and the tokenizer's, each a line."""
+    return any(runs(Path("/proc") / pid) for pid in pids.read_text().split())
 
 
 def runs(process: Path) -> bool:
@@ -66,9 +67,9 @@ def test_without_java_meteor_is_missing_and_the_tokenizer_is_said_to_be_replaced
 
 @pytest.mark.faults
 def test_a_java_that_hangs_ends_with_the_time_out_and_is_killed(monkeypatch, tmp_path):
-    fake_java(tmp_path / "bin", f"echo $$ > {tmp_path}/pid; exec sleep 1000")
+    fake_java(tmp_path / "bin", f"echo $$ >> {tmp_path}/pids; exec sleep 1000")
     check_only_meteor_is_missing(monkeypatch, tmp_path / "bin", 8, "ran out of time")
-    assert not alive(tmp_path / "pid")
+    assert not any_alive(tmp_path / "pids")
 
 
 METEOR_FAULTS = {
@@ -97,7 +98,7 @@ def test_a_tokenizer_that_loses_a_line_is_noticed(monkeypatch, tmp_path):
 
 @pytest.mark.faults
 def test_when_the_evaluation_is_killed_its_java_goes_too(tmp_path):
-    fake_java(tmp_path / "bin", f"echo $$ > {tmp_path}/pid; exec sleep 1000")
+    fake_java(tmp_path / "bin", f"echo $$ >> {tmp_path}/pids; exec sleep 1000")
     script = """if True:
         import sys
         from sat.evaluation import java, metrics
@@ -106,11 +107,10 @@ def test_when_the_evaluation_is_killed_its_java_goes_too(tmp_path):
     """
     command = [sys.executable, "-c", script, tmp_path / "bin"]
     child = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"TMPDIR": str(tmp_path)})
-    wait_for(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text().strip())
-    assert alive(tmp_path / "pid")
+    wait_for(lambda: (tmp_path / "pids").exists() and any_alive(tmp_path / "pids"))
     child.send_signal(signal.SIGKILL)
     child.wait()
-    wait_for(lambda: not alive(tmp_path / "pid"))
+    wait_for(lambda: not any_alive(tmp_path / "pids"))
 
 
 def wait_for(condition, seconds: float = 20) -> None:

@@ -123,6 +123,18 @@ def test_saturated_scores_and_gates_stay_finite_and_nan_stays_nan():
             assert finite or x.isnan().all()
 
 
+@pytest.mark.parametrize("gate_width", [0, 1, D])
+def test_the_gradient_of_a_plain_sum_which_is_one_number_expanded_is_the_exact_one(gate_width):
+    packing = packing_of()
+    found = []
+    for kernels, dtype in ((torch_kernels, torch.float64), (triton_kernels, torch.float32)):
+        inputs = loop_inputs(packing, gate_width, dtype)
+        outputs = recur(Loop(kernels, packing, True), Inputs(*inputs[:5]), Weights(*inputs[5:]))
+        found.append(torch.autograd.grad(sum(o.sum() for o in outputs), [x for x in inputs if x.numel()]))
+    for one, truth in zip(found[1], found[0], strict=True):
+        assert_near(one, truth, torch.float32, 2)
+
+
 @every_dtype
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 def test_cross_entropy_is_pytorchs_and_leaves_its_gradient_in_the_logits(smoothing, dtype):

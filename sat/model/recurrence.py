@@ -157,6 +157,8 @@ class _Recurrence(torch.autograd.Function):
         if grad_alpha_sum is None:
             grad_alpha_sum = torch.zeros_like(words.alphas[: len(c_first)])
         grad_alpha_sum = grad_alpha_sum.contiguous()
+        if grad_gated is not None:
+            grad_gated = grad_gated.contiguous()  # that of a sum is one number, expanded
         query = slice(4 * H, 4 * H + A)
         for t in reversed(range(len(packing.rows))):
             step, n = packing.steps[t], packing.rows[t]
