@@ -15,4 +15,4 @@ if [[ ${1:-} == --checks ]]; then
   mypy --no-error-summary || failed=1
   exit $failed
 fi
-exec python -m pytest "$@"
+exec python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile "$@" # a file of tests stays in one process
