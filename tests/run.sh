@@ -15,4 +15,5 @@ if [[ ${1:-} == --checks ]]; then
   mypy --no-error-summary || failed=1
   exit $failed
 fi
-exec python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile "$@" # a file of tests stays in one process
+side_by_side=(--numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder) # a file of tests stays in one process
+exec python -m pytest "${side_by_side[@]}" "$@"
