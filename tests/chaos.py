@@ -177,6 +177,10 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     given = parser().parse_args()
+    if given.folder and given.folder.exists() and any(given.folder.iterdir()):
+        raise SystemExit(
+            f"error: {given.folder} is not empty; name a new folder, as an older run would be gone on with"
+        )
     with tempfile.TemporaryDirectory() as temporary:
         root = given.folder or Path(temporary)
         root.mkdir(parents=True, exist_ok=True)

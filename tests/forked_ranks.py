@@ -10,8 +10,10 @@ killed. This process adopts what loses its parent, so nothing escapes it.
 """
 
 import ctypes
+import itertools
 import json
 import os
+import resource
 import signal
 import socket
 import sys
@@ -19,15 +21,18 @@ import time
 from pathlib import Path
 
 import pandas  # noqa: F401  which pyarrow's first table imports: here once for all lives
-import torch._dynamo  # noqa: F401  which an optimizer imports
+import torch
+import torch._dynamo  # which an optimizer imports
 
-from sat import evaluate, scoring, train
+from sat import checkpoint, evaluate, scoring, train
 from sat.cli import run_program
 from sat.doctor import examine, steps
 from sat.engine import start as start_of_group
 from sat.evaluation import split
 
 RANKS = 2
+LARGEST = 6000
+"""Bytes."""
 PR_SET_CHILD_SUBREAPER = 36
 PROGRAMS = {"train": train.main, "evaluate": evaluate.main, "doctor": examine.main}
 
@@ -61,6 +66,35 @@ def slow_steps() -> None:
         return plain(*arguments)
 
     train.take_step = slowly
+
+
+def slow_saves() -> None:
+    """A checkpoint takes two seconds to write."""
+    plain = checkpoint._save
+
+    def slowly(folder, step, *rest):
+        print(f"writes step {step}", flush=True)
+        time.sleep(2.0)
+        plain(folder, step, *rest)
+
+    checkpoint._save = slowly
+
+
+def full_disk() -> None:
+    """No file may grow beyond what the small ones of a run have; a checkpoint's tensors do."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (LARGEST, LARGEST))
+
+
+def out_of_memory() -> None:
+    """The last rank asks for more than there is in the fourth step of this life."""
+    plain, steps_taken = train.take_step, itertools.count(1)
+
+    def greedy(*arguments):
+        if next(steps_taken) == 4 and os.environ["RANK"] == "1":
+            torch.empty(1 << 50, dtype=torch.uint8)
+        return plain(*arguments)
+
+    train.take_step = greedy
 
 
 def absent() -> None:
@@ -99,7 +133,10 @@ def stopped_in_a_step() -> None:
 
 HOW = {
     each.__name__: each
-    for each in (slow_evaluation, failing_export, slow_steps, absent, slow_baselines, stopped_in_a_step)
+    for each in (
+        *(slow_evaluation, failing_export, slow_steps, slow_saves, full_disk, out_of_memory, absent),
+        *(slow_baselines, stopped_in_a_step),
+    )
 }
 
 

@@ -41,9 +41,10 @@ def main(what: str, folder: Path) -> None:
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, lambda received, _: asked.append(received))
         (folder / f"ready-{rank}").touch()
-        while not asked:
-            time.sleep(0.02)
-        (folder / f"saved-{rank}").write_text(str(asked))
+        for received, state in ((1, "saving"), (2, "saved")):  # the second signal comes in the middle of the save
+            while len(asked) < received:
+                time.sleep(0.02)
+            (folder / f"{state}-{rank}").touch()
 
 if __name__ == "__main__":
     run_program(main)
@@ -185,14 +186,17 @@ def test_success_and_a_killed_rank_have_their_exit_status(environment, tmp_path)
 
 
 @pytest.mark.parametrize(("number", "processes"), [(signal.SIGTERM, 1), (signal.SIGTERM, 2), (signal.SIGUSR1, 2)])
-def test_a_signal_reaches_every_rank_and_a_clean_stop_is_success(environment, tmp_path, processes, number):
+def test_a_signal_reaches_every_rank_a_second_one_too_and_a_clean_stop_is_success(
+    environment, tmp_path, processes, number
+):
     arguments = command("ours", processes, "stopped", tmp_path)
     with subprocess.Popen(arguments, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True) as launcher:
         until = time.monotonic() + 120
-        while len(list(tmp_path.glob("ready-*"))) < processes:
-            assert time.monotonic() < until and launcher.poll() is None
-            time.sleep(0.05)
-        launcher.send_signal(number)
+        for state in ("ready", "saving"):
+            while len(list(tmp_path.glob(f"{state}-*"))) < processes:
+                assert time.monotonic() < until and launcher.poll() is None
+                time.sleep(0.05)
+            launcher.send_signal(number)
         assert launcher.wait(60) == 0
         assert launcher.stderr.read() == ""
     assert sorted(path.name for path in tmp_path.glob("saved-*")) == [f"saved-{rank}" for rank in range(processes)]

@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from sat.engine.launched import refuse_a_lonely_process, refuse_what_shapes_the_result, zero_settings
+from sat.engine.start import start
 from sat.engine.zero import ZeroSettings
 
 
@@ -85,6 +86,24 @@ def test_an_address_in_the_shell_is_no_announcement_and_one_from_the_launcher_is
     done = subprocess.run([sys.executable, "-c", parent], env=before, capture_output=True, text=True, timeout=120)
     assert done.returncode == code
     assert ("several processes were announced" in done.stderr) == (not by_the_shell)
+
+
+@pytest.mark.parametrize(("name", "who"), [("SLURM_STEP_NUM_TASKS", "srun"), ("OMPI_COMM_WORLD_SIZE", "mpirun")])
+def test_copies_that_would_each_train_on_their_own_are_refused_with_the_right_command(monkeypatch, name, who):
+    monkeypatch.setenv(name, "2")
+    with pytest.raises(ValueError, match=f"{who}.* has started 2 copies .*launch/cpu.yaml.*unset {name}"):
+        refuse_a_lonely_process()
+    monkeypatch.setenv(name, "1")  # as slurm/on_all_nodes.sh starts a launcher
+    refuse_a_lonely_process()
+
+
+def test_a_launch_for_gpus_does_not_train_on_processors_in_silence(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    with pytest.raises(ValueError, match=r"is for GPUs, and PyTorch finds none on .*launch/deepspeed_\*_cpu.yaml"):
+        start("fp32", 60)
 
 
 def test_ranks_that_were_announced_to_a_process_alone_are_refused(monkeypatch):

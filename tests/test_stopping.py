@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from sat import files, run_lock
+from sat import checkpoint, files, run_lock
 from sat.run_lock import LOCK, owned
 from sat.stopping import START_AGAIN
 from sat.tracking.journal import drop_after
@@ -76,17 +76,28 @@ class Run:
         return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
+def is_stopped_in_a_save(run: Run) -> None:
+    """And asked again and again to stop, in that save and in those that follow."""
+    run.begin("data.num_workers=2", how=("slow_steps", "slow_saves"))
+    run.until("writes step 2")  # SIGTERM to everybody at once, as schedulers send it
+    os.killpg(run.ranks.pids["launcher"], signal.SIGTERM)
+    run.until("writes step (?!2\\b)")
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        for pid in (*run.ranks.pids["ranks"], *run.workers(0), *run.workers(1)):
+            os.kill(pid, number)
+    codes = run.ended()
+    assert codes[1:] == [0, 0] and run.status()["state"] == "stopped", run.said()
+    assert 2 < run.status()["step"] == run.status()["saved_step"] < 10
+    assert checkpoint.damage(checkpoint.latest(run.folder / "checkpoints")) is None
+    assert not [*run.folder.rglob("*.tmp-*")]
+
+
 def test_a_run_goes_on_through_every_way_to_stop_as_if_nothing_had_been(tmp_path, ranks):
     undisturbed, run = Run(tmp_path / "undisturbed", ranks), Run(tmp_path / "disturbed", ranks)
     undisturbed.begin()
     assert undisturbed.ended() == [0, 0, 0], undisturbed.said()
 
-    run.begin("data.num_workers=2", how=("slow_steps",))  # SIGTERM to everybody at once, as schedulers send it
-    run.reached(2)
-    os.killpg(ranks.pids["launcher"], signal.SIGTERM)
-    codes = run.ended()
-    assert codes[1:] == [0, 0] and run.status()["state"] == "stopped", run.said()
-    assert 0 < run.status()["step"] == run.status()["saved_step"] < 10
+    is_stopped_in_a_save(run)
 
     run.begin(how=("slow_steps",))  # another rank than the first, another signal; the launcher is fine
     run.until("continuing")
@@ -140,6 +151,18 @@ def test_a_lost_process_ends_all_in_a_sentence_and_the_run_goes_on(tmp_path, ran
     os.kill(killed, signal.SIGKILL)
     codes = run.ended()
     assert codes[2] == START_AGAIN and f"its process {killed}, which reads batches" in run.said(), run.said()
+
+    run.begin("train.epochs=40", how=("slow_steps", "out_of_memory"))
+    codes = run.ended()
+    assert codes[2] == 1 and "error: rank 1 on" in run.said() and "Traceback" not in run.said(), run.said()
+    assert re.search(r"is out of memory \(.*\); lower train.global_batch, or raise train.accumul", run.said())
+
+    saved = checkpoint.latest(run.folder / "checkpoints")
+    run.begin("train.epochs=40", "data.num_workers=0", how=("full_disk",))
+    assert run.ended()[1:] == [1, 1], run.said()
+    assert re.search(r"error: 3 saves in a row have failed, .*File too large.*; make room, and start it ag", run.said())
+    assert run.said().count("NOT saved") >= 4 and "Traceback" not in run.said()  # three warnings before it
+    assert run.status()["state"] == "failed" and checkpoint.latest(run.folder / "checkpoints") == saved
 
     run.begin("train.epochs=40", "train.timeout=10", how=("slow_steps",))
     run.until("continuing")

@@ -13,6 +13,13 @@ from sat.engine.zero import ZeroSettings
 
 RIGHT = "`accelerate launch --config_file launch/cpu.yaml -m sat.train CONFIG` (or launch/multi_gpu.yaml)"
 """The command that starts several ranks."""
+OF_COPIES = {
+    "SLURM_STEP_NUM_TASKS": "srun --ntasks",
+    "OMPI_COMM_WORLD_SIZE": "mpirun",
+    "PMI_SIZE": "mpirun",
+    "MV2_COMM_WORLD_SIZE": "mpirun",
+}
+"""Variable with a number of processes -> who starts them, without saying who is which rank."""
 OFF = ("", "false", "no", "none", "0")
 OTHER_ENGINES = {
     "ACCELERATE_USE_FSDP": "FSDP",
@@ -78,10 +85,16 @@ def refuse_a_lonely_process() -> None:
     """Raise ValueError where several ranks were meant, and this process was started alone.
 
     `accelerate launch --cpu --num_processes 2` starts one process; only the address of its first rank tells it from a
-    plain one, and that may as well have been in the shell before.
+    plain one, and that may as well have been in the shell before. `srun` and `mpirun` start copies.
     """
     if "LOCAL_RANK" in os.environ:
         return
+    for name, who in OF_COPIES.items():
+        if (copies := os.environ.get(name, "1")) not in ("0", "1"):
+            raise ValueError(
+                f"{name}={copies}: {who} has started {copies} copies of this program, which would each train on their "
+                f"own; start one, {RIGHT}, or slurm/train.sh (by intent one alone: unset {name})"
+            )
     addressed = {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= os.environ.keys()
     if announced() > 1 or (addressed and not _was_there_before(("MASTER_ADDR", "MASTER_PORT"))):
         raise ValueError(

@@ -12,6 +12,8 @@ from sat.engine.processes import Processes
 from sat.stopping import StartAgain
 
 _WORKER = re.compile(r"DataLoader worker \(pid\D* (\d+)\) (is killed by signal: \w+|exited unexpectedly)")
+_NO_MEMORY = re.compile(r"DefaultCPUAllocator|can.t allocate memory|Cannot allocate memory")
+"""What torch says on a CPU, in an error of no type of its own."""
 _PEER = re.compile(
     r"connection (closed|reset|refused)|broken pipe|socket (timeout|closed)|timed? ?out waiting|application timeout|"
     r"(remote process|peer) (has )?exited|network error|failed to (recv|send)|wait timeout|connectFullMesh",
@@ -29,11 +31,11 @@ def named(processes: Processes | None = None) -> Iterator[None]:
     several = processes is None or processes.world_size > 1
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise ValueError(
-            f"{me} is out of memory ({_first_line(error)}); lower train.global_batch, or raise train.accumulation_steps"
-        ) from error
+    except MemoryError as error:
+        raise _out_of_memory(me, error) from error
     except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or _NO_MEMORY.search(str(error)):
+            raise _out_of_memory(me, error) from error
         if found := _WORKER.search(str(error)):
             raise StartAgain(
                 f"{me}: its process {found[1]}, which reads batches, {found[2]} (a kill is often lack of memory: lower "
@@ -44,6 +46,12 @@ def named(processes: Processes | None = None) -> Iterator[None]:
                 f"{me} has lost another rank ({_first_line(error)}); what was saved stays: start it again"
             ) from error
         raise
+
+
+def _out_of_memory(me: str, error: BaseException) -> ValueError:
+    return ValueError(
+        f"{me} is out of memory ({_first_line(error)}); lower train.global_batch, or raise train.accumulation_steps"
+    )
 
 
 def _first_line(error: BaseException) -> str:

@@ -18,25 +18,27 @@ _LOOK_EVERY_S = 0.5
 """At most; ranks that come together look sooner."""
 _NAMED = 8
 """So many missing ranks are named."""
+_REFUSED = "refused"
+"""Where the store holds why this launch can be none."""
 
 
 def meet(timeout: float) -> tuple[Store, int, int]:
     """The store of this launch, this rank and the number of ranks, once all of them have come.
 
     By RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT. Raises StartAgain where some have not come within `timeout`
-    seconds, and ValueError where two processes take themselves for the same rank.
+    seconds. Where the variables of two ranks contradict each other, all that have come raise ValueError at once.
     """
-    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    rank, world = _announced_rank()
     until = time.monotonic() + timeout
     store = _store(rank, timeout)
     try:
-        if store.add(f"came/{rank}", 1) > 1:
-            raise ValueError(
-                f"two processes take themselves for rank {rank} of {world}: the variable RANK must be another one for "
-                "each; let a launcher set it"
-            )
+        if wrong := _contradiction(store, rank, world):
+            store.set(_REFUSED, wrong)
         came, wait = store.add("came", 1), 0.01
-        while came < world:
+        while came < world or store.check([_REFUSED]):
+            if store.check([_REFUSED]):
+                time.sleep(2 * _LOOK_EVERY_S * (rank == 0))  # it may serve the store that the others look at
+                raise ValueError(store.get(_REFUSED).decode())
             if time.monotonic() > until:
                 raise StartAgain(_who_lacks(store, world, timeout))
             time.sleep(wait)
@@ -47,6 +49,32 @@ def meet(timeout: float) -> tuple[Store, int, int]:
             "all had come; start it again"
         ) from error
     return store, rank, world
+
+
+def _announced_rank() -> tuple[int, int]:
+    """Rank and number of ranks. Raises ValueError where the variables say none."""
+    said = {name: os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
+    numbers = (said["RANK"], said["WORLD_SIZE"], said["MASTER_PORT"])
+    if not (all(map(str.isdecimal, numbers)) and int(numbers[0]) < int(numbers[1]) and said["MASTER_ADDR"]):
+        words = " ".join(f"{name}={value}" for name, value in said.items())
+        raise ValueError(
+            f"{words}, beside LOCAL_RANK, name no rank of a launch: RANK counts from 0 to WORLD_SIZE - 1; let a "
+            "launcher set them, or unset LOCAL_RANK to train on one process"
+        )
+    return int(numbers[0]), int(numbers[1])
+
+
+def _contradiction(store: Store, rank: int, world: int) -> str:
+    """What this rank's variables and those of the others cannot both say; "" where they agree."""
+    me = f"rank {rank} on {socket.gethostname()}"
+    if store.add(f"came/{rank}", 1) > 1:
+        return (
+            f"two processes take themselves for rank {rank} of {world}, one of them on {socket.gethostname()}: the "
+            "variable RANK must be another one for each; let a launcher set it"
+        )
+    if (others := store.compare_set("world", "", str(world)).decode()) != str(world):
+        return f"WORLD_SIZE is {world} for {me} and {others} for another rank: it must be the same for all"
+    return ""
 
 
 def _store(rank: int, timeout: float) -> Store:
