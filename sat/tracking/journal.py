@@ -22,6 +22,7 @@ from typing import IO, Any
 
 from sat import stopping
 from sat.config import TrackingConfig
+from sat.tracking import child
 from sat.tracking.provenance import provenance
 from sat.tracking.record import DataInput, Record
 from sat.tracking.store import store_of
@@ -176,13 +177,13 @@ class Tracker:
         self._pending = b""
 
     def _start_uploader(self, record: Record) -> None:
-        command = [sys.executable, "-P", "-m", "sat.tracking.mlflow", str(self._folder), "--parent", str(os.getpid())]
+        command = child.command("sat.tracking.mlflow", str(self._folder), "--parent", str(os.getpid()))
         try:
             record.write(self._folder)
             # the wish to stop is not for it, by whatever way it comes; it ends when its parent does
             with stopping.held():
                 self._uploader = subprocess.Popen(
-                    command, stdin=subprocess.DEVNULL, env=_environment(), start_new_session=True
+                    command, stdin=subprocess.DEVNULL, env=child.environment(), start_new_session=True
                 )
         except OSError as error:
             _log.warning("no MLflow for this run: %s", error)
@@ -201,22 +202,13 @@ def add_artifact(run: Path, path: Path, folder: str = "") -> None:
         file.write(line + "\n")
     if not record.status:
         return
-    command = [sys.executable, "-P", "-m", "sat.tracking.mlflow", str(run), "--no-model"]
     try:
-        done = subprocess.run(
-            command, env=_environment(), capture_output=True, text=True, timeout=CLOSE_TIMEOUT_S, check=False
-        )
+        done = child.ask("sat.tracking.mlflow", str(run), "--no-model", timeout_s=CLOSE_TIMEOUT_S)
         reason = done.stderr.strip() if done.returncode else ""
     except subprocess.TimeoutExpired:
         reason = f"no answer within {CLOSE_TIMEOUT_S:.0f} s"
     if reason:
         _log.warning("MLflow is behind (%s); catch up: sat sync %s", reason, run)
-
-
-def _environment() -> dict[str, str]:
-    """In which the uploader finds this package."""
-    path = os.pathsep.join(filter(None, [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH")]))
-    return os.environ | {"PYTHONPATH": path}
 
 
 def _asked(record: Record, tracking: TrackingConfig, parent: Path | None) -> Record:

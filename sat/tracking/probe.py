@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sat.tracking import child
 from sat.tracking.client import connect, reason
 
 DEFAULT = "0"
@@ -39,18 +40,9 @@ def probe(uri: str, experiment: str, run_id: str = "", bound_s: float = 60.0) ->
         place = next(path for path in file.absolute().parents if path.exists())
         writable = os.access(place, os.W_OK)
         return Answer(writable, f"{file} is made in {place}" if writable else f"{place} cannot be written")
-    command = [sys.executable, "-P", "-m", "sat.tracking.probe", uri, experiment, run_id]
-    path = os.pathsep.join(filter(None, [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH")]))
-    environment = {name: value for name, value in os.environ.items() if name not in _OF_A_LAUNCHER}
+    given = {name: value for name, value in os.environ.items() if name not in _OF_A_LAUNCHER}
     try:
-        done = subprocess.run(
-            command,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=bound_s,
-            env=environment | {"PYTHONPATH": path},
-        )
+        done = child.ask("sat.tracking.probe", uri, experiment, run_id, timeout_s=bound_s, given=given)
     except subprocess.TimeoutExpired:
         return Answer(False, f"no answer within {bound_s:.0f} s")
     try:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sat import files
+from sat.tracking import child
 from sat.tracking.client import connect, store_lock
 from sat.tracking.journal import ARTIFACTS, JOURNAL, SYSTEM, entries
 from sat.tracking.placing import find_or_create, lacking_inputs, run_lock
@@ -77,18 +78,10 @@ class Uploader:
         there = not register or tags.get(REGISTERED_TAG) == f"{register} {about.get('step')}"
         if not (about and self._record.encoder_weights) or (there and tags.get(MODEL_TAG) == f"model {about['step']}"):
             return
-        command = [sys.executable, "-P", "-m", "sat.tracking.log_model", str(self._folder), self.run_id]
-        path = os.pathsep.join(filter(None, [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH")]))
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_HTTP_")}
+        given = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_HTTP_")}
+        module, arguments = "sat.tracking.log_model", (str(self._folder), self.run_id)
         try:
-            done = subprocess.run(
-                command,
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                text=True,
-                timeout=MODEL_TIMEOUT_S,
-                env=environment | {"PYTHONPATH": path},
-            )
+            done = child.ask(module, *arguments, timeout_s=MODEL_TIMEOUT_S, given=given)
         except subprocess.TimeoutExpired:
             raise OSError(f"the model was not logged within {MODEL_TIMEOUT_S:.0f} s") from None
         if done.returncode:
