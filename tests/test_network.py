@@ -14,6 +14,7 @@ import pytest
 from sat.engine import network, start
 from sat.engine.network import GLOO, NCCL, choose_interface
 from tests.helpers_commands import ROOT
+from tests.helpers_engines import launch, small_config
 from tests.helpers_shards import make_feature_dataset
 from tests.helpers_training import SMALL, with_tokenizer
 from tests.slurm_cluster import poll
@@ -155,19 +156,31 @@ def test_a_cable_cut_in_mid_epoch_ends_both_sides_and_the_next_start_goes_on(hos
     with both("undisturbed") as processes:
         said = wait_for(processes, tmp_path, 180)
     assert [each.returncode for each in processes] == [0, 0], said
-    assert last_checkpoint(tmp_path / "run") == last_checkpoint(tmp_path / "undisturbed")
+    assert last_checkpoint(tmp_path / "run", 120) == last_checkpoint(tmp_path / "undisturbed", 120)
+
+
+@pytest.mark.skipif(not can_make_namespaces(), reason="making network namespaces needs root and iproute2")
+def test_deepspeed_on_two_hosts_trains_as_on_one(hosts, tmp_path):
+    config, launcher = small_config(tmp_path), "deepspeed_zero3_cpu"
+    settings = ["train.epochs=1", "train.timeout=120", "train.eval_every=0", "tracking.mlflow_uri=none"]
+    with train_on_both(hosts, tmp_path, [str(config), *settings], "run", f"launch/{launcher}.yaml") as processes:
+        said = wait_for(processes, tmp_path, 300)
+    assert [each.returncode for each in processes] == [0, 0], said
+    launch(["-m", "sat.train", str(config), *settings, f"train.run_dir={tmp_path}/on_one"], 2, launcher)
+    assert last_checkpoint(tmp_path / "run", 4) == last_checkpoint(tmp_path / "on_one", 4)
+    assert "ZeRO 3" in (tmp_path / "run/checkpoints/step-00000004/state.json").read_text()
 
 
 @contextmanager
 def train_on_both(
-    hosts: list[Host], folder: Path, arguments: list[str], run: str
+    hosts: list[Host], folder: Path, arguments: list[str], run: str, launcher: str = "launch/cpu.yaml"
 ) -> Iterator[list[subprocess.Popen[bytes]]]:
     """A launcher with one rank on each host, that train in `folder/run`; none of them outlives the block."""
     processes = []
     try:
         for index, host in enumerate(hosts):
             machine = ["--machines", "2", "--machine", str(index), "--address", f"{ADDRESSES[0]}:{PORT}"]
-            command = ["sat.cli", "train", "--launch", "launch/cpu.yaml", "--processes", "2", *machine]
+            command = ["sat.cli", "train", "--launch", launcher, "--processes", "2", *machine]
             worker = [sys.executable, "-m", *command]
             with open(folder / f"host{index}.log", "wb") as log:
                 environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -198,8 +211,8 @@ def count_lines(journal: Path) -> int:
     return journal.read_text().count("\n") if journal.exists() else 0
 
 
-def last_checkpoint(run: Path) -> dict[str, bytes]:
-    """The tensor files of the checkpoint of the last step."""
+def last_checkpoint(run: Path, step: int) -> dict[str, bytes]:
+    """The tensor files of the newest checkpoint, that of the last step."""
     folder = max((run / "checkpoints").glob("step-*"))
-    assert folder.name.endswith("120")
+    assert folder.name == f"step-{step:08d}"
     return {path.name: path.read_bytes() for path in sorted(folder.rglob("*.safetensors"))}
