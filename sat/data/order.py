@@ -214,12 +214,14 @@ def epoch_order(
 def micro_batch_rows(samples: int, rank: int, world_size: int, accumulation_steps: int, micro: int) -> Ints:
     """Places (int64) within a global batch of `samples` that micro-batch `micro` of `rank` holds; -1 is a padding row.
 
-    Rank r owns the places r::world_size. Every rank and micro-batch of a step has the same number of rows.
+    Each rank owns one contiguous block, so that runs are read whole in any world; the first ranks have one sample more
+    where they do not divide. Every rank and micro-batch of a step has the same number of rows.
     """
     rows = -(-samples // (world_size * accumulation_steps))
-    places = rank + world_size * np.arange(micro * rows, (micro + 1) * rows, dtype=np.int64)
-    places[places >= samples] = -1
-    return places
+    share, longer = divmod(samples, world_size)
+    begin, count = rank * share + min(rank, longer), share + (rank < longer)
+    within = np.arange(micro * rows, (micro + 1) * rows, dtype=np.int64)
+    return np.where(within < count, begin + within, -1)
 
 
 def choose_captions(count: int, limit: int, image: int, seed: int, epoch: int) -> list[int]:
