@@ -89,7 +89,7 @@ class PlannedBatches(Dataset[CaptionBatch | InTransit]):
     def __getitem__(self, index: int) -> CaptionBatch | InTransit:
         info = torch.utils.data.get_worker_info()
         stride = info.num_workers if info else 1
-        for later in range(index + stride, min(index + self.ahead * stride + 1, len(self)), stride):
+        for later in range(index, min(index + self.ahead * stride + 1, len(self)), stride):
             if later > self._expected:
                 self._expected = later
                 self.reader.expect(self._planned_batch(later, stride)[1])

@@ -20,6 +20,7 @@ import xxhash
 
 from sat.shards.features import NPY_HEADER, npy_header
 from sat.shards.manifest import Manifest
+from sat.shards.ranges import Range
 from sat.shards.retry import Result, io_error, retrying
 from sat.shards.store import RemoteStore, ShardStore
 from sat.shards.tar import TAR_BLOCK
@@ -185,8 +186,10 @@ class SampleReader:
     def expect(self, shard: int, first: int, last: int) -> None:
         """Say that these samples are needed soon: the kernel or the cache of a remote source fetches them meanwhile."""
         if isinstance(self.store, RemoteStore):
-            if shard not in self._files:
-                self.store.expect(self.manifest.shards[shard])
+            if shard not in self._files and not self.store.expect(self.manifest.shards[shard]):
+                rows = self.rows(shard)
+                end = rows.offsets[last] + rows.nbytes[last]
+                self.store.ranges.expect(Range(rows.name, rows.offsets[first], end))
         elif shard in self._files and shard in self._rows:
             rows, descriptor = self._rows[shard], self._files[shard]
             begin, end = rows.offsets[first], rows.offsets[last] + rows.nbytes[last]
@@ -194,18 +197,25 @@ class SampleReader:
                 os.posix_fadvise(descriptor, begin, end - begin, os.POSIX_FADV_WILLNEED)
 
     def _read(self, shard: int, rows: Rows, sample: int, buffers: list[memoryview]) -> None:
-        """Fill the buffers with the sample's verified bytes. A damaged copy of a remote shard is replaced, once."""
+        """Fill the buffers with the sample's verified bytes. Damage of a remote shard is fetched again, once."""
         try:
             self._read_verified(shard, rows, sample, buffers)
         except BadSample:
-            if not isinstance(self.store, RemoteStore) or shard not in self._files:
+            if not isinstance(self.store, RemoteStore):
                 raise
-            copy = self.store.forget(self.manifest.shards[shard], self._files[shard])
+            copy = self._forget(self.store, shard, rows)
             self._give_up_file(shard)
             try:
                 self._read_verified(shard, rows, sample, buffers)
             except BadSample as error:
                 raise BadSample(f"{error} (in {copy}, which was fetched a second time)") from error
+
+    def _forget(self, store: RemoteStore, shard: int, rows: Rows) -> object:
+        """Drop what was fetched of a shard; where it was."""
+        if shard in self._files:
+            return store.forget(self.manifest.shards[shard], self._files[shard])
+        store.ranges.forget_file(rows.name)
+        return "a byte range"
 
     def _read_verified(self, shard: int, rows: Rows, sample: int, buffers: list[memoryview]) -> None:
         self._fill(shard, rows, sample, buffers)
@@ -237,7 +247,10 @@ class SampleReader:
         """Bytes that were read into the buffers before the end of the file."""
         pending, total = list(buffers), 0
         while pending:
-            got = os.preadv(self._open(shard), pending, offset + total)
+            descriptor = self._open(shard)
+            if descriptor is None:
+                return self._copy_range(shard, buffers, offset)
+            got = os.preadv(descriptor, pending, offset + total)
             if not got:
                 break
             total += got
@@ -247,12 +260,25 @@ class SampleReader:
                 pending[0] = pending[0][got:]
         return total
 
-    def _open(self, shard: int) -> int:
+    def _copy_range(self, shard: int, buffers: list[memoryview], offset: int) -> int:
+        """Fill the buffers from a byte range of a remote shard; how many bytes that is."""
+        assert isinstance(self.store, RemoteStore)
+        size, done = sum(map(len, buffers)), 0
+        blob = self.store.ranges.read(self.manifest.shards[shard].name, offset, offset + size)
+        for buffer in buffers:
+            buffer[:] = blob[done : done + len(buffer)]
+            done += len(buffer)
+        return done
+
+    def _open(self, shard: int) -> int | None:
+        """A descriptor of the shard; None where it is read by ranges."""
         descriptor = self._files.get(shard)
         if descriptor is not None:
             return descriptor
         info = self.manifest.shards[shard]
         descriptor = self.store.open(info)
+        if descriptor is None:
+            return None
         size = os.fstat(descriptor).st_size
         if size != info.bytes:
             os.close(descriptor)

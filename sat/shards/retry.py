@@ -14,6 +14,8 @@ Result = TypeVar("Result")
 
 TRANSIENT = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.ECONNRESET}
 """Errors that network file systems report and that a second try often does not meet."""
+ASK_AGAIN = (408, 425, 429)
+"""Answers of an HTTP server that mean later, not no."""
 ATTEMPTS, FIRST_PAUSE_S = 5, 0.05
 
 
@@ -33,11 +35,42 @@ def io_error(error: BaseException) -> OSError | None:
 
 def remote_error(error: BaseException) -> bool:
     """Whether a remote file may be read another time: after all but plain answers, such as that it is not there."""
+    answer = answer_of(error)
+    if answer is not None:
+        return answer >= 500 or answer in ASK_AGAIN
     if isinstance(error, FileNotFoundError):  # over HTTP fsspec says so whatever went wrong, and keeps the reason
         cause = error.__cause__
-        server = type(cause).__module__.startswith("aiohttp") and getattr(cause, "status", 500) not in (403, 404, 410)
-        return server or isinstance(cause, TimeoutError)
+        return type(cause).__module__.startswith("aiohttp") or isinstance(cause, TimeoutError)
+    if type(error).__name__ == "NoCredentialsError":
+        return False
     return not isinstance(error, (PermissionError, ValueError, ImportError, StillFailing))
+
+
+def answer_of(error: BaseException) -> int | None:
+    """The status with which an HTTP server refused, where that is what `error` is or was raised from."""
+    seen: BaseException | None = error
+    while seen is not None:
+        status = getattr(seen, "status", None)
+        if isinstance(status, int) and type(seen).__module__.startswith("aiohttp"):
+            return status
+        seen = seen.__cause__
+    return None
+
+
+def cause_of(error: BaseException) -> str:
+    """What went wrong at the bottom of `error`, in words, without the URL (which its caller shows)."""
+    seen = error
+    while seen.__cause__ is not None and not isinstance(error, StillFailing):
+        seen = seen.__cause__
+    status = answer_of(seen)
+    if status is not None:
+        what = f"the server answers {status} {getattr(seen, 'message', '')}".rstrip()
+        return f"{what}; does the URL need credentials?" if status in (401, 403) else what
+    if isinstance(seen, TimeoutError):
+        return "no answer in time"
+    if isinstance(seen, OSError) and seen.errno and type(seen).__module__ == "builtins":
+        return os.strerror(seen.errno)
+    return f"{type(seen).__name__}: {' '.join(str(seen).split())}"
 
 
 def retrying(
@@ -59,7 +92,7 @@ def retrying(
             if attempt == ATTEMPTS - 1:
                 cause = io_error(error)
                 code = (cause.errno if cause else None) or errno.EIO
-                detail = os.strerror(code) if cause else f"{type(error).__name__}: {error}"
+                detail = os.strerror(code) if cause else cause_of(error)
                 raise StillFailing(code, f"{what}: {detail} (after {ATTEMPTS} attempts)") from error
         before_retry()
         time.sleep(FIRST_PAUSE_S * 2**attempt)

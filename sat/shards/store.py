@@ -5,34 +5,37 @@ serves every data set and every job of a machine at once; processes agree throug
 when one dies. A copy that the local disk damaged later is found by the reader's checksums and fetched once more.
 """
 
-import fcntl
-import hashlib
+import errno
 import logging
 import os
+import re
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
-from io import BufferedIOBase
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, cast
 
-import fsspec
 import pyarrow as pa
 
 from sat import files
-from sat.shards.location import REPAIR, check_root
+from sat.shards.download import blamed_on, claim, download, is_abandoned, is_at, release
+from sat.shards.location import REPAIR, check_root, shown
 from sat.shards.manifest import Manifest
-from sat.shards.retry import remote_error, retrying
-from sat.shards.schema import ShardInfo, place_of_rows
+from sat.shards.ranges import RangeReader, serves_ranges
+from sat.shards.retry import StillFailing, answer_of, cause_of, remote_error, retrying
+from sat.shards.schema import MANIFEST, ShardInfo, place_of_rows
 
 logger = logging.getLogger(__name__)
 
-CHUNK = 4 << 20
-"""Bytes read from a remote file at once."""
-READ_TIMEOUT_S = 60
-"""An HTTP server that sends nothing for so long is tried anew."""
+BEGAN = time.time_ns()
+"""When this process (or the one that it was forked from) began to use the cache, in the clock of its files."""
+FULL_FOR_S = 60.0
+"""A cache without room is not looked at again for so long."""
+OWN = re.compile(r"[0-9a-f]{64}(\.\w+)?\.(tar|part)")
+"""Names that this cache gives."""
 DOWNLOADS = 2
 """Shards that a process fetches at once, ahead of use."""
 
@@ -60,11 +63,18 @@ class FolderStore:
         return manifest.rows(shard)
 
 
-class RemoteStore:
-    """Shards of an fsspec URL, kept as FOLDER/SHA256.tar: at most `limit` bytes, the least recently used go first.
+class NoRoom(Exception):
+    """The cache is full of shards that are in use: this one is read by ranges."""
 
-    A shard that was evicted while it is open stays on disk until it is closed: at most one per process. A table of
-    samples is fetched whole, once, and kept beside the shards; it does not count.
+
+class RemoteStore:
+    """Shards of an fsspec URL, kept as FOLDER/SHA256.tar: at most `limit` bytes of them.
+
+    Where the store serves byte ranges, only shards that nobody used since this process began make room for others; what
+    then finds no room is read by ranges, so no byte is fetched twice in an epoch, however small the cache. Where it
+    serves none, the least recently used go. A shard that was evicted while it is open stays on disk until it is closed:
+    at most one per process. A table of samples is fetched whole, once, and kept beside the shards; it does not count.
+    Other files of the folder are nobody's business: they neither count nor go.
     """
 
     is_remote = True
@@ -76,6 +86,9 @@ class RemoteStore:
         self.limit = limit
         self.retries = 0
         """Downloads that failed and were tried again."""
+        self.ranges = RangeReader(root, self._count)
+        self._serves_ranges: bool | None = None
+        self._full_until = 0.0
         self._ahead: dict[str, int] = {}
         self._expected: SimpleQueue[ShardInfo] = SimpleQueue()
         self._fetching_process = 0
@@ -83,18 +96,28 @@ class RemoteStore:
     def __reduce__(self) -> tuple[type["RemoteStore"], tuple[str, str, int]]:
         return RemoteStore, (self.root, str(self.folder), self.limit)
 
-    def open(self, shard: ShardInfo) -> int:
-        """A descriptor of the shard, fetched if need be. ValueError where the remote file is missing or too large."""
+    def serves_ranges(self) -> bool:
+        """Whether a part of a shard can be asked for; asked once. Raises as reading does."""
+        if self._serves_ranges is None:
+            self._serves_ranges = serves_ranges(self.root, MANIFEST)
+        return self._serves_ranges
+
+    def open(self, shard: ShardInfo) -> int | None:
+        """A descriptor of the shard, fetched if need be; None where it is to be read by `ranges`.
+
+        ValueError where the remote file is missing or too large.
+        """
         self._ahead.pop(shard.name, None)
         try:
             descriptor = os.open(self._path(shard), os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return self._fetch_shard(shard)
         if os.fstat(descriptor).st_size != shard.bytes:
             self.forget(shard, descriptor)
             os.close(descriptor)
             return self._fetch_shard(shard)
-        os.utime(descriptor)
+        with suppress(PermissionError):  # of another user; then it looks less used than it is
+            os.utime(descriptor)
         return descriptor
 
     def forget(self, shard: ShardInfo, descriptor: int) -> Path:
@@ -102,9 +125,9 @@ class RemoteStore:
 
         A copy that another process has fetched since is kept.
         """
-        path = self._path(shard)
-        logger.warning("%s, the copy of %s/%s, is damaged and is fetched anew", path, self.root, shard.name)
-        if _is_at(descriptor, path):
+        path, url = self._path(shard), shown(f"{self.root}/{shard.name}")
+        logger.warning("%s, the copy of %s, is damaged and is fetched anew", path, url)
+        if is_at(descriptor, path):
             path.unlink(missing_ok=True)
         return path
 
@@ -123,10 +146,14 @@ class RemoteStore:
         os.close(self._fetch(name, record["bytes"], record["sha256"], path, lambda descriptor: None))
         return copy.rows(shard)
 
-    def expect(self, shard: ShardInfo) -> None:
-        """Fetch the shard in the background, unless half the cache already waits to be used."""
-        if shard.name in self._ahead or sum(self._ahead.values()) + shard.bytes > self.limit // 2:
-            return
+    def expect(self, shard: ShardInfo) -> bool:
+        """Fetch the shard in the background, unless half the cache already waits; False if it is read by ranges."""
+        if shard.name in self._ahead or self._path(shard).exists():
+            return True
+        if self._is_full(shard):
+            return False
+        if sum(self._ahead.values()) + shard.bytes > self.limit // 2:
+            return True
         if self._fetching_process != os.getpid():  # threads do not survive a fork
             self._expected, self._fetching_process = SimpleQueue(), os.getpid()
             for _ in range(DOWNLOADS):
@@ -134,13 +161,18 @@ class RemoteStore:
                 threading.Thread(target=self._fetch_expected, name="fetch-shards", daemon=True).start()
         self._ahead[shard.name] = shard.bytes
         self._expected.put(shard)
+        return True
 
     def _fetch_expected(self) -> None:
         while True:
             shard = self._expected.get()
             try:
                 if shard.name in self._ahead and not self._path(shard).exists():
-                    os.close(self._fetch_shard(shard))
+                    descriptor = self._fetch_shard(shard)
+                    if descriptor is None:
+                        self._ahead.pop(shard.name, None)
+                    else:
+                        os.close(descriptor)
             except Exception:
                 # The reader meets the same error when it needs the shard, and names it.
                 self._ahead.pop(shard.name, None)
@@ -148,75 +180,86 @@ class RemoteStore:
     def _path(self, shard: ShardInfo) -> Path:
         return self.folder / f"{shard.sha256}.tar"
 
-    def _fetch_shard(self, shard: ShardInfo) -> int:
+    def _is_full(self, shard: ShardInfo) -> bool:
+        """Whether there was no room lately, or never will be, and the store serves ranges."""
+        return (shard.bytes > self.limit or time.monotonic() < self._full_until) and self.serves_ranges()
+
+    def _fetch_shard(self, shard: ShardInfo) -> int | None:
+        if self._is_full(shard):
+            return None
         if shard.bytes > self.limit:
             raise ValueError(
-                f"{self.root}: {shard.name} has {shard.bytes} bytes, more than the cache; raise data.cache_gb"
+                f"{shown(self.root)}: {shard.name} has {shard.bytes} bytes, more than the cache; raise data.cache_gb"
             )
 
         def reserve(descriptor: int) -> None:
             self._make_room(shard.bytes, descriptor)
 
-        return self._fetch(shard.name, shard.bytes, shard.sha256, self._path(shard), reserve)
+        try:
+            return self._fetch(shard.name, shard.bytes, shard.sha256, self._path(shard), reserve)
+        except NoRoom:
+            self._full_until = time.monotonic() + FULL_FOR_S
+            return None
 
     def _fetch(self, name: str, size: int, sha256: str, path: Path, reserve: Callable[[int], None]) -> int:
         """Download under an exclusive lock, check, publish; a descriptor of the file that was published."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
-        while True:
-            descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            try:
-                published = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            except FileNotFoundError:
-                if _is_at(descriptor, part):
-                    break
-                os.close(descriptor)  # another process removed it while this one waited for its lock
-                continue
-            if _is_at(descriptor, part):
-                part.unlink()
-            os.close(descriptor)
-            return published
+        with blamed_on(self.folder):
+            descriptor, part = claim(path)
+        if part is None:
+            return descriptor
         url = f"{self.root}/{name}"
         try:
-            os.ftruncate(descriptor, 0)  # what a killed process left
-            reserve(descriptor)
-            retrying(lambda: _download(url, size, sha256, descriptor), url, self._count, remote_error)
-            os.fsync(descriptor)
-            os.rename(part, path)
+            with blamed_on(self.folder):
+                os.ftruncate(descriptor, 0)  # what a killed process left
+                reserve(descriptor)
+            fetch = partial(download, url, size, sha256, descriptor, self.folder)
+            retrying(fetch, shown(url), self._count, remote_error)
+            with blamed_on(self.folder):
+                os.fsync(descriptor)
+                os.rename(part, path)
         except BaseException as error:
             part.unlink(missing_ok=True)
             os.close(descriptor)
-            if isinstance(error, FileNotFoundError):
-                raise ValueError(f"{self.root}: {name} is missing there") from error
+            if isinstance(error, FileNotFoundError) and answer_of(error) in (None, 404, 410):
+                raise ValueError(f"{shown(self.root)}: {name} is missing there") from error
+            if isinstance(error, Exception) and not isinstance(error, (ValueError, StillFailing, NoRoom)):
+                raise StillFailing(errno.EIO, f"{shown(url)}: {cause_of(error)}") from error
             raise
-        fcntl.flock(descriptor, fcntl.LOCK_UN)
+        release(descriptor)
         return descriptor
 
     def _count(self) -> None:
         self.retries += 1
 
     def _make_room(self, need: int, descriptor: int) -> None:
-        """Reserve `need` bytes for the open part file, evicting shards; waits while other downloads hold the room."""
+        """Reserve `need` bytes for the open part file, evicting shards.
+
+        Without room for it raises NoRoom where the store serves ranges, else waits while other downloads hold it.
+        """
         while True:
             with files.locked(self.folder / ".lock"):
                 found = sorted(self._entries(), key=lambda entry: (entry[1].st_mtime_ns, entry[0].name))
                 used = sum(status.st_size for _, status in found)
+                keep_from = BEGAN if used + need > self.limit and self.serves_ranges() else time.time_ns()
                 for path, status in found:
                     if used + need <= self.limit:
                         break
-                    if path.suffix == ".tar" or _is_abandoned(path):
+                    unused = path.suffix == ".tar" and status.st_mtime_ns < keep_from
+                    if unused or (path.suffix == ".part" and is_abandoned(path)):
                         path.unlink(missing_ok=True)
                         used -= status.st_size
                 if used + need <= self.limit:
                     os.ftruncate(descriptor, need)
                     return
+            if self.serves_ranges():
+                raise NoRoom
             time.sleep(0.05)
 
     def _entries(self) -> list[tuple[Path, os.stat_result]]:
+        """The shards and unfinished downloads of the cache, by their names: the folder may hold files of the user."""
         found = []
         for path in self.folder.iterdir():
-            if path.suffix in (".tar", ".part"):
+            if OWN.fullmatch(path.name):
                 try:
                     found.append((path, path.stat()))
                 except FileNotFoundError:
@@ -239,47 +282,3 @@ def make_store(root: str, cache_dir: str = "", cache_gb: float = 50.0) -> ShardS
     if "://" not in root:
         return FolderStore(root)
     return RemoteStore(root, cache_dir or str(files.cache_folder()), int(cache_gb * 1e9))
-
-
-def _download(url: str, size: int, sha256: str, descriptor: int) -> None:
-    """Stream a remote file into an open one. ConnectionError where other bytes arrive than were written."""
-    digest, done = hashlib.sha256(), 0
-    with _open_url(url) as remote:
-        while chunk := remote.read(CHUNK):
-            digest.update(chunk)
-            done += len(chunk)
-            if done > size:
-                break
-            os.pwrite(descriptor, chunk, done - len(chunk))
-    if done != size:
-        raise ConnectionError(f"{done} bytes arrived, {size} were written")
-    if digest.hexdigest() != sha256:
-        raise ConnectionError(f"the sha256 of what arrived is {digest.hexdigest()}, {sha256} was written")
-
-
-def _open_url(url: str) -> BufferedIOBase:
-    options: dict[str, Any] = {}
-    if url.startswith(("http://", "https://")):
-        import aiohttp
-
-        # The default of 5 minutes for the whole file would end every long download.
-        options["client_kwargs"] = {"timeout": aiohttp.ClientTimeout(total=None, sock_read=READ_TIMEOUT_S)}
-    return cast(BufferedIOBase, fsspec.open(url, "rb", **options).open())
-
-
-def _is_at(descriptor: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(descriptor), os.stat(path))
-    except FileNotFoundError:
-        return False
-
-
-def _is_abandoned(part: Path) -> bool:
-    """Whether nobody downloads into this part file: its lock is free."""
-    try:
-        with open(part, "rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            fcntl.flock(file, fcntl.LOCK_UN)
-    except (FileNotFoundError, BlockingIOError):
-        return False
-    return True
