@@ -24,7 +24,14 @@ from sat.train_state import TrainState
 
 FOLDER = re.compile(r"step-(\d+)")
 COMMIT = "COMMIT.json"
-FILES = {"model.safetensors": "weights/", "average.safetensors": "average/", "optimizer.safetensors": ""}
+CANDIDATE = "candidate"
+"""What the tensors of a model are called that is still being scored (`sat.train_state.Unscored`)."""
+FILES = {
+    "model.safetensors": "weights/",
+    "average.safetensors": "average/",
+    "candidate.safetensors": f"{CANDIDATE}/",
+    "optimizer.safetensors": "",
+}
 """File -> what the names of its tensors begin with; that is left out in the file. The last holds all others."""
 
 

@@ -10,16 +10,18 @@ import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
+from typing import Any
 
 from sat import files
 from sat.config import Config, flatten, save_config
+from sat.engine.beside import Beside
 from sat.engine.engine import Engine
 from sat.engine.processes import Processes
 from sat.run_lock import owned
 from sat.stopping import Wish
 from sat.tracking.journal import CLOSE_TIMEOUT_S, STOPPED_TIMEOUT_S, Tracker
 from sat.tracking.record import About
-from sat.train_state import Progress
+from sat.train_state import Progress, Unscored
 
 STOP_FILE = "STOP"
 STATUS_FILE = "status.json"
@@ -64,6 +66,10 @@ class Run:
     """In a row; known as `saved_step` is."""
     save_error: str = ""
     """Of the last of them."""
+    scores: Beside[Any] | None = None
+    """Of an evaluation, while they are being computed; rank 0 only."""
+    held: list[tuple[int, dict[str, float | None]]] | None = None
+    """Lines of the journal that are to come after those scores; None: nothing is waited for. Rank 0 only."""
 
     @property
     def checkpoints(self) -> Path:
@@ -94,9 +100,17 @@ class Run:
         return Status(state, progress.step, self.saved_step, progress.best_step, progress.best_cider)
 
     def log(self, step: int, values: Mapping[str, float | None]) -> None:
-        """One line of the journal. Rank 0 writes."""
-        if self.tracker:
+        """One line of the journal. Rank 0 writes, or holds it back."""
+        if self.held is not None:
+            self.held.append((step, dict(values)))
+        elif self.tracker:
             self.tracker.log(step, values)
+
+    def release(self) -> None:
+        """Write the lines that were held back."""
+        lines, self.held = self.held or [], None
+        for step, values in lines:
+            self.log(step, values)
 
     def keep_artifact(self, path: Path, folder: str = "") -> None:
         """Copy a file into the MLflow run. Rank 0 does."""
@@ -153,12 +167,18 @@ def forget_stop(folder: Path) -> None:
 
 @contextlib.contextmanager
 def open_run(
-    config: Config, engine: Engine, progress: Progress, wish: Wish, about: About | None = None
+    config: Config,
+    engine: Engine,
+    progress: Progress,
+    wish: Wish,
+    about: About | None = None,
+    unscored: Unscored | None = None,
 ) -> Iterator[Run]:
     """Make or re-open the run folder, and say in its status how it was left; MLflow is told what it is `about`.
 
     All ranks enter; only rank 0 writes. Journal lines after the step of `progress`, and those of an evaluation that is
-    to be done again, belong to a life that was lost and are superseded. Inside, the last act is to write a status; an
+    to be done or scored again, belong to a life that was lost and are superseded; what came after `unscored` is held
+    back until it has its scores. Inside, the last act is to write a status; an
     exception makes it `failed`.
     """
     folder, processes = Path(config.train.run_dir), engine.processes
@@ -174,9 +194,13 @@ def open_run(
     if processes.is_main:
         about, spread = about or About(), {"world_size": processes.world_size, "engine": engine.name}
         params = flatten(config) | spread | {"device": str(processes.device), **about.digests}
-        redone = f"{config.data.eval_split}/" if progress.evaluated_step != progress.step else ""
-        tracker = Tracker(folder, config.tracking, params, progress.step, redone, about.inputs)
+        step, redone = progress.step, f"{config.data.eval_split}/" if progress.evaluated_step != progress.step else ""
+        if unscored:
+            step, redone = unscored.step, f"{unscored.split}/"
+        tracker = Tracker(folder, config.tracking, params, step, redone, about.inputs)
     run = Run(folder, processes, tracker, wish=wish, saved_step=progress.step)
+    if unscored and processes.is_main:
+        run.held = list(unscored.lines)
     run.keep_artifact(folder / CONFIG_FILE)
     run.write_status(run.status_of("running", progress))
     try:
@@ -186,5 +210,6 @@ def open_run(
         raise
     finally:
         if tracker:
+            run.release()
             patience = STOPPED_TIMEOUT_S if wish.is_there() else CLOSE_TIMEOUT_S
             tracker.close(STATES.get(run.status.state, "KILLED"), patience)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from tqdm import tqdm
 
-from sat.checkpoint import Saver, SaveResult
+from sat.checkpoint import CANDIDATE, Saver, SaveResult
 from sat.files import crash_point
 from sat.learner import Learner
 from sat.run_folder import Run
@@ -30,7 +30,9 @@ class Saves:
         """Begin to save `state`; waits for a save that is still under way. All ranks enter."""
         self.run.flush()
         self.run.processes.pulse.beat(f"saving step {state.progress.step}")
-        self.saver.begin(state.progress.step, learner.state(self.run.processes), state)
+        scored = state.unscored.weights if state.unscored else {}
+        candidate = {f"{CANDIDATE}/{name}": value for name, value in scored.items()}
+        self.saver.begin(state.progress.step, learner.state(self.run.processes) | candidate, state)
         self.begun = state.progress
         crash_point("checkpoint-begun")
         self.look(state.progress)

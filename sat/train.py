@@ -11,7 +11,7 @@ from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import typer
 from tqdm import tqdm
@@ -27,6 +27,7 @@ from sat.engine.engine import Engine, StepResult
 from sat.engine.launched import is_first_announced
 from sat.engine.processes import Processes
 from sat.engine.start import start
+from sat.engine.state import part
 from sat.engine.watchdog import watched
 from sat.evaluation.metrics import scorer_kept
 from sat.learner import Learner, build_learner
@@ -35,7 +36,7 @@ from sat.meter import AttentionUse, Meter, Step, Watch
 from sat.optim import learning_rate
 from sat.run_folder import CONFIG_FILE, Run, forget_stop, open_run, owned_run, read_status
 from sat.saving import Saves
-from sat.scoring import score_and_keep_best, scoring_is_due
+from sat.scoring import Evaluations, scoring_is_due
 from sat.stopping import StartAgain, Wish, follow_launcher, listen
 from sat.train_state import Identity, Progress, TrainState, finished_before
 from sat.training_data import TrainingData, open_data
@@ -55,8 +56,8 @@ def train(config: Config, engine: Engine, wish: Wish | None = None) -> Progress:
         data = open_data(config)
         learner = build_learner(config, data, engine)
         begun = resume(config, data, learner, fresh_state(config, data, engine), processes)
-        about = data.about(config)
-        with open_run(config, engine, begun.progress, wish, about) as run, losses.named(processes), scorer_kept():
+        opened = open_run(config, engine, begun.progress, wish, data.about(config), begun.unscored)
+        with opened as run, losses.named(processes), scorer_kept():
             with watched(processes, config.train.timeout, run.fail), progress_bar(data, begun.progress, run) as bar:
                 progress = take_all_steps(config, data, learner, begun, run, bar)
             if has_ended(config, data, progress):
@@ -73,17 +74,29 @@ def take_all_steps(
     """The loop, until the training has ended or a rank is asked to stop; what was reached is saved then."""
     progress, meter, watch = begun.progress, Meter(begun.unlogged), Watch(config.train.max_skipped_steps)
     saves = Saves(checkpoint.Saver(run.checkpoints, run.processes, config.train.keep_checkpoints), run, progress)
+    evaluations = Evaluations(config, data, learner, run, begun.unscored)
     stop, owed = run.any_stop_wanted(), False
+
+    def state() -> TrainState:
+        unlogged = meter.sums(run.processes)
+        return replace(begun, progress=progress, unlogged=unlogged, unscored=evaluations.unscored)
+
     with closing(steps_from(config, data, progress.cursor, run.processes, meter)) as steps:
-        while not (stop or has_ended(config, data, progress)):
-            if scoring_is_due(data, progress):
+        while not stop:
+            if evaluations.must_be_waited_for(progress):
+                with meter.paused(), bar_paused(bar):
+                    progress, stop = evaluations.finish(progress)
+                continue
+            if has_ended(config, data, progress):
+                break
+            if evaluations.is_due(progress):
                 with meter.paused(), bar_paused(bar), learner.stepper.whole():
-                    progress, stop = score_and_keep_best(config, data, learner, progress, run)
+                    stop = evaluations.begin(progress)
                 continue
             run.processes.pulse.beat(f"the data of step {progress.step + 1}")
             batches = next(steps)
-            result, stop = take_step(config, learner, batches, progress.step, run, meter)
-            progress = advanced(progress, batches)
+            result, told = take_step(config, learner, batches, progress.step, run, meter)
+            progress, stop = advanced(progress, batches), told.stop
             bar.update()
             last, diverged = progress.step == data.total_steps, watch.see(result)
             if progress.step % config.train.log_every == 0 or last or diverged:
@@ -91,12 +104,14 @@ def take_all_steps(
             saves.look(progress)
             if diverged:
                 raise ValueError(divergence(config, progress.step, watch, run, saves))
+            if told.scored:
+                with meter.paused(), bar_paused(bar):
+                    progress, _ = evaluations.finish(progress)
             owed = owed or progress.step % data.save_every == 0 or last
             if owed and not watch.skipped:  # while steps are skipped the older checkpoints are the better ones
-                saves.begin(learner, replace(begun, progress=progress, unlogged=meter.sums(run.processes)))
+                saves.begin(learner, state())
                 owed = False
-    state = replace(begun, progress=progress, unlogged=meter.sums(run.processes))
-    saves.finish(learner, state, ended=has_ended(config, data, progress))
+    saves.finish(learner, state(), ended=has_ended(config, data, progress))
     return progress
 
 
@@ -120,15 +135,25 @@ def steps_from(
             yield of_step
 
 
+class Told(NamedTuple):
+    """What the ranks tell one another at a step."""
+
+    stop: bool
+    """One of them was asked to stop."""
+    scored: bool
+    """The scores that were computed beside the steps are there."""
+
+
 def take_step(
     config: Config, learner: Learner, batches: list[CaptionBatch], step: int, run: Run, meter: Meter
-) -> tuple[StepResult, bool]:
-    """One optimizer step over `batches`; what became of it, and whether any rank was asked to stop. All ranks enter."""
+) -> tuple[StepResult, Told]:
+    """One optimizer step over `batches`; what became of it, and what there is to be known. All ranks enter."""
     processes = run.processes
     weights = [learner.objective.weighs(batch.lengths) for batch in batches]
-    local = [*map(sum, zip(*weights, strict=True)), run.stop_wanted(), run.failed_saves]
+    there = run.scores is not None and run.scores.done
+    local = [*map(sum, zip(*weights, strict=True)), run.stop_wanted(), run.failed_saves, there]
     processes.pulse.beat(f"step {step + 1}")
-    tokens, captions, stop, failed = processes.sum_over_ranks(local)
+    tokens, captions, stop, failed, scored = processes.sum_over_ranks(local)
     run.refuse_failing_saves(failed)
     rate = learner.set_learning_rate(step)
     counts = [
@@ -138,7 +163,7 @@ def take_step(
     result = learner.stepper.step()
     learner.after_step(result, counts, processes)
     meter.steps.append(Step(counts, captions, rate, sum(batch.bad for batch in batches), result))
-    return result, stop > 0
+    return result, Told(stop > 0, scored > 0)
 
 
 def advanced(progress: Progress, batches: list[CaptionBatch]) -> Progress:
@@ -180,7 +205,8 @@ def resume(config: Config, data: TrainingData, learner: Learner, fresh: TrainSta
         return fresh
     state = TrainState.read(path)
     state.identity.refuse(fresh.identity)
-    learner.load_state(checkpoint.read(path))
+    tensors = checkpoint.read(path)
+    learner.load_state(tensors)
     if processes.is_main:
         print(f"continuing {path} at step {state.progress.step} of {data.total_steps}", flush=True)
         if state.written_by != fresh.written_by:
@@ -192,7 +218,8 @@ def resume(config: Config, data: TrainingData, learner: Learner, fresh: TrainSta
             print(f"train.learning_rate is now {rates}, from this step on", flush=True)
         if has_ended(config, data, state.progress):
             print(f"{config.train.run_dir} is finished: nothing is left to do", flush=True)
-    return replace(fresh, progress=state.progress, unlogged=state.unlogged)
+    unscored = state.unscored and replace(state.unscored, weights=part(tensors, checkpoint.CANDIDATE))
+    return replace(fresh, progress=state.progress, unlogged=state.unlogged, unscored=unscored)
 
 
 def other_length(config: Config, state: TrainState, total_steps: int) -> str:

@@ -6,9 +6,13 @@ the longer schedule from there.
 
 import dataclasses
 import json
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from sat import files
 from sat.config import Config, fixed_settings
@@ -30,7 +34,7 @@ class Progress:
     best_step: int = 0
     evaluations_without_gain: int = 0
     evaluated_step: int = 0
-    """Of the last evaluation; a checkpoint comes before the evaluation of its step."""
+    """Of the last evaluation that has its scores; a checkpoint comes before the evaluation of its step."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,49 @@ class LineSums:
         return LineSums(totals=totals, **{name: getattr(self, name) + getattr(other, name) for name in numbers})
 
 
+JournalValues = dict[str, float | None]
+"""Of a line, by name."""
+
+
+@dataclass(frozen=True)
+class Unscored:
+    """An evaluation of which the captions are there and the scores are not yet; a checkpoint takes it along."""
+
+    step: int
+    split: str
+    captions: dict[str, str]
+    """image_id -> caption."""
+    values: JournalValues
+    """What the journal is to hold beside the scores, without the split's name."""
+    weights: Mapping[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
+    """Those that captioned, on rank 0's host; in a checkpoint they are with the other tensors."""
+    lines: tuple[tuple[int, JournalValues], ...] = ()
+    """(step, values) of the journal since, which come after the scores; on rank 0."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON; without the weights."""
+        lines = [[step, {name: _finite(value) for name, value in values.items()}] for step, values in self.lines]
+        known = {name: getattr(self, name) for name in ("step", "split", "captions", "values")}
+        return known | {"lines": lines}
+
+    @classmethod
+    def from_dict(cls, known: dict[str, Any]) -> "Unscored":
+        """Inverse of `to_dict`."""
+        lines = tuple(
+            (step, {name: _number(value) for name, value in values.items()}) for step, values in known["lines"]
+        )
+        return cls(**known | {"lines": lines})
+
+
+def _finite(value: float | None) -> float | str | None:
+    """JSON has no NaN and no infinities."""
+    return value if value is None or math.isfinite(value) else str(value)
+
+
+def _number(value: float | str | None) -> float | None:
+    return float(value) if isinstance(value, str) else value
+
+
 @dataclass(frozen=True)
 class TrainState:
     """Of one checkpoint."""
@@ -96,6 +143,7 @@ class TrainState:
     learning_rate: float = 0.0
     """Peak of the schedule it was written under, which the next life may change."""
     unlogged: LineSums = field(default_factory=LineSums)
+    unscored: Unscored | None = None
 
     def write(self, folder: Path) -> None:
         """Write it below the checkpoint `folder`."""
@@ -103,6 +151,7 @@ class TrainState:
         progress = dataclasses.asdict(self.progress)
         about: dict[str, object] = {"total_steps": self.total_steps, "written_by": self.written_by, "format": FORMAT}
         about |= {"learning_rate": self.learning_rate, "unlogged": dataclasses.asdict(self.unlogged)}
+        about |= {"unscored": self.unscored.to_dict()} if self.unscored else {}
         files.write_json(folder / FILE, {"progress": progress, "identity": identity, **about})
 
     @classmethod
@@ -118,6 +167,7 @@ class TrainState:
         others = {name: settings.pop(name) for name in ("features", "tokenizer")}
         progress = Progress(**saved["progress"] | {"cursor": Cursor.from_dict(saved["progress"]["cursor"])})
         about = {name: saved[name] for name in ("total_steps", "written_by", "learning_rate")}
+        about["unscored"] = Unscored.from_dict(saved["unscored"]) if "unscored" in saved else None
         return cls(progress, Identity(settings, **others), unlogged=LineSums(**saved["unlogged"]), **about)
 
 

@@ -205,7 +205,7 @@ def test_a_training_from_features_never_runs_an_encoder(features, alone, tmp_pat
 def test_the_average_is_what_is_saved_scored_and_exported(features, alone, tmp_path, monkeypatch):
     given = [*features, "train.ema=0.5", "train.eval_every=100", "model.weight_init=uniform"]
     weights, scored = [], []
-    plain_after_step, plain_evaluate = train.Learner.after_step, scoring.evaluate
+    plain_after_step, plain_evaluate = train.Learner.after_step, scoring.caption_split
 
     def after_step(learner, *arguments):
         plain_after_step(learner, *arguments)
@@ -217,7 +217,7 @@ def test_the_average_is_what_is_saved_scored_and_exported(features, alone, tmp_p
         return plain_evaluate(models, *arguments)
 
     monkeypatch.setattr(train.Learner, "after_step", after_step)
-    monkeypatch.setattr(scoring, "evaluate", evaluated)
+    monkeypatch.setattr(scoring, "caption_split", evaluated)
     trained(given, tmp_path / "run", alone)
     assert len(weights) == 3 and len(scored) == 1
     exported = load_file(tmp_path / "run/best/model.safetensors")

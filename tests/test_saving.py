@@ -9,7 +9,6 @@ import pytest
 
 from sat import checkpoint, scoring, train
 from sat.config import load_config
-from sat.evaluation import split
 from sat.run_folder import Run, forget_stop, read_status
 from sat.stopping import StartAgain
 from tests.helpers_shards import make_feature_dataset
@@ -106,14 +105,14 @@ def test_a_model_that_cannot_be_exported_is_a_warning_and_the_save_comes_first(
 def test_a_metric_that_is_missing_leaves_its_reason_in_the_log_and_null_in_the_journal(
     features, alone, tmp_path, monkeypatch, capsys
 ):
-    plain = split.score
+    plain = scoring.score
 
     def without_meteor(*given):
         scores = plain(*given)
         reasons = dict(scores.reasons) | {"METEOR": "no Java"}
         return dataclasses.replace(scores, values=scores.values | {"METEOR": None}, reasons=reasons)
 
-    monkeypatch.setattr(split, "score", without_meteor)
+    monkeypatch.setattr(scoring, "score", without_meteor)
     run(features, tmp_path / "run", alone)
     assert "warning: step 3 has no METEOR: no Java" in capsys.readouterr().err
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]

@@ -7,7 +7,6 @@ only gradients use the fast interconnect.
 import contextlib
 import os
 import sys
-import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -16,6 +15,8 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+
+from sat.engine.beside import Beside
 
 T = TypeVar("T")
 LOOK_EVERY_S = 0.2
@@ -117,28 +118,24 @@ class Processes:
 
         Raises Interrupted on all ranks a moment after one's `interrupted()`; what `action` does then has no effect.
         """
-        outcome: list[tuple[T | None, Exception | None]] = []
+        return self.result_beside(Beside(action) if self.is_main else None, interrupted)
 
-        def act() -> None:
-            try:
-                outcome.append((action(), None))
-            except Exception as error:
-                outcome.append((None, error))
+    def result_beside(self, beside: Beside[T] | None, interrupted: Callable[[], bool] = lambda: False) -> T:
+        """What rank 0's work has come to, on all ranks, which wait for it; the others have None.
 
-        worker = threading.Thread(target=act, name="beside", daemon=True)
-        if self.is_main:
-            worker.start()
+        Raises what it has raised, and Interrupted as `run_beside_on_main` does.
+        """
         done = 0.0
         while not done:
-            if self.is_main:
-                worker.join(LOOK_EVERY_S)
-            done, stop = self.sum_over_ranks([bool(outcome), interrupted()])
+            if beside:
+                beside.wait(LOOK_EVERY_S)
+            done, stop = self.sum_over_ranks([beside is not None and beside.done, interrupted()])
             if stop and not done:
                 raise Interrupted
-        result, failed = self.broadcast(outcome[0] if outcome else (None, None))
+        result, failed = self.broadcast(beside.outcome if beside else (None, None))
         if failed is not None:
             raise failed
-        return result  # type: ignore[return-value]  # that of `action`
+        return result  # type: ignore[return-value]  # that of the work
 
     def leave(self) -> None:
         """End this process after all work is done, with exit code 0.

@@ -24,10 +24,9 @@ from sat.text import CaptionTokenizer, normalise
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """A split, captioned and scored."""
+class Captioned:
+    """A split, captioned."""
 
-    scores: Scores
     predictions: tuple[Prediction, ...]
     """Of every image, sorted by image_id."""
     attention: AttentionUse
@@ -42,6 +41,13 @@ class Evaluation:
     def unfinished(self) -> int:
         """Captions cut at the greatest length before <end>."""
         return sum(not each.finished for each in self.predictions)
+
+
+@dataclass(frozen=True)
+class Evaluation(Captioned):
+    """A split, captioned and scored."""
+
+    scores: Scores
 
     @property
     def table(self) -> ScoreTable:
@@ -81,22 +87,35 @@ def evaluate(
     cover it exactly, and Interrupted on all ranks together, after a batch or while rank 0 scores, once any rank's
     `interrupted()` says so.
     """
+    found = caption_split(models, manifest, split, tokenizer, options, reading, processes, interrupted)
+
+    def score_once() -> Scores:
+        references = scored_references(manifest, split, tokenizer.word_rule, reading.options)
+        return score(references, found.captions, tuple(options.metrics))
+
+    return Evaluation(found.predictions, found.attention, processes.run_beside_on_main(score_once, interrupted))
+
+
+def caption_split(
+    models: Sequence[Decodable],
+    manifest: Manifest,
+    split: str,
+    tokenizer: CaptionTokenizer,
+    options: EvaluationOptions,
+    reading: Reading,
+    processes: Processes,
+    interrupted: Callable[[], bool] = lambda: False,
+) -> Captioned:
+    """The first half of `evaluate`, while what scores gets ready. All ranks enter and all get the result."""
     if processes.is_main:
         get_ready(options.metrics)
     local = decode_split(models, manifest, split, tokenizer, options, reading, processes, interrupted)
     gathered = [pair for part in processes.gather(local) for pair in part]
     gathered.sort(key=lambda pair: pair[0].image_id)  # sums too are the same for any number of ranks
-    predictions = tuple(prediction for prediction, _ in gathered)
-    captions = {each.image_id: each.caption for each in predictions}
-    if len(captions) != len(predictions):
+    found = Captioned(tuple(prediction for prediction, _ in gathered), sum((u for _, u in gathered), AttentionUse()))
+    if len(found.captions) != len(found.predictions):
         raise ValueError(f"split {split!r} of {manifest.root}: an image was decoded twice; image ids must be unique")
-
-    def score_once() -> Scores:
-        references = scored_references(manifest, split, tokenizer.word_rule, reading.options)
-        return score(references, captions, tuple(options.metrics))
-
-    attention = sum((use for _, use in gathered), AttentionUse())
-    return Evaluation(processes.run_beside_on_main(score_once, interrupted), predictions, attention)
+    return found
 
 
 def scored_references(
