@@ -41,6 +41,8 @@ class Evaluations:
     data: TrainingData
     learner: Learner
     run: Run
+    first: int
+    """Step at which this life has begun."""
     waiting: Unscored | None = None
     """The one that has none; its weights are on rank 0 alone."""
 
@@ -54,11 +56,15 @@ class Evaluations:
         return self.waiting and replace(self.waiting, lines=tuple(self.run.held or ()))
 
     def must_be_waited_for(self, progress: Progress) -> bool:
-        """Whether nothing can be done before the scores are there."""
+        """Whether nothing can be done before the scores are there.
+
+        Nor before the first step: the processes that read batches are forked there, and would hold the open pipes of a
+        Java that reads to their end.
+        """
         patience = self.config.train.patience
         could_end = 0 < patience <= progress.evaluations_without_gain + 1
-        last = progress.step >= self.data.total_steps
-        return self.waiting is not None and (could_end or last or self.is_due(progress))
+        at_an_end = progress.step in (self.first, self.data.total_steps)
+        return self.waiting is not None and (could_end or at_an_end or self.is_due(progress))
 
     def is_due(self, progress: Progress) -> bool:
         """Whether there is a split to be captioned after the last step."""

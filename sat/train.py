@@ -74,7 +74,7 @@ def take_all_steps(
     """The loop, until the training has ended or a rank is asked to stop; what was reached is saved then."""
     progress, meter, watch = begun.progress, Meter(begun.unlogged), Watch(config.train.max_skipped_steps)
     saves = Saves(checkpoint.Saver(run.checkpoints, run.processes, config.train.keep_checkpoints), run, progress)
-    evaluations = Evaluations(config, data, learner, run, begun.unscored)
+    evaluations = Evaluations(config, data, learner, run, progress.step, begun.unscored)
     stop, owed = run.any_stop_wanted(), False
 
     def state() -> TrainState:
