@@ -1,18 +1,16 @@
-"""Stopped, killed, locked, watched: real ranks, each life of one run with another fault, and the end as undisturbed."""
+"""Stopped, killed, watched: real ranks, each life of one run with another fault, and the end as undisturbed."""
 
-import dataclasses
 import json
 import os
 import re
 import signal
-import threading
 import time
 from pathlib import Path
 
 import pytest
 
-from sat import checkpoint, files, run_lock
-from sat.run_lock import LOCK, owned
+from sat import checkpoint, files
+from sat.run_lock import owned
 from sat.stopping import START_AGAIN
 from sat.tracking.journal import drop_after
 from sat.train_state import LineSums
@@ -203,77 +201,6 @@ def test_the_doctor_finds_a_rank_that_hangs_and_keeps_its_table(tmp_path, ranks)
 
 def test_random_kills_change_nothing(tmp_path, ranks):
     assert chaos(tmp_path, ranks, kills=4, seed=5) >= 1
-
-
-# ------------------------------------------------------------------ the lock, without ranks
-
-
-@pytest.fixture
-def quick(monkeypatch):
-    monkeypatch.setattr(run_lock, "BEAT_S", 0.05)
-    monkeypatch.setattr(run_lock, "PATIENCE_S", 1.0)
-
-
-def lock_of(folder: Path, **changed: object) -> None:
-    """As another machine's process would have left it."""
-    owner = dataclasses.replace(run_lock._myself(), **changed)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / LOCK).write_text(json.dumps(dataclasses.asdict(owner)))
-
-
-def test_the_lock_of_a_dead_process_is_taken_over_and_freed(tmp_path, capsys):
-    lock_of(tmp_path, pid=2**22 + 1, job="77")
-    with owned(tmp_path):
-        assert files.read_json(tmp_path / LOCK)["pid"] == os.getpid()
-    assert not (tmp_path / LOCK).exists() and "Slurm job 77, since" in capsys.readouterr().out
-    lock_of(tmp_path, born="1")  # our process id, but another process had it
-    with owned(tmp_path):
-        pass
-
-
-def test_an_owner_elsewhere_is_alive_while_it_gives_signs_of_life(tmp_path, quick):
-    lock_of(tmp_path, machine="another", host="node7", job="12")
-    os.utime(tmp_path / LOCK, (4e9, 4e9))  # its clock is far ahead
-    ended = threading.Event()
-
-    def beat():
-        stamp = 4e9
-        while not ended.wait(0.1):
-            stamp += 1
-            os.utime(tmp_path / LOCK, (stamp, stamp))
-
-    thread = threading.Thread(target=beat)
-    thread.start()
-    with pytest.raises(ValueError, match=r"on node7, Slurm job 12, since"), owned(tmp_path):
-        pass
-    ended.set()
-    thread.join()
-    with owned(tmp_path):
-        assert files.read_json(tmp_path / LOCK)["host"] != "node7"
-    (tmp_path / LOCK).write_text("not a lock")
-    with owned(tmp_path):
-        pass
-
-
-def test_of_many_that_take_over_a_dead_lock_one_has_it(tmp_path, quick):
-    lock_of(tmp_path, pid=2**22 + 1)
-    owners, refused, all_in = [], [], threading.Barrier(8)
-
-    def contend():
-        all_in.wait()
-        try:
-            with owned(tmp_path):
-                owners.append(threading.get_ident())
-                time.sleep(0.5)
-        except ValueError:
-            refused.append(threading.get_ident())
-
-    threads = [threading.Thread(target=contend) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(owners) == 1 and len(refused) == 7
 
 
 # ------------------------------------------------------------------ the journal
