@@ -80,7 +80,9 @@ def run(
     rounds: Annotated[int, typer.Option(help="Turns of loop and bare step; medians count.")] = 3,
     folder: Annotated[Path | None, typer.Option(help="Where to write 300 MB for a while.")] = None,
 ) -> list[dict[str, Any]]:
-    """Captions/s of each process in the real loop and in the bare step, and the loop's shares of the time."""
+    """Captions/s of each process in the real loop and in the bare step, the loop's shares of the time, and what a
+    checkpoint costs: how long the loop stands still, and how many steps it loses until all is written.
+    """
     chosen, numbers = shapes.split(","), processes.split(",")
     if unknown := set(chosen) - set(SHAPES):
         raise ValueError(f"{', '.join(sorted(unknown))} is unknown; choose from {', '.join(SHAPES)}")
@@ -160,4 +162,6 @@ def measure(config: Path, processes: int, steps: int, rounds: int) -> dict[str, 
         "of_bare": medians["captions_per_s"] / medians["bare_captions_per_s"],
         "captions_per_s_in_all": medians["captions_per_s"] * processes,
         "seconds_per_step": medians["seconds_per_step"],
+        "save_stops_s": medians["save_stops_s"],
+        "save_costs_steps": medians["seconds_with_save"] / medians["seconds_per_step"] - steps,
     } | {f"{share}_share": medians[f"{share}_share"] for share in SHARES}

@@ -1,9 +1,9 @@
 """One rank of `sat bench train`: usage: python -m sat.bench.train_ranks CONFIG STEPS ROUNDS
 
-Takes turns of STEPS steps: in the loop of `sat.train`, then bare. What each part of a step takes is timed where the
-loop calls it; a GPU is waited for at the ends of the parts. Exchange is what a rank waits for the others: the sums of
-counts, and in the backward pass what comes after its own last gradient (the exchange that is hidden behind the pass
-costs nothing but computing power).
+Takes turns of STEPS steps: in the loop of `sat.train`, bare, and in the loop while a checkpoint is written. What each
+part of a step takes is timed where the loop calls it; a GPU is waited for at the ends of the parts. Exchange is what a
+rank waits for the others: the sums of counts, and in the backward pass what comes after its own last gradient (the
+exchange that is hidden behind the pass costs nothing but computing power).
 """
 
 import sys
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from sat import files
 from sat.bench.train import ROUNDS_FILE
+from sat.checkpoint import Saver
 from sat.config import Config, load_config
 from sat.data.batch import CaptionBatch
 from sat.data.plan import Cursor
@@ -31,7 +32,8 @@ from sat.machine import speed_up
 from sat.meter import Meter
 from sat.model.loss import LossSums
 from sat.run_folder import Run
-from sat.train import steps_from, take_step
+from sat.train import fresh_state, steps_from, take_step
+from sat.train_state import TrainState
 from sat.training_data import open_data
 
 T = TypeVar("T")
@@ -139,6 +141,20 @@ class Ranks:
         rate = captions / seconds / self.run.processes.world_size
         return shares | {"captions_per_s": rate, "seconds_per_step": seconds / steps}
 
+    def saving(self, batches: Batches, first: int, steps: int, state: TrainState) -> dict[str, float]:
+        """One turn of the real loop that begins with a checkpoint, which is to be written at its end."""
+        processes = self.run.processes
+        saver = Saver(self.run.checkpoints, processes, keep=2)
+        processes.barrier()
+        began = self.clock.now()
+        saver.begin(first, self.learner.state(processes), state)
+        stopped = self.clock.now() - began
+        self.loop(batches, first, steps)
+        (result,) = saver.wait()
+        if result.error:
+            raise ValueError(f"the checkpoint could not be written: {result.error}")
+        return {"save_stops_s": stopped, "seconds_with_save": self.clock.now() - began}
+
     def bare(self, batches: Batches, first: int, steps: int) -> dict[str, float]:
         """One turn of bare steps, over batches that are fetched beforehand."""
         plain = replace(self.learner, stepper=self.learner.stepper.plain)  # type: ignore[attr-defined]  # it is timed
@@ -155,12 +171,13 @@ class Ranks:
 
 def measure(config: Config, steps: int, rounds: int) -> None:
     """Write down of each round the mean over the ranks. All ranks enter."""
-    engine = start(config.train.precision, config.train.timeout)
-    speed_up(config.train.kernels, engine.processes.device)
-    clock = Clock(engine.processes.device)
-    processes = TimedProcesses(**vars(engine.processes), clock=clock)
+    plain = start(config.train.precision, config.train.timeout).processes
+    speed_up(config.train.kernels, plain.device)
+    clock = Clock(plain.device)
+    processes = TimedProcesses(**vars(plain), clock=clock)
     data = open_data(config)
-    learner = build_learner(config, data, Ddp(processes))
+    engine = Ddp(processes)
+    learner, state = build_learner(config, data, engine), fresh_state(config, data, engine)
     clock.watch(learner.model)
     timed = replace(learner, stepper=TimedStepper(learner.stepper, clock))
     ranks = Ranks(config, timed, Run(Path(config.train.run_dir), processes, None), Meter(), clock)
@@ -170,7 +187,9 @@ def measure(config: Config, steps: int, rounds: int) -> None:
         for turn in range(rounds + 1):  # the first only warms up
             for _ in range(2 * config.data.num_workers):
                 next(batches)  # what the workers had ready
-            one = ranks.loop(batches, 2 * turn * steps, steps) | ranks.bare(batches, (2 * turn + 1) * steps, steps)
+            first, second, third = (number * steps for number in range(3 * turn, 3 * turn + 3))
+            one = ranks.loop(batches, first, steps) | ranks.bare(batches, second, steps)
+            one |= ranks.saving(batches, third, steps, state)
             everybody = processes.gather(one)
             found.append({name: sum(each[name] for each in everybody) / len(everybody) for name in one})
     if processes.is_main:
