@@ -10,6 +10,7 @@ under way.
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import pairwise
 from multiprocessing import get_context
 from multiprocessing.queues import Queue
@@ -25,7 +26,7 @@ from preprocessing.features.recipe import FeatureOptions
 from preprocessing.features.statistics import merge_statistics, scale_of
 from preprocessing.features.weights import WEIGHTS_DIR, find_weights
 from preprocessing.sharding.finalize import finalize
-from preprocessing.sharding.jobs import Summary, parse_stripe, process_pool, run_shards
+from preprocessing.sharding.jobs import Summary, in_process, parse_stripe, process_pool, run_shards, work_on
 from preprocessing.sharding.plan import Plan, PlannedShard, load_plan
 from preprocessing.sharding.write import is_finished
 from sat.machine import available_cores, keep_all_freed_memory
@@ -56,13 +57,15 @@ def extract_stripe(plan: Plan, *, stripe: str = "0/1", num_workers: int = 0, dec
     with progress_line(sum(shard.samples for shard in shards), "feature shards") as advance:
         if len(devices) == 1:
             return _extract_here(plan, stripe, devices[0], threads, advance)
+
+        def told(images: int, built: bool) -> None:
+            advance(images)
+
         places = get_context("spawn").Queue()
         for place in zip(devices, _core_groups(len(devices)), strict=True):
             places.put(place)
-        with process_pool(len(devices), _start_worker, (plan, places, threads)) as pool:
-            return run_shards(
-                plan, _build, pool, stripe=stripe, slots=len(devices), progress=lambda images, built: advance(images)
-            )
+        with process_pool(len(devices), plan, _build, _start_worker, (plan, places, threads)) as pool:
+            return run_shards(plan, in_process, pool, stripe=stripe, slots=len(devices), progress=told)
 
 
 def finalize_features(plan: Plan) -> Manifest:
@@ -81,7 +84,8 @@ def _extract_here(plan: Plan, stripe: str, device: str, threads: int, advance: C
         ThreadPoolExecutor(SHARDS_UNDER_WAY, thread_name_prefix="shard") as pool,
     ):
         extractor.progress = advance
-        return run_shards(plan, extractor.build, pool, stripe=stripe, slots=SHARDS_UNDER_WAY, progress=reused)
+        work = partial(work_on, plan, extractor.build)
+        return run_shards(plan, work, pool, stripe=stripe, slots=SHARDS_UNDER_WAY, progress=reused)
 
 
 def _extractor_of(plan: Plan, device: str, threads: int) -> Extractor:

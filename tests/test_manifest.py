@@ -10,16 +10,24 @@ import fsspec
 import numpy as np
 import pyarrow as pa
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from sat.data.loader import read_references
 from sat.shards import location, retry, schema, tables
 from sat.shards.features import NPY_HEADER
 from sat.shards.manifest import check_files, load_manifest, load_statistics
 from sat.shards.schema import MANIFEST, SAMPLES, SAMPLES_SCHEMA, SHARDS, STATISTICS
-from sat.shards.sealed import seal, unseal
+from sat.shards.sealed import canonical, seal, unseal
 from sat.shards.tables import rows_digest
 from sat.shards.tar import TAR_BLOCK
 from tests.helpers_shards import grid_of, make_feature_dataset, self_describing_captions
+
+VALUES = st.recursive(
+    st.none() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["a", "checksum", "ü"]), inner),
+    max_leaves=6,
+)
 
 
 @pytest.fixture
@@ -175,6 +183,20 @@ def test_a_sealed_document_opens_only_unchanged():
     for blob in (seal(document).replace(b"2.5", b"2.6"), seal(document) + b" ", b"{}", b"[]", b"", b"{" * 9):
         with pytest.raises(ValueError):
             unseal(blob)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.dictionaries(st.text(max_size=9) | st.sampled_from(["a", "checksums", "checkout", "d"]), VALUES))
+def test_a_sealed_document_is_canonical_json_with_the_digest_of_the_rest_in_it(document):
+    document.pop("checksum", None)
+    checksum = hashlib.sha256(canonical(document)).hexdigest()
+    blob = seal(document)
+    assert blob == canonical(document | {"checksum": checksum}) and unseal(blob) == document
+    for place in range(0, 8 * len(blob), max(8 * len(blob) // 50, 1)):
+        flipped = bytearray(blob)
+        flipped[place // 8] ^= 1 << place % 8
+        with pytest.raises(ValueError):
+            unseal(bytes(flipped))
 
 
 def test_many_shards_are_spread_over_tables_and_row_groups_and_read_the_same(tmp_path, root, monkeypatch):

@@ -77,7 +77,7 @@ class Extractor:
                 return
 
     def _samples(self, shard: PlannedShard, sums: ChannelSums) -> Iterator[Sample]:
-        spec, index = self.recipe.spec, self.plan.shards.index(shard)
+        spec, index = self.recipe.spec, self.plan.index(shard)
         for rows, grids in self._grids(sample_rows(self.source.rows(index))):
             grids = self._to_stored(grids)
             values = restore(grids, spec.dtype, self.scale)

@@ -28,8 +28,7 @@ def finalize(plan: Plan, statistics: Statistics | None = None, max_bad_fraction:
     """
     with exclusive(plan.root):
         if _standing(plan) is None:
-            _check_sidecars(plan)
-            left_out = list(plan.left_out) + [item for sidecar in _sidecars(plan) for item in sidecar.left_out]
+            left_out = [*plan.left_out, *_check_sidecars(plan)]
             _check_fraction(plan, left_out, max_bad_fraction)
             _write_tables(plan, statistics, left_out)
         _sweep(plan.root)
@@ -69,9 +68,10 @@ def _standing(plan: Plan) -> Manifest | None:
     return manifest if equal and manifest.fingerprint == plan.fingerprint and manifest.kind == plan.holds else None
 
 
-def _check_sidecars(plan: Plan) -> None:
-    """ValueError naming every shard that does not stand, with the reason."""
-    faults = []
+def _check_sidecars(plan: Plan) -> list[LeftOut]:
+    """What the shards left out. ValueError naming every shard that does not stand, with the reason."""
+    faults: list[str] = []
+    left_out: list[LeftOut] = []
     for shard in plan.shards:
         try:
             sidecar = read_sidecar(plan.root, shard)
@@ -85,9 +85,12 @@ def _check_sidecars(plan: Plan) -> None:
             faults.append(f"{shard.name} has fingerprint {sidecar.fingerprint[:12]}, the plan has {plan.digest[:12]}")
         elif sidecar.samples and (not path.exists() or path.stat().st_size != sidecar.bytes):
             faults.append(f"{shard.name} is missing or not {sidecar.bytes} bytes long")
+        else:
+            left_out += sidecar.left_out
     if faults:
         more = f" and {len(faults) - 10} more" if len(faults) > 10 else ""
         raise ValueError(f"{plan.root}: {'; '.join(faults[:10])}{more}; run the shard step again")
+    return left_out
 
 
 def _check_fraction(plan: Plan, left_out: list[LeftOut], max_bad_fraction: float) -> None:

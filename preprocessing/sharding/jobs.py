@@ -20,7 +20,7 @@ from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExe
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,8 @@ _PR_SET_PDEATHSIG = 1  # from linux/prctl.h
 
 Build = Callable[[Plan, PlannedShard], Sidecar]
 """Writes one shard and returns its sidecar; for a process pool it must be picklable."""
+Work = Callable[[PlannedShard, bool], "Result"]
+"""Brings one shard to stand, or leaves it to another live worker unless told to steal it: `work_on` of a plan."""
 Progress = Callable[[int, bool], None]
 """Is told the pictures of every finished shard, and whether it was built here."""
 
@@ -99,7 +101,7 @@ def parse_stripe(stripe: str) -> tuple[int, int]:
 
 def run_shards(
     plan: Plan,
-    build: Build,
+    work: Work,
     executor: Executor,
     *,
     stripe: str = "0/1",
@@ -110,9 +112,10 @@ def run_shards(
 ) -> Summary:
     """Bring the shards of a stripe to stand, `slots` at a time; returns when all do.
 
-    Shards claimed by another live worker are left to it and looked at again at the end. Raises ValueError as soon as
-    this stripe alone leaves out more than `max_bad_fraction` of the whole plan's pictures (`finalize` counts all
-    stripes), and whatever `build` raises.
+    `work` is `partial(work_on, plan, build)` in threads, `in_process` in a pool of processes that know the plan. Shards
+    claimed by another live worker are left to it and looked at again at the end. Raises ValueError as soon as this
+    stripe alone leaves out more than `max_bad_fraction` of the whole plan's pictures (`finalize` counts all stripes),
+    and whatever `work` raises.
     """
     index, count = parse_stripe(stripe)
     shards, started, summary = plan.shards[index::count], time.monotonic(), Summary()
@@ -126,7 +129,7 @@ def run_shards(
             while todo and len(running) < slots:
                 shard = todo.popleft()
                 steal = time.monotonic() - claimed.get(shard, math.inf) > claim_timeout
-                running[executor.submit(work_on, plan, shard, build, steal)] = shard
+                running[executor.submit(work, shard, steal)] = shard
             for future in wait(running, timeout=_POLL_SECONDS, return_when=FIRST_COMPLETED).done:
                 _take_result(future.result(), running.pop(future), summary, claimed, progress)
             if claimed and not todo and not running:
@@ -146,11 +149,12 @@ def run_stripe(
     """`run_shards` in `num_workers` processes (one: in a thread of this one), with a progress line called `label`."""
     index, count = parse_stripe(stripe)
     pictures = sum(shard.samples for shard in plan.shards[index::count])
-    pool = ThreadPoolExecutor(1) if num_workers <= 1 else process_pool(num_workers)
+    alone = num_workers <= 1
+    pool = ThreadPoolExecutor(1) if alone else process_pool(num_workers, plan, build)
     with progress_line(pictures, label) as advance, pool as executor:
         return run_shards(
             plan,
-            build,
+            partial(work_on, plan, build) if alone else in_process,
             executor,
             stripe=stripe,
             slots=max(num_workers, 1),
@@ -159,30 +163,51 @@ def run_stripe(
         )
 
 
+_work: Work | None = None
+"""Of a worker process; made by `_start_worker`."""
+
+
+def in_process(shard: PlannedShard, steal: bool) -> "Result":
+    """`work_on` in a process of `process_pool`, of the plan that it was started with."""
+    assert _work is not None, "the worker process was not started by _start_worker"
+    return _work(shard, steal)
+
+
 @contextmanager
 def process_pool(
-    processes: int, initializer: Callable[..., None] | None = None, initargs: tuple[Any, ...] = ()
+    processes: int,
+    plan: Plan,
+    build: Build,
+    initializer: Callable[..., None] | None = None,
+    initargs: tuple[Any, ...] = (),
 ) -> Iterator[Executor]:
-    """Fresh worker processes for `run_shards`; the death of one is an OSError that says how to go on."""
+    """Fresh worker processes for `run_shards`; the death of one is an OSError that says how to go on.
+
+    The plan goes to each of them once, not with every shard.
+    """
     try:
-        arguments = (os.getpid(), initializer, initargs)
+        arguments = (os.getpid(), plan, build, initializer, initargs)
         with ProcessPoolExecutor(processes, get_context("spawn"), _start_worker, arguments) as pool:
             yield pool
     except BrokenProcessPool:
         raise OSError("a worker process died (killed, or out of memory); run the same command again to go on") from None
 
 
-def _start_worker(parent: int, initializer: Callable[..., None] | None, initargs: tuple[Any, ...]) -> None:
+def _start_worker(
+    parent: int, plan: Plan, build: Build, initializer: Callable[..., None] | None, initargs: tuple[Any, ...]
+) -> None:
     """Tie the life of a worker to its parent's: one whose parent was killed would wait for work for ever."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it died before we asked to be told
         os._exit(1)
+    global _work
+    _work = partial(work_on, plan, build)
     if initializer is not None:
         initializer(*initargs)
 
 
-def work_on(plan: Plan, shard: PlannedShard, build: Build, steal: bool) -> Result:
+def work_on(plan: Plan, build: Build, shard: PlannedShard, steal: bool) -> Result:
     """Build one shard, unless it stands; no sidecar when another live worker has claimed it."""
     standing = finished(plan.root, shard, plan.digest)
     if standing is not None:

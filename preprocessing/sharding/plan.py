@@ -3,7 +3,8 @@
 Below the data set's folder:
 
     work/plan.json               sealed: kind, fingerprint, settings, shards, what was left out
-    work/plan-DIGEST.parquet     the samples of each shard, one row group per shard; no rows for feature shards
+    work/plan-DIGEST.parquet     the samples of each shard, one row group per shard; no rows for feature shards;
+                                 from the 257th shard on plan-DIGEST-000001.parquet and so on
     work/lock                    held by whoever plans or finalizes
 
 The surprising decision: a folder keeps its first plan. Running again with the same inputs and settings reuses it, other
@@ -14,6 +15,8 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields
+from functools import cached_property, lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sat import files
-from sat.shards.schema import MANIFEST, SHARDS, STATISTICS, LeftOut
+from sat.shards.schema import MANIFEST, SHARDS, SHARDS_PER_TABLE, STATISTICS, LeftOut
 from sat.shards.sealed import Damaged, seal, unseal
 from sat.shards.tables import write_table
 
@@ -148,6 +151,14 @@ class Plan:
         """Pictures planned."""
         return sum(shard.samples for shard in self.shards)
 
+    def index(self, shard: PlannedShard) -> int:
+        """Place of a shard among `shards`."""
+        return self._places[shard.name]
+
+    @cached_property
+    def _places(self) -> dict[str, int]:
+        return {shard.name: place for place, shard in enumerate(self.shards)}
+
     def settings_as(self, settings: type[Settings]) -> Settings:
         """The settings, where the plan is of the kind that has such; ValueError where it is of the other kind."""
         if not isinstance(self.settings, settings):
@@ -156,30 +167,42 @@ class Plan:
 
     def records(self, shard: PlannedShard) -> list[ImageRecord]:
         """Planned samples of one shard that is not made from another. Raises ValueError when the table is damaged."""
-        return _read_records(self, _open_table(self), self.shards.index(shard))
+        return _read_records(self, self.index(shard))
 
 
 _AGAIN = "run the plan step again, with the same options"
 
 
-def check_table(plan: Plan) -> None:
-    """ValueError when the table is missing or damaged."""
-    table = _open_table(plan)
-    for index in range(0 if plan.kind == "features" else len(plan.shards)):
-        _read_records(plan, table, index)
+def table_fault(plan: Plan) -> tuple[str, str] | None:
+    """The name of the first table that is missing or damaged, and what is wrong with it."""
+    _footer.cache_clear()
+    for number, path in enumerate(table_paths(plan)):
+        shards = range(len(plan.shards))[number * SHARDS_PER_TABLE :][:SHARDS_PER_TABLE]
+        try:
+            _footer(path)
+            for index in () if plan.kind == "features" else shards:
+                _read_records(plan, index)
+        except ValueError as error:
+            return path.name, str(error)
+    return None
 
 
-def _open_table(plan: Plan) -> pq.ParquetFile:
+@lru_cache(maxsize=2)
+def _footer(path: Path) -> pq.FileMetaData:
+    """Kept for a while: the shards that a worker takes one after the other lie in the same table."""
     try:
-        return pq.ParquetFile(table_path(plan), pre_buffer=False)
+        return pq.read_metadata(path)
     except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{table_path(plan)}: cannot be read ({error}); {_AGAIN}") from error
+        raise ValueError(f"{path}: cannot be read ({error}); {_AGAIN}") from error
 
 
-def _read_records(plan: Plan, table: pq.ParquetFile, index: int) -> list[ImageRecord]:
-    path, shard = table_path(plan), plan.shards[index]
+def _read_records(plan: Plan, index: int) -> list[ImageRecord]:
+    table, group = divmod(index, SHARDS_PER_TABLE)
+    path, shard = _table_path(plan, table), plan.shards[index]
+    footer = _footer(path)
     try:
-        rows = table.read_row_group(index, use_threads=False).to_pylist()
+        with pq.ParquetFile(path, metadata=footer, pre_buffer=False) as opened:
+            rows = opened.read_row_group(group, use_threads=False).to_pylist()
     except (pa.ArrowException, OSError, IndexError) as error:
         raise ValueError(f"{path}: the plan of {shard.name} cannot be read ({error}); {_AGAIN}") from error
     records = [ImageRecord(**{**row, "captions": tuple(row["captions"])}) for row in rows]
@@ -211,7 +234,7 @@ def publish_plan(plan: Plan, groups: Iterable[Sequence[ImageRecord]] = (), overw
         if overwrite and path.exists() and _difference(plan):
             delete_data_set(load_plan(plan.root))
         if not path.exists() or not _difference(plan):
-            if not _table_stands(plan):
+            if table_fault(plan) is not None:
                 _write_table(plan, groups)
             files.crash_point("plan-table-written")
             if files.create(path, _to_bytes(plan)):
@@ -283,23 +306,22 @@ def _settings(kind: str, document: Mapping[str, Any]) -> AnySettings:
     return KINDS[kind](**{name: value for name, value in document.items() if name in known})
 
 
-def table_path(plan: Plan) -> Path:
-    """The table's name carries the digest of its plan, so that two plans tried at once cannot mix."""
-    return plan.root / WORK / f"plan-{plan.digest[:16]}.parquet"
+def table_paths(plan: Plan) -> list[Path]:
+    """The tables; their names carry the digest of their plan, so that two plans tried at once cannot mix."""
+    shards = 0 if plan.kind == "features" else len(plan.shards)
+    return [_table_path(plan, number) for number in range(max(-(-shards // SHARDS_PER_TABLE), 1))]
 
 
-def _table_stands(plan: Plan) -> bool:
-    try:
-        check_table(plan)
-    except ValueError:
-        return False
-    return True
+def _table_path(plan: Plan, number: int) -> Path:
+    return plan.root / WORK / f"plan-{plan.digest[:16]}{f'-{number:06d}' if number else ''}.parquet"
 
 
 def _write_table(plan: Plan, groups: Iterable[Sequence[ImageRecord]]) -> None:
     """Write the planned samples, one row group per shard."""
     tables = (pa.Table.from_pylist([vars(record) for record in group], PLAN_SCHEMA) for group in groups)
-    write_table(table_path(plan), PLAN_SCHEMA, tables)
+    for path in table_paths(plan):
+        write_table(path, PLAN_SCHEMA, islice(tables, SHARDS_PER_TABLE))
+    _footer.cache_clear()
 
 
 def delete_data_set(plan: Plan) -> None:

@@ -21,9 +21,9 @@ from preprocessing.sharding.plan import (
     WORK,
     Plan,
     PlannedShard,
-    check_table,
     load_plan,
-    table_path,
+    table_fault,
+    table_paths,
 )
 from preprocessing.sharding.write import read_sidecar, sidecar_path
 from sat import files
@@ -173,11 +173,8 @@ def _check_plan(root: Path) -> tuple[Plan | None, tuple[Fault, ...]]:
         plan = load_plan(root)
     except ValueError as error:
         return None, (Fault(f"{WORK}/{PLAN}", str(error)),)
-    try:
-        check_table(plan)
-    except ValueError as error:
-        return plan, (Fault(f"{WORK}/{table_path(plan).name}", str(error)),)
-    return plan, ()
+    fault = table_fault(plan)
+    return plan, () if fault is None else (Fault(f"{WORK}/{fault[0]}", fault[1]),)
 
 
 def _check_sidecars(plan: Plan, recorded: dict[str, RecordedShard]) -> tuple[list[RecordedShard], list[Fault]]:
@@ -227,5 +224,5 @@ def _foreign(root: Path, recorded: list[RecordedShard], plan: Plan | None) -> It
     own = {MANIFEST, LEFT_OUT, WORK, *tables, *(shard.name for shard in recorded)}
     yield from sorted(set(os.listdir(root)) - own)
     if plan is not None:
-        own = {PLAN, LOCK, table_path(plan).name, *(f"{shard.stem}.json" for shard in plan.shards)}
+        own = {PLAN, LOCK, *(path.name for path in table_paths(plan))} | {f"{shard.stem}.json" for shard in plan.shards}
         yield from (f"{WORK}/{name}" for name in sorted(set(os.listdir(root / WORK)) - own))

@@ -3,7 +3,8 @@
 Nothing is scaled down. A data set's manifest and its table of all
 shards are written once; then each figure comes from a fresh process that opens them and plans as the loader does, for
 rank 0 and for the last rank, at the start and far into an epoch. Not measured here: reading the planned samples (`sat
-bench loader`); a set read by URL, whose process holds the table of shards besides (74 MB for 1e6).
+bench loader`); a set read by URL, whose process holds the table of shards besides (74 MB for 1e6). With `--records`
+preprocessing at that size is measured too, on pictures of one pixel (by the program `preprocessing.bench_scale`).
 """
 
 import hashlib
@@ -44,6 +45,8 @@ def run(
     ranks: Annotated[int, typer.Option(help="processes that train")] = 1024,
     workers: Annotated[int, typer.Option(help="reader processes of each rank")] = 8,
     batch_per_rank: Annotated[int, typer.Option(help="samples of a rank in a global batch")] = 64,
+    records: Annotated[int, typer.Option(min=0, help="also plan, pack, finalize and verify so many pictures")] = 0,
+    record_shards: Annotated[int, typer.Option(min=1, help="shards that those pictures are packed in")] = 1000,
     json_file: Annotated[Path | None, typer.Option("--json", help="write the rows to this file")] = None,
 ) -> list[dict[str, float]]:
     """Time to the first batch's plan and to a resumed one, peak memory of a process (interpreter, imports included)."""
@@ -75,6 +78,9 @@ def run(
         }
     ]
     report(rows, json_file)
+    if records:
+        command = [sys.executable, "-m", "preprocessing.bench_scale", str(records), str(record_shards)]
+        subprocess.run(command, check=True)
     return rows
 
 
