@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from preprocessing import bench_features, bench_scale
+from preprocessing import bench_features
 from sat.bench import loader, plan, train
 from sat.shards.manifest import load_manifest
 
@@ -25,13 +25,6 @@ def test_the_plan_does_not_cost_more_memory_than_a_few_numbers_per_shard(tmp_pat
         plan.write_manifest(tmp_path, 1000 * shards, shards)
         peaks.append(plan.plan_in_new_process(tmp_path, 1024, 0, 0, 0, 65535)["peak_mb"])
     assert peaks[1] - peaks[0] < 100
-
-
-def test_the_benchmark_of_preprocessing_takes_the_steps_of_a_real_data_set(tmp_path):
-    rows = [bench_scale.measure(step, tmp_path, records=40, shards=8) for step in bench_scale.STEPS]
-    assert [row["step"] for row in rows] == ["plan", "shards", "finalize", "verify"]
-    assert all(row["peak_mb"] > 0 and row["cpu_seconds"] > 0 for row in rows)
-    assert [shard.samples for shard in load_manifest(tmp_path / "set").shards] == [5] * 8
 
 
 def test_the_data_set_of_the_plans_benchmark_opens_as_any_does(tmp_path):

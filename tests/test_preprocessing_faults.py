@@ -13,14 +13,13 @@ import sys
 import tarfile
 import threading
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
 import pytest
 
-from preprocessing import bench_scale
-from preprocessing.shard_images import build_image_shard, main, plan_images
+from preprocessing.shard_images import build_image_shard, main
 from preprocessing.sharding import finalize as finalizing
 from preprocessing.sharding import jobs
 from preprocessing.sharding import plan as planning
@@ -31,7 +30,6 @@ from preprocessing.sharding.verify import verify
 from preprocessing.sharding.write import Sample, read_sidecar, write_shard
 from sat import files
 from sat.shards.manifest import load_manifest
-from sat.shards.schema import Sidecar
 from sat.shards.tar import read_members
 from tests.helpers_shards import REPOSITORY, make_coco, run_program, snapshot
 
@@ -176,46 +174,6 @@ def claim(plan: Plan, number: int, **holder: object) -> Path:
         json.dumps({"machine": jobs._machine(), "pid": os.getpid(), "start": jobs._start(os.getpid())} | holder)
     )
     return path
-
-
-class Looked:
-    """An executor that works at once, and remembers how many bytes a process would be sent for each task."""
-
-    def __init__(self) -> None:
-        self.sizes: list[int] = []
-
-    def submit(self, function, *arguments):
-        self.sizes.append(len(pickle.dumps((function, arguments))))
-        future = Future()
-        future.set_result(function(*arguments))
-        return future
-
-
-def test_what_a_shard_costs_does_not_grow_with_the_number_of_shards(tmp_path, monkeypatch):
-    monkeypatch.setattr(planning, "SHARDS_PER_TABLE", 3)
-    monkeypatch.setattr(
-        jobs, "_work", lambda shard, steal: jobs.Result(Sidecar(shard.name, "", "", 1, 1, "", (), ()), True)
-    )
-    sizes, read = [], []
-    footer = planning.pq.read_metadata
-    monkeypatch.setattr(planning.pq, "read_metadata", lambda path: read.append(footer(path)) or read[-1])
-    for count in (4, 40):
-        records = bench_scale.records_of(count)
-        plan = plan_images(records, tmp_path, tmp_path / str(count), shard_size=1, seed=1, max_bad_fraction=0)
-        looked = Looked()
-        run_shards(plan, jobs.in_process, looked, slots=2)
-        sizes.append(max(looked.sizes))
-        planned = [record for shard in plan.shards for record in plan.records(shard)]
-        assert sorted(planned, key=lambda record: record.key) == list(records.images)
-        assert [plan.index(shard) for shard in plan.shards] == list(range(count))
-        assert planning.table_fault(plan) is None
-    assert sizes[0] == sizes[1] < 1000
-    assert max(footer.num_row_groups for footer in read) == 3
-    damaged = planning.table_paths(plan)[2]
-    damaged.write_bytes(damaged.read_bytes()[:-9])
-    assert planning.table_fault(plan)[0] == damaged.name
-    again = plan_images(records, tmp_path, tmp_path / "40", shard_size=1, seed=1, max_bad_fraction=0)
-    assert planning.table_fault(again) is None
 
 
 def build_all(plan: Plan, **options) -> jobs.Summary:
