@@ -1,5 +1,7 @@
 """Verification sees every changed byte and names it; repair brings back exactly what was there."""
 
+import errno
+import os
 import random
 import shutil
 from pathlib import Path
@@ -239,6 +241,33 @@ def test_the_rows_of_sidecars_are_read_when_asked_for_and_not_kept(images):
     shutil.rmtree(images / "work")
     with pytest.raises(ValueError, match="vanished"):
         shard.rows()
+
+
+@pytest.mark.faults
+def test_every_shard_that_the_disk_cannot_read_is_named_and_rebuilt(images, monkeypatch):
+    before, bad = snapshot(images), {"train-000000.tar", "val-000000.tar"}
+    whole = files.sha256
+
+    def fails(path: Path) -> None:
+        if path.name in bad and path.parent == images:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    def opened(path, *arguments, **options):
+        fails(Path(path))
+        return open(path, *arguments, **options)
+
+    monkeypatch.setattr(verify_module, "open", opened, raising=False)
+    monkeypatch.setattr(files, "sha256", lambda path: fails(Path(path)) or whole(path))
+    flip_bit(images / "train-000001.tar", 8 * 700)
+    report = verify(images)
+    assert {fault.shard for fault in report.faults} == {*bad, "train-000001.tar"}
+    assert {str(f) for f in report.faults if f.shard in bad} == {
+        f"{b}: cannot be read (Input/output error)" for b in bad
+    }
+    replaced = os.replace
+    monkeypatch.setattr(os, "replace", lambda old, new: bad.discard(Path(new).name) or replaced(old, new))
+    repair(images, report)
+    assert not bad and not verify(images).faults and snapshot(images) == before
 
 
 def test_strangers_and_leftovers_are_told_and_left_alone(images):

@@ -109,10 +109,13 @@ def check_tables(root: Path) -> tuple[Manifest | None, tuple[Fault, ...]]:
         return None, (Fault(MANIFEST, f"damaged ({error})"),)
     faults = []
     for name, recorded in sorted(tables.items()):
-        if not (root / name).exists():
+        try:
+            if files.sha256(root / name) != recorded["sha256"]:
+                faults.append(Fault(name, "not the bytes that were written"))
+        except FileNotFoundError:
             faults.append(Fault(name, "missing"))
-        elif files.sha256(root / name) != recorded["sha256"]:
-            faults.append(Fault(name, "not the bytes that were written"))
+        except OSError as error:
+            faults.append(Fault(name, _unreadable(error)))
     try:
         return load_manifest(root), tuple(faults)
     except ValueError as error:
@@ -130,6 +133,8 @@ def check_shard(root: Path, shard: RecordedShard, progress: Callable[[int], None
                 progress(len(chunk))
     except FileNotFoundError:
         return [Fault(shard.name, "missing", shard=shard.name)]
+    except OSError as error:
+        return [Fault(shard.name, _unreadable(error), shard=shard.name)]
     if digest.hexdigest() == shard.sha256:
         return []
     faults = (
@@ -143,6 +148,10 @@ def check_shard(root: Path, shard: RecordedShard, progress: Callable[[int], None
     ]
 
 
+def _unreadable(error: OSError) -> str:
+    return f"cannot be read ({error.strerror or error})"
+
+
 def _faulty_samples(path: Path, shard: RecordedShard) -> Iterator[Fault]:
     try:
         rows = shard.rows()
@@ -151,8 +160,12 @@ def _faulty_samples(path: Path, shard: RecordedShard) -> Iterator[Fault]:
         return
     with open(path, "rb") as file:
         for row in rows:
-            file.seek(row.offset)
-            blob = file.read(row.nbytes)
+            try:
+                file.seek(row.offset)
+                blob = file.read(row.nbytes)
+            except OSError as error:  # it could be read a moment ago
+                yield Fault(shard.name, _unreadable(error), row.key, shard.name)
+                continue
             if len(blob) < row.nbytes:
                 yield Fault(shard.name, "cut off", row.key, shard.name)
             elif xxhash.xxh3_64_intdigest(blob) != row.xxh3:
@@ -185,8 +198,9 @@ def _check_sidecars(plan: Plan, recorded: dict[str, RecordedShard]) -> tuple[lis
         file = f"{WORK}/{sidecar_path(plan.root, shard).name}"
         try:
             sidecar = read_sidecar(plan.root, shard)
-        except ValueError as error:
-            faults.append(Fault(file, str(error), shard=shard.name))
+        except (ValueError, OSError) as error:
+            what = _unreadable(error) if isinstance(error, OSError) else str(error)
+            faults.append(Fault(file, what, shard=shard.name))
             continue
         if sidecar is None:
             faults.append(Fault(file, "missing: this shard was not finished", shard=shard.name))

@@ -148,13 +148,23 @@ def _link_tar(root: Path, shard: PlannedShard, temporary: Path, sha256: str) -> 
     try:
         os.link(temporary, final)
     except FileExistsError:
-        if not sidecar_path(root, shard).exists() and files.sha256(final) != sha256:
+        if not sidecar_path(root, shard).exists() and not _holds(final, sha256):
             os.replace(temporary, final)
         return False
     except FileNotFoundError:  # swept by a worker that finished before us
         return False
     files.sync(root)
     return True
+
+
+def _holds(path: Path, sha256: str) -> bool:
+    """Whether a file has these bytes; one that the disk cannot read any more has not."""
+    try:
+        return files.sha256(path) == sha256
+    except FileNotFoundError:
+        raise
+    except OSError:
+        return False
 
 
 @dataclass(frozen=True)
