@@ -1,6 +1,8 @@
 """`sat bench step` compares like with like: its per-caption loop computes the very loss and gradients of our step."""
 
 import json
+import re
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ import torch
 from sat.bench import limit, step
 from sat.bench.captions import CAPTIONS, caption_batches
 from sat.bench.harness import InOwnProcess
+from sat.bench.phases import phase_seconds
 from sat.bench.popular import PerCaptionLoop, popular_step
 from sat.model.captioner import Captioner
 from sat.model.loss import total_loss
@@ -78,8 +81,8 @@ def _cell(parameters: dict, kind: str) -> torch.Tensor:
     }[kind]
 
 
-def test_the_rows_hold_both_speeds_and_their_ratio(tmp_path):
-    rows = step.run(tmp_path / "rows.json", grids="7x7", precisions="fp32", rounds=1, images=8)
+def test_the_rows_hold_both_speeds_and_their_ratio(tmp_path, capsys):
+    rows = step.run(tmp_path / "rows.json", grids="7x7", precisions="fp32", rounds=1, images=8, phases=True)
     assert json.loads((tmp_path / "rows.json").read_text()) == rows
     (row,) = rows
     assert (row["grid"], row["precision"]) == ("7x7", "fp32")
@@ -89,6 +92,32 @@ def test_the_rows_hold_both_speeds_and_their_ratio(tmp_path):
     assert row["limit_ms"] == pytest.approx(sum(row["phases"].values()), rel=1e-2)
     assert row["gflop"] / row["step_ms"] * 1e3 == pytest.approx(row["gflops_per_s"])
     assert row["of_limit"] == pytest.approx(row["limit_ms"] / row["step_ms"]) and 0 < row["of_limit"] < 1
+    takes = row["measured_phases"]
+    assert takes.keys() == {*row["phases"], "rest"} and min(takes.values()) > 0
+    assert takes["rest"] < 0.2 * sum(takes.values()) and takes["recurrence"] > takes["words"]
+    assert re.search(r"phase +at least +takes\n.*\n +words +\S+ +\S+\n", capsys.readouterr().out)
+
+
+class Event(NamedTuple):
+    """Of a profile."""
+
+    name: str
+    self_cpu_time_total: float
+    cpu_parent: "Event | None" = None
+    sequence_nr: int = -1
+    scope: int = 0
+
+
+def test_what_is_undone_backwards_belongs_to_the_phase_that_did_it():
+    grid, loop = Event("phase: grid", 1e6), Event("_Recurrence", 2e6)
+    back, other = (Event("autograd::engine::evaluate_function: X", 0, None, number, 1) for number in (7, 9))
+    events = [
+        *(grid, loop, back, other, Event("aten::addmm", 4e6, grid, 7), Event("aten::cat", 8e6, None, 9)),
+        *(Event("aten::mm", 16e6, back), Event("aten::slice", 32e6, other), Event("aten::mm", 64e6, loop)),
+        *(Event("aten::mul", 128e6, loop), Event("aten::mm", 256e6, Event("_LinearCrossEntropy", 0))),
+    ]
+    expected = {"grid": 21, "attention": 130, "recurrence": 64, "vocabulary": 256, "rest": 40}
+    assert phase_seconds(events, 2) == {name: seconds / 2 for name, seconds in expected.items()}
 
 
 def test_every_step_is_over_captions_that_were_not_met_before():

@@ -8,7 +8,7 @@ step over lengths that a library has prepared for is quicker than training ever 
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from sat.bench import limit
 from sat.bench.captions import CAPTIONS, VOCABULARY, caption_batches
-from sat.bench.harness import Ceilings, InOwnProcess, alternated_medians, peak_memory_mb, report, traffic
+from sat.bench.harness import Ceilings, InOwnProcess, alternated_medians, peak_memory_mb, report, table, traffic
+from sat.bench.phases import label, labelled, measure_phases
 from sat.bench.popular import PerCaptionLoop, popular_step
 from sat.machine import speed_up
 from sat.model.captioner import Captioner
@@ -30,6 +31,8 @@ GRIDS = {"7x7": 49, "14x14": 196}
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 BEFORE = 5
 """Steps that are taken before the turns: for memory, launches, and to warm up."""
+PROFILED = 2
+"""Steps whose phases are measured."""
 Batches = list[tuple[Tensor, Tensor]]
 
 
@@ -41,7 +44,7 @@ def run(
     images: Annotated[int, typer.Option(help="Images of a step, five captions each.")] = 32,
     steps: Annotated[int, typer.Option(help="Our steps of a turn; 0: one on a CPU, ten on a GPU.")] = 0,
     kernels: Annotated[str, typer.Option(help="auto, or torch: without those written for this machine.")] = "auto",
-    phases: Annotated[bool, typer.Option(help="Print what each phase of a step costs at least.")] = False,
+    phases: Annotated[bool, typer.Option(help="Measure each phase of a step too, on a CPU.")] = False,
 ) -> list[dict[str, object]]:
     """Measure both in turn, on a GPU where there is one; one row per precision and grid."""
     chosen = grids.split(","), precisions.split(",")
@@ -54,22 +57,37 @@ def run(
         raise ValueError(f"rounds {rounds} and images {images} must be at least 1, steps {steps} at least 0")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     steps = steps or (10 if device == "cuda" else 1)
-    batches, source = caption_batches(BEFORE + (rounds + 1) * steps, images)
+    profiled = PROFILED if phases and device == "cpu" else 0
+    batches, source = caption_batches(BEFORE + (rounds + 1) * steps + profiled, images)
     print(f"{images} images x {CAPTIONS} captions a step, {source}; {speed_up(kernels, device)}", flush=True)
     rows = []
     for precision in chosen[1]:
         for grid in chosen[0]:
-            rows.append(measure(grid, precision, batches, steps, device, kernels))
+            rows.append(measure(grid, precision, batches, steps, device, kernels, profiled))
             if phases:
-                print(f"{grid} {precision}, ms at least:", rows[-1]["phases"], flush=True)
+                print(f"{grid} {precision}, ms of each phase:\n{phase_table(rows[-1])}", flush=True)
     report(rows, json_file)
     return rows
 
 
-def measure(grid: str, precision: str, batches: Batches, steps: int, device: str, kernels: str) -> dict[str, object]:
-    """One row of the table: both contenders on the same batches, a turn of ours `steps` of them and of the loop one."""
+def phase_table(row: dict[str, Any]) -> str:
+    """What each phase costs at least, and takes where that was measured."""
+    takes = row.get("measured_phases", {})
+    names = [*row["phases"], *(name for name in takes if name not in row["phases"])]
+    measured = [{"takes": takes[name]} if takes else {} for name in names]
+    least = [{"phase": name, "at least": row["phases"].get(name, 0.0)} for name in names]
+    return table([each | more for each, more in zip(least, measured, strict=True)])
+
+
+def measure(
+    grid: str, precision: str, batches: Batches, steps: int, device: str, kernels: str, profiled: int = 0
+) -> dict[str, object]:
+    """One row of the table: both contenders on the same batches, a turn of ours `steps` of them and of the loop one.
+
+    The last `profiled` batches are for the phases' times alone.
+    """
     torch.manual_seed(0)
-    dtype, rounds = PRECISIONS[precision], (len(batches) - BEFORE) // steps - 1
+    dtype, rounds = PRECISIONS[precision], (len(batches) - BEFORE - profiled) // steps - 1
     images = len(batches[0][1])
     features = torch.randn(images, GRIDS[grid], FEATURES).relu().bfloat16()
     ours = our_step(features.to(device), batches, dtype, kernels)
@@ -88,10 +106,12 @@ def measure(grid: str, precision: str, batches: Batches, steps: int, device: str
     for loop in loops.values():
         loop.close()
     sizes = limit.Sizes(GRIDS[grid], FEATURES, WIDTH, VOCABULARY)
-    timed = [limit.phases(sizes, *batch, dtype) for batch in batches[BEFORE + steps :]]
+    timed = [limit.phases(sizes, *batch, dtype) for batch in batches[BEFORE + steps : len(batches) - profiled]]
     per_step = {name: value / steps if name == "ours" else value for name, value in seconds.items()}
     row: dict[str, object] = {"grid": grid, "precision": precision}
     row |= _speeds(per_step, images * CAPTIONS, precision) | _limits(per_step["ours"], timed, seconds, ceilings)
+    if profiled:
+        row["measured_phases"] = {name: 1e3 * each for name, each in measure_phases(ours, profiled).items()}
     row["peak_memory_mb"] = memory
     if asked:
         row |= {"launches": asked.launches, "synchronisations": asked.synchronisations, "busy_ms": 1e3 * asked.busy_s}
@@ -137,6 +157,7 @@ def our_step(features: Tensor, batches: Batches, dtype: torch.dtype, kernels: st
     device = features.device
     spec = CaptionerSpec.of_preset("tutorial", embedding_dim=WIDTH, lstm_dim=WIDTH, attention_dim=WIDTH)
     model = Captioner(spec, Sizes(VOCABULARY, features.shape[1], FEATURES), kernels).to(device)
+    label(model)
     objective = TeacherForcing(model)
     optimizer = build_optimizer(model, learning_rate=4e-4, weight_decay=0.0, encoder_learning_rate=0.0)
     upcoming = iter(batches)
@@ -147,7 +168,8 @@ def our_step(features: Tensor, batches: Batches, dtype: torch.dtype, kernels: st
             sums = objective(features, captions, lengths)
         optimizer.zero_grad()
         total_loss(sums, float(lengths.sum()), float((lengths > 0).sum())).backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 5.0)
-        optimizer.step()
+        with labelled("optimizer"):
+            nn.utils.clip_grad_norm_(model.parameters(), 5.0)
+            optimizer.step()
 
     return step
