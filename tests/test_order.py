@@ -111,9 +111,37 @@ def test_source_order_holds_each_sample_exactly_once_in_whole_runs(shards, run_l
             assert pairs[start : start + run_length] == [(s, first + i) for i in range(run_length)]
 
 
+@given(shards=SHARDS.filter(any), run_length=st.integers(1, 9), window=st.integers(1, 14), key=KEYS)
+@settings(deadline=None)
+def test_windows_hold_each_sample_once_and_no_more_shards_than_they_may(shards, run_length, window, key):
+    layout = make_layout(shards, run_length, window)
+    shard, sample = source_order(layout, key, np.arange(layout.samples))
+    pairs = list(zip(shard.tolist(), sample.tolist()))
+    assert sorted(pairs) == [(s, i) for s, count in enumerate(shards) for i in range(count)]
+    one_by_one = [source_order(make_layout(shards, run_length, window), key, np.array([p])) for p in range(len(pairs))]
+    assert [(int(s[0]), int(i[0])) for s, i in one_by_one] == pairs, "any place can be asked for by itself"
+    first, last = {s: pairs.index((s, int(sample[shard == s][0]))) for s in set(shard.tolist())}, {}
+    for place, (s, _) in enumerate(pairs):
+        last[s] = place
+    live = [sum(first[s] <= place <= last[s] for s in first) for place in range(len(pairs))]
+    assert max(live) <= window
+
+
+def test_windows_mix_as_well_as_the_whole_but_for_the_number_of_shards_in_a_batch():
+    shards, batch = [100] * 64, 64
+    for window, shards_of_batch in ((0, 14.3), (16, 10.3), (4, 4.0)):
+        order = epoch_order([make_layout(shards, 4, window)], [DIGEST], [1.0], 1, 0)
+        _, shard, sample = order.locate(np.arange(order.samples))
+        stored = shard * 100 + sample
+        assert abs(np.corrcoef(stored, np.arange(stored.size))[0, 1]) < (0.3 if window else 0.05)
+        assert abs(np.corrcoef(sample, np.arange(stored.size))[0, 1]) < 0.05, "no shard is read from its beginning"
+        found = np.mean([np.unique(shard[i : i + batch]).size for i in range(0, stored.size, batch)])
+        assert found == pytest.approx(shards_of_batch, rel=0.1)  # 16 runs: n (1 - (1 - 1/n)^16) of n shards
+
+
 @given(
     shards=SHARDS.filter(any),
-    run_length=st.integers(1, 6),
+    runs=st.tuples(st.integers(1, 6), st.sampled_from([0, 0, 1, 3])),
     seed=st.integers(-5, 2**40),
     world=st.integers(1, 6),
     workers=st.integers(1, 4),
@@ -123,9 +151,9 @@ def test_source_order_holds_each_sample_exactly_once_in_whole_runs(shards, run_l
 )
 @settings(max_examples=150, deadline=None)
 def test_global_batches_do_not_depend_on_ranks_workers_or_accumulation(
-    shards, run_length, seed, world, workers, accumulation, global_batch, done
+    shards, runs, seed, world, workers, accumulation, global_batch, done
 ):
-    order = epoch_order([make_layout(shards, run_length)], [DIGEST], [1.0], seed, 3)
+    order = epoch_order([make_layout(shards, *runs)], [DIGEST], [1.0], seed, 3)
     start = done % order.samples
     stop = min(start + global_batch, order.samples)
     expected = listed(order, start, stop)

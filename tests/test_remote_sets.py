@@ -30,7 +30,7 @@ class Server(http.server.ThreadingHTTPServer):
     def __init__(self, folder):
         super().__init__(("127.0.0.1", 0), Handler)
         self.folder, self.sent, self.gets, self.flip = folder, Counter(), Counter(), set()
-        self.answers, self.instead = {}, {}
+        self.answers, self.instead, self.ranges = {}, {}, True
         self.url = f"http://127.0.0.1:{self.server_port}"
 
 
@@ -49,7 +49,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if body and name in self.server.instead:
             blob = self.server.instead[name]
         wanted = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
-        if wanted and status == 200:
+        if wanted and status == 200 and self.server.ranges:
             begin, end = int(wanted[1]), int(wanted[2]) + 1
             status, blob = 206, blob[begin:end]
         if body:
@@ -127,6 +127,23 @@ def test_an_epoch_crosses_the_network_once_at_most_for_a_cache_of_any_size(
     assert kept <= share * size and of_shards(server.sent) <= kept + 3 * (size - kept)
     if share > 0.2:
         assert kept >= (share - 0.2) * size, "what fits is kept, and fetched once in all epochs"
+
+
+@pytest.mark.parametrize("window", [2, 4])
+def test_by_windows_a_server_without_ranges_is_asked_once_an_epoch_for_each_shard(
+    server, epochs, tmp_path, window, caplog
+):
+    server.ranges, server.folder = False, tmp_path / "features"
+    make_feature_dataset(server.folder, {"train": 200}, shard_size=25)
+    shards = list(load_manifest(str(server.folder)).shards)
+    limit = window * max(shard.bytes for shard in shards)
+    settings = {"window_shards": window, "epochs": 2, "global_batch": 4}
+    assert_same(epochs(server.url, tmp_path / "cache", limit, **settings), epochs(server.folder, **settings))
+    assert sum(server.gets[shard.name] for shard in shards) <= 1.2 * 2 * len(shards)
+    assert "again and again" not in caplog.text
+    epochs(server.url, tmp_path / "cache", limit)
+    assert "the server gives no byte ranges, so shards are fetched again and again" in caplog.text
+    assert f"data.window_shards={window} " in caplog.text
 
 
 @pytest.mark.parametrize("world", [1, 4, 8])

@@ -36,8 +36,9 @@ from sat.data.plan import (
     sources_digest,
 )
 from sat.data.reader import SampleReader
+from sat.shards.location import shown
 from sat.shards.manifest import Manifest, check_files
-from sat.shards.store import make_store
+from sat.shards.store import FolderStore, make_store
 from sat.text import CaptionTokenizer
 
 logger = logging.getLogger(__name__)
@@ -129,8 +130,10 @@ def training_batches(
     options = reading.options
     _check_sources(sources, cursor)
     row = _row(sources[0][0], reading)
-    plan = plan_training(sources, splits, cursor, epochs, global_batch, share, options.run_length)
+    plan = plan_training(sources, splits, cursor, epochs, global_batch, share, options.run_length, options.window)
     readers = [_open_reader(manifest, options, check=share.rank == 0) for manifest, _ in sources]
+    if share.rank == 0:
+        _warn_of_repeated_downloads(plan, readers, options)
     captions = CaptionOptions(
         tokenizer, options.captions_per_image, options.max_caption_length, cursor.seed, reading.keep_references
     )
@@ -230,6 +233,24 @@ def _open_reader(manifest: Manifest, cache: CacheOptions, check: bool) -> Sample
     if check and not store.is_remote and len(manifest.shards) <= CHECKED_AT_START:
         check_files(manifest)
     return SampleReader(manifest, store)
+
+
+def _warn_of_repeated_downloads(plan: TrainingPlan, readers: Sequence[SampleReader], options: LoaderOptions) -> None:
+    """Say where an epoch would fetch shards many times, and the setting that avoids it."""
+    for chosen, reader in zip(plan.chosen, readers, strict=True):
+        store, shards = reader.store, reader.manifest.shards
+        if isinstance(store, FolderStore):
+            continue
+        first = shards[int(chosen.shards[0])]
+        size = first.bytes * chosen.layout.samples / max(first.samples, 1)
+        fitting = int(store.limit * len(chosen.shards) / size)
+        if fitting >= min(options.window_shards or len(chosen.shards), len(chosen.shards)) or store.serves_ranges():
+            continue
+        logger.warning(
+            "%s: about %.1f GB do not fit in a cache of %g GB and the server gives no byte ranges, so shards are "
+            "fetched again and again; raise data.cache_gb, or set data.window_shards=%d (another order of samples)",
+            *(shown(store.root), size / 1e9, options.cache_gb, fitting),
+        )
 
 
 def _row(manifest: Manifest, reading: Reading) -> GridRow:

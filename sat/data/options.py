@@ -17,7 +17,7 @@ class CacheOptions:
 
 @dataclass(frozen=True)
 class LoaderOptions(CacheOptions):
-    """How the loader makes batches of samples; which samples a global batch holds depends on `run_length` alone."""
+    """How the loader makes batches of samples; the samples of a batch depend on run_length and window_shards alone."""
 
     captions_per_image: int = setting(5, above=0)
     """Captions used of each image and step; an image with more shows others in other epochs."""
@@ -25,6 +25,10 @@ class LoaderOptions(CacheOptions):
     """Words kept of a caption."""
     run_length: int = setting(4, above=0)
     """Consecutive samples read together; shards are already in random order."""
+    window_shards: int = setting(0)
+    """For sets larger than a cache whose server gives no byte ranges: shards that the cache has room for; samples are
+    shuffled among half of them at a time, and each shard is fetched once per epoch. 0: samples of all shards."""
+
     num_workers: int = setting(2, may_change=True)
     """Reader processes per rank; the order of samples does not depend on it."""
     on_bad_sample: str = setting("fail", choices=("fail", "quarantine"), may_change=True)
@@ -34,3 +38,8 @@ class LoaderOptions(CacheOptions):
 
     def __post_init__(self) -> None:
         check(self, "data")
+
+    @property
+    def window(self) -> int:
+        """Shards shuffled together, 0 all: those of two windows are in the cache where one follows the other."""
+        return (self.window_shards + 1) // 2

@@ -8,7 +8,7 @@ the streams of numpy's and torch's generators change between their versions.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -87,19 +87,27 @@ class Layout:
     rest_ends: Ints
     """Cumulative samples that are left over at the shards' ends, int64 [shards]."""
 
+    window: int = 0
+    """Shards whose samples are shuffled among one another; 0: all."""
+    windows: "dict[int, Windows]" = field(default_factory=dict, repr=False, compare=False)
+    """The last ones, by the key of their epoch."""
+
     @property
     def samples(self) -> int:
         return int(self.ends[-1] + self.rest_ends[-1]) if self.ends.size else 0
 
 
-def make_layout(shard_samples: Sequence[int] | Ints, run_length: int) -> Layout:
-    """The layout of shards with these sample counts, to be read in runs of `run_length` consecutive samples."""
+def make_layout(shard_samples: Sequence[int] | Ints, run_length: int, window: int = 0) -> Layout:
+    """The layout of shards with these sample counts, to be read in runs of `run_length` consecutive samples.
+
+    window: as in `Layout`.
+    """
     if run_length < 1:
         raise ValueError(f"run_length is {run_length}; it must be at least 1")
     counts = np.asarray(shard_samples, dtype=np.int64)
     rest = counts % run_length
     whole = counts - rest
-    return Layout(run_length, np.cumsum(whole, out=whole), np.cumsum(rest, out=rest))
+    return Layout(run_length, np.cumsum(whole, out=whole), np.cumsum(rest, out=rest), window)
 
 
 def locate(layout: Layout, index: Ints) -> tuple[Ints, Ints]:
@@ -125,6 +133,8 @@ def source_order(layout: Layout, key: int, positions: Ints) -> tuple[Ints, Ints]
 
     The one run that may be short is put at a place of its own, so that it is not the end of every epoch.
     """
+    if layout.window:
+        return _windowed_order(layout, key, positions)
     length = layout.run_length
     full_runs, short = divmod(layout.samples, length)
     hole = derive_key(key, 1) % (full_runs + 1) * length
@@ -133,6 +143,48 @@ def source_order(layout: Layout, key: int, positions: Ints) -> tuple[Ints, Ints]
     index = np.where(in_hole, full_runs * length + positions - hole, 0)
     index[~in_hole] = permute(run[~in_hole], full_runs, key) * length + within[~in_hole]
     return locate(layout, index)
+
+
+@dataclass(frozen=True)
+class Windows:
+    """The shards of a source in the order of one epoch, which its windows take one after the other."""
+
+    shards: Ints
+    """Permuted, int64 [shards]."""
+    counts: Ints
+    """Samples of each of them, int64 [shards]."""
+    ends: Ints
+    """Cumulative samples of the windows, int64 [windows]."""
+
+
+def _windowed_order(layout: Layout, key: int, positions: Ints) -> tuple[Ints, Ints]:
+    """`source_order` by windows: shards in random order, and of each window of them the runs in random order."""
+    windows = _windows(layout, key)
+    window = np.searchsorted(windows.ends, positions, side="right")
+    shard, sample = np.empty_like(positions), np.empty_like(positions)
+    for one in range(int(window.min()), int(window.max()) + 1) if positions.size else ():
+        mine = np.flatnonzero(window == one)
+        if not mine.size:
+            continue
+        inside = slice(one * layout.window, (one + 1) * layout.window)
+        begin = int(windows.ends[one - 1]) if one else 0
+        within = make_layout(windows.counts[inside], layout.run_length)
+        place, sample[mine] = source_order(within, derive_key(key, 2, one), positions[mine] - begin)
+        shard[mine] = windows.shards[inside][place]
+    return shard, sample
+
+
+def _windows(layout: Layout, key: int) -> Windows:
+    """Those of the epoch that `key` names; kept with the layout, for a loader asks for them through a whole epoch."""
+    if key not in layout.windows:
+        counts = np.diff(layout.ends, prepend=0) + np.diff(layout.rest_ends, prepend=0)
+        shards = permute(np.arange(counts.size), counts.size, derive_key(key, 3))
+        counts = counts[shards]
+        ends = np.add.reduceat(counts, np.arange(0, counts.size, layout.window)).cumsum()
+        if len(layout.windows) > 1:
+            layout.windows.clear()
+        layout.windows[key] = Windows(shards, counts, ends)
+    return layout.windows[key]
 
 
 def interleave(counts: Sequence[int], positions: Ints) -> tuple[Ints, Ints]:

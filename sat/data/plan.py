@@ -205,14 +205,19 @@ def plan_training(
     global_batch: int,
     share: Share,
     run_length: int,
+    window: int = 0,
 ) -> TrainingPlan:
     """What each micro-batch of this share consists of, from the cursor to the end of `epochs`; reads no shard.
 
-    The cursor's epoch counts as one of them. ValueError where there is nothing to plan or the cursor does not fit.
+    The cursor's epoch counts as one of them; `window` as in `Layout`. ValueError where there is
+    nothing to plan or the cursor does not fit.
     """
     if global_batch < 1 or epochs < 1:
         raise ValueError(f"global_batch {global_batch} and epochs {epochs} must be at least 1")
-    chosen = [choose_shards(manifest, splits, run_length, main=i == 0) for i, (manifest, _) in enumerate(sources)]
+    chosen = [
+        choose_shards(manifest, splits, run_length, main=i == 0, window=window)
+        for i, (manifest, _) in enumerate(sources)
+    ]
     digests, weights = zip(*((manifest.digest, weight) for manifest, weight in sources), strict=True)
     order = epoch_order([each.layout for each in chosen], digests, weights, cursor.seed, cursor.epoch)
     if not 0 <= cursor.samples_done <= order.samples:
@@ -220,10 +225,10 @@ def plan_training(
     return TrainingPlan(order, chosen, cursor.samples_done, epochs, global_batch, share)
 
 
-def choose_shards(manifest: Manifest, splits: Sequence[str], run_length: int, main: bool) -> Chosen:
+def choose_shards(manifest: Manifest, splits: Sequence[str], run_length: int, main: bool, window: int = 0) -> Chosen:
     """The shards of these splits. The main source must have every split, a further one at least one of them."""
     ranges = [manifest.shards.of_split(split) for split in sorted(set(splits))]
     if not any(ranges) or (main and not all(ranges)):
         raise ValueError(f"{manifest.root}: no samples of split {list(splits)}; it has {manifest.splits}")
     shards = np.concatenate([np.arange(each.start, each.stop, dtype=np.int64) for each in ranges])
-    return Chosen(shards, make_layout(manifest.shards.samples[shards], run_length))
+    return Chosen(shards, make_layout(manifest.shards.samples[shards], run_length, window))

@@ -52,7 +52,8 @@ class RangeReader:
             for _ in range(THREADS):
                 # Daemons: a process that is done must not wait for ranges that nobody needs any more.
                 threading.Thread(target=self._serve, args=(self._asked,), name="fetch-ranges", daemon=True).start()
-        self._ahead[wanted] = answer = Future()
+        answer: Future[bytes] = Future()
+        self._ahead[wanted] = answer
         self._held += size
         self._asked.put((wanted, answer))
 
