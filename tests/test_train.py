@@ -16,6 +16,7 @@ from sat.engine.processes import Processes
 from sat.meter import OVERFLOWS_ALLOWED, Watch
 from sat.model.objectives.teacher_forcing import TeacherForcing
 from sat.run_folder import read_status
+from sat.text import build_tokenizer
 from tests.helpers_shards import make_feature_dataset
 from tests.helpers_training import SMALL, with_tokenizer
 
@@ -211,6 +212,17 @@ def test_an_unfinished_run_names_each_setting_that_differs_with_both_values(feat
         run(features, tmp_path / "run", alone, "train.global_batch=9", "train.seed=4")
     assert "train.global_batch: the run has 6, now 9" in str(caught.value) and "total" not in str(caught.value)
     assert "train.seed: the run has 1, now 4" in str(caught.value)
+    make_feature_dataset(tmp_path / "data", {"train": 20, "val": 4})
+    with_tokenizer(tmp_path)
+    build_tokenizer(["a red dog"], 1).save(tmp_path / "few.json")
+    for more, says in (
+        (f"data.features={tmp_path}/data", r"features: the run has \[\['\w{64}', 1.0\]\], now \[\['\w{64}', 1.0\]\]"),
+        (f"data.tokenizer={tmp_path}/few.json", r"tokenizer: the run has '\w+', now '\w+'"),
+        ("train.precision=bf16", "train.precision: the run has 'fp32', now 'bf16'"),
+        ("model.attention_dim=7", "model.attention_dim: the run has 5, now 7"),
+    ):
+        with pytest.raises(ValueError, match=f"belongs to another training .*{says}.*or give another train.run_dir"):
+            run(features, tmp_path / "run", alone, more)
 
 
 def test_fewer_epochs_than_were_done_are_finished(features, alone, tmp_path, capsys):
