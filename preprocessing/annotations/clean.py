@@ -9,10 +9,10 @@ from collections import Counter
 
 from sat.text import normalise
 
-MAX_WORDS = 200
-"""Words kept of a caption."""
-MAX_CHARACTERS = 2000
-"""Characters kept of a caption, at the end of a word where there is one."""
+MAX_CHARACTERS = 100_000
+"""Characters kept of a caption, at the end of a word where there is one: a longer text is a file that went astray.
+
+How many words are learnt is the training's own setting (`data.max_caption_length`); a reference is scored whole."""
 RULES = 2
 """Version of the rules by which annotations become records; part of the fingerprint."""
 _ENTITY = re.compile(r"&(?:#\d{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z][A-Za-z0-9]{1,31});")
@@ -23,7 +23,7 @@ _DROPPED = frozenset(("Cc", "Cs", "Zl", "Zp"))
 
 
 def clean_caption(raw: str, notes: Counter[str] | None = None) -> str:
-    """The caption in NFC on one line with single spaces, at most MAX_WORDS words; empty when it has no letter or digit.
+    """The caption in NFC on one line with single spaces; empty when it has no letter or digit.
 
     HTML entities become what they stand for; `|||`, which separates captions in the METEOR protocol, becomes a space.
     """
@@ -32,14 +32,13 @@ def clean_caption(raw: str, notes: Counter[str] | None = None) -> str:
     plain = unescaped.replace("|||", " ")
     if not plain.isprintable():
         plain = "".join(" " if unicodedata.category(char) in _DROPPED else char for char in plain)
-    words = unicodedata.normalize("NFC", plain).split()
-    text = " ".join(words[:MAX_WORDS])
+    whole = text = " ".join(unicodedata.normalize("NFC", plain).split())
     if len(text) > MAX_CHARACTERS:
         text = text[:MAX_CHARACTERS].rpartition(" ")[0] or text[:MAX_CHARACTERS]
     if not any(map(str.isalnum, text)) and not normalise(text):  # the first is enough for nearly all, and fast
         notes["captions dropped: no letter or digit"] += 1
         return ""
-    if len(text) < len(" ".join(words)):
+    if len(text) < len(whole):
         notes["captions cut"] += 1
     elif unescaped != raw:
         notes["captions with HTML entities, unescaped"] += 1
