@@ -1,15 +1,24 @@
 """The journal is complete whatever happens to the process, the file or the disk."""
 
+import contextlib
 import json
 import math
+import os
+import signal
+import subprocess
+import sys
 import time
 
 import pytest
 
 from sat import files
-from sat.config import TrackingConfig
+from sat.config import TrackingConfig, load_config
+from sat.data.plan import Cursor
+from sat.run_folder import open_run
+from sat.stopping import Wish
 from sat.tracking import journal as tracking
 from sat.tracking.journal import Tracker, read_journal
+from sat.train_state import Progress
 from tests.helpers_tracking import NoUploader, replace_uploader, run_python
 
 
@@ -59,7 +68,7 @@ def test_a_damaged_line_costs_no_other_line(tmp_path):
 FULL_DISK = """
 import resource, sys
 from sat import files
-from sat.config import TrackingConfig
+from sat.config import TrackingConfig, load_config
 from sat.tracking.journal import Tracker
 tracker = Tracker(sys.argv[1], TrackingConfig(mlflow_uri="none"))
 for step in range(1, 31):
@@ -152,3 +161,65 @@ def test_a_store_of_the_environment_that_cannot_be_is_told_and_not_used(tmp_path
     found = stores(tmp_path / "run", ("", named), capsys=capsys, monkeypatch=monkeypatch)
     assert found == [f"sqlite:///{tmp_path}/mlflow.db"]
     assert capsys.readouterr().err.startswith(f"warning: MLFLOW_TRACKING_URI={named!r}: give http(s)://SERVER")
+
+
+class Hanging:
+    """Uploaders that never end by themselves, each a real process that has started another, as the real ones do."""
+
+    SCRIPT = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(600)'])"
+
+    def __init__(self):
+        self.started = []
+
+    def __call__(self, _command, **options):
+        self.started.append(subprocess.Popen([sys.executable, "-c", self.SCRIPT], **options))
+        return self.started[-1]
+
+
+@pytest.fixture
+def hanging(monkeypatch):
+    uploaders = Hanging()
+    replace_uploader(monkeypatch, uploaders)
+    yield uploaders
+    for each in uploaders.started:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(each.pid, signal.SIGKILL)
+        each.wait()
+
+
+@pytest.mark.faults
+def test_an_uploader_that_is_killed_is_started_again_a_few_times_and_then_the_end_says_so(tmp_path, hanging, caplog):
+    tracker = Tracker(tmp_path / "run", TrackingConfig(mlflow_uri="http://127.0.0.1:9"))
+    for step in range(1, 8):
+        last = hanging.started[-1]
+        last.send_signal(signal.SIGKILL)  # out of memory
+        last.wait()
+        tracker.log(step, {"loss": 1.0})
+    assert len(hanging.started) == 1 + tracking.REVIVALS
+    assert (
+        caplog.text.count("the MLflow uploader has ended with exit status -9, starting it again") == tracking.REVIVALS
+    )
+    tracker.close()
+    assert f"MLflow is behind (its uploader ended with exit status -9); catch up: sat sync {tmp_path}" in caplog.text
+    assert len(read_journal(tmp_path / "run")) == 7
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("stopped", [True, False])
+def test_after_a_wish_to_stop_the_end_waits_for_mlflow_only_as_long_as_a_preemption_leaves(
+    tmp_path, alone, hanging, caplog, monkeypatch, stopped
+):
+    monkeypatch.setattr("sat.run_folder.STOPPED_TIMEOUT_S", 0.2 if stopped else 600.0)
+    monkeypatch.setattr("sat.run_folder.CLOSE_TIMEOUT_S", 600.0 if stopped else 0.2)
+    assert tracking.STOPPED_TIMEOUT_S <= 10, "a launcher's grace is 30 s, and the checkpoint needs most of it"
+    config = load_config(None, [f"train.run_dir={tmp_path / 'run'}", "tracking.mlflow_uri=http://127.0.0.1:9"])
+    wish = Wish()
+    began = time.monotonic()
+    with open_run(config, alone, Progress(Cursor(1, "digest", 0, 0, 0)), wish):
+        if stopped:
+            wish.signals.append(signal.SIGTERM)
+    assert time.monotonic() - began < 300
+    (uploader,) = hanging.started
+    assert uploader.poll() == -signal.SIGKILL and "catch up: sat sync" in caplog.text
+    processes = subprocess.run(["ps", "-o", "pid=", "-g", str(uploader.pid)], capture_output=True, text=True)
+    assert not processes.stdout.strip(), "nor does what it has started outlive the training"
