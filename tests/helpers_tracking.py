@@ -80,11 +80,11 @@ def points_of_mlflow(uri: str, run_id: str) -> dict[tuple[str, int], float]:
     return dict(pairs)
 
 
-def wait_for(condition, seconds: float = 60) -> None:
+def wait_for(condition, seconds: float = 60, every: float = 0.05) -> None:
     until = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < until, "waited in vain"
-        time.sleep(0.05)
+        time.sleep(every)
 
 
 def run_python(script: str, *arguments, **options) -> subprocess.CompletedProcess:
