@@ -1,10 +1,12 @@
 """What the command lines of the shard programs share: steps, one line per error, one line of progress."""
 
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
+from pathlib import Path
 
 import typer
 
@@ -25,6 +27,15 @@ def run(program: Callable[..., object]) -> None:
         typer.run(program)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+
+
+def refuse_urls(*folders: Path | None) -> None:
+    """ValueError for a URL where a folder is needed: taken for a path, it would become a folder of that name here."""
+    for folder in folders:
+        url = re.fullmatch(r"([A-Za-z][A-Za-z0-9+.-]+):/+(.*)", str(folder))
+        if url:
+            name = f"{url[1]}://{url[2]}"
+            raise ValueError(f"{name} is a URL, and this needs a folder; work in one and copy the result there or back")
 
 
 @contextmanager

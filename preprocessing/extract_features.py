@@ -19,7 +19,7 @@ from typing import Annotated
 
 import typer
 
-from preprocessing.console import Step, progress_line, run
+from preprocessing.console import Step, progress_line, refuse_urls, run
 from preprocessing.features.extractor import Extractor
 from preprocessing.features.plan import plan_features, recipe_of, source_of
 from preprocessing.features.recipe import FeatureOptions
@@ -161,6 +161,7 @@ def main(
     overwrite: Annotated[bool, typer.Option(help="delete a data set that was planned otherwise")] = False,
 ) -> None:
     """Extract grids of all pictures; a second run reuses what is whole and goes on where a first one ended."""
+    refuse_urls(out, images)
     if step in (Step.ALL, Step.PLAN):
         if images is None:
             raise ValueError("planning needs --images")

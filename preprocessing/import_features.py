@@ -16,7 +16,7 @@ from typing import Annotated
 import typer
 
 from preprocessing.annotations.read import read_annotations
-from preprocessing.console import Step, run
+from preprocessing.console import Step, refuse_urls, run
 from preprocessing.features.statistics import ChannelSums, merge_statistics, scale_of
 from preprocessing.importing.arrays import BadFeatures
 from preprocessing.importing.fitting import fit
@@ -131,6 +131,7 @@ def main(
     overwrite: Annotated[bool, typer.Option(help="delete a data set that was planned otherwise")] = False,
 ) -> None:
     """Pack features from elsewhere into shards; a second run reuses what is whole and goes on where one ended."""
+    refuse_urls(out, features, boxes)
     if step in (Step.ALL, Step.PLAN):
         if features is None or not annotations:
             raise ValueError("planning needs --annotations and --features")

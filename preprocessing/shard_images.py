@@ -18,18 +18,22 @@ import typer
 from preprocessing.annotations.clean import RULES
 from preprocessing.annotations.formats import AUTO, FORMATS
 from preprocessing.annotations.read import Records, read_annotations
-from preprocessing.console import Step, run
+from preprocessing.console import Step, refuse_urls, run
 from preprocessing.sharding.finalize import finalize
 from preprocessing.sharding.jobs import Summary, run_stripe
-from preprocessing.sharding.plan import ImageSettings, Plan, PlannedShard, load_plan, publish_plan
+from preprocessing.sharding.ownership import publish_plan
+from preprocessing.sharding.plan import ImageSettings, Plan, PlannedShard, load_plan
 from preprocessing.sharding.records import at_most_bad, check_left_out, plan_records
 from preprocessing.sharding.write import Sample, write_shard
 from sat.machine import available_cores
+from sat.shards.location import read_retrying
 from sat.shards.pictures import MAX_BYTES, NOTE, BadPicture, decode, extension_of
 from sat.shards.schema import LeftOut, Sidecar
 
 UNPACKED = "unpacked"
 """Folder, inside that of the shards, for the pictures of containers (Parquet, tar)."""
+GONE = "file gone since the plan"
+"""Reason to leave a picture out."""
 WRITER = 1
 """Version of what is written for given inputs; part of the fingerprint."""
 
@@ -93,28 +97,41 @@ def shard_stripe(
 def read_picture(path: Path, file_bytes: int) -> bytes:
     """The bytes of a planned picture file.
 
-    Raises BadPicture when it is too large to be one, OSError when it is missing, ValueError when its size has changed.
+    Raises BadPicture when it is too large to be one, OSError when it is missing or storage keeps failing, ValueError
+    when its size has changed.
     """
     if file_bytes > MAX_BYTES:
         raise BadPicture("file too large", f"{file_bytes} bytes")
-    with open(path, "rb") as file:
-        data = file.read(file_bytes + 1)
+
+    def read() -> bytes:
+        with open(path, "rb") as file:
+            return file.read(file_bytes + 1)
+
+    data = read_retrying(str(path.parent), path.name, read)
     if len(data) != file_bytes:
         raise ValueError(f"{path} is not {file_bytes} bytes long as it was planned; plan again with --overwrite")
     return data
 
 
 def _samples(plan: Plan, shard: PlannedShard, notes: Counter[str]) -> Iterator[Sample | LeftOut]:
-    folder = Path(plan.settings_as(ImageSettings).images)
-    for record in plan.records(shard):
+    """A shard's pictures; those whose files are gone come last, left out. OSError where all are gone."""
+    folder, records = Path(plan.settings_as(ImageSettings).images), plan.records(shard)
+    gone: list[LeftOut] = []
+    for record in records:
         try:
             data = read_picture(folder / record.file_name, record.file_bytes)
             image = decode(data)
+        except (FileNotFoundError, NotADirectoryError):
+            gone.append(LeftOut(record.image_id, record.file_name, GONE))
+            if len(gone) == len(records):  # rather a folder that is not mounted
+                raise
+            continue
         except BadPicture as bad:
             yield LeftOut(record.image_id, record.file_name, bad.reason, bad.detail)
             continue
         notes.update([image.info[NOTE]] if NOTE in image.info else [])
         yield Sample(record, data, extension_of(image), image.width, image.height)
+    yield from gone
 
 
 def _about(plan: Plan) -> str:
@@ -155,6 +172,7 @@ def main(
     overwrite: Annotated[bool, typer.Option(help="delete a data set that was planned otherwise")] = False,
 ) -> None:
     """Pack pictures and captions into shards; a second run reuses what is whole and goes on where a first one ended."""
+    refuse_urls(out, images)
     if step in (Step.ALL, Step.PLAN):
         records = read_annotations(
             annotations or (),

@@ -22,7 +22,7 @@ from typing import Annotated, Any
 
 import typer
 
-from preprocessing.console import progress_line, run
+from preprocessing.console import progress_line, refuse_urls, run
 from preprocessing.scenes.captions import describe
 from preprocessing.scenes.scenes import SIZE, Scene, SceneObject, render, sample_scene
 from sat import files
@@ -182,6 +182,7 @@ def main(
     num_workers: Annotated[int, typer.Option(min=1, help="rendering processes")] = os.cpu_count() or 1,
 ) -> None:
     """Render captioned scenes in COCO's format; a second run makes only what is missing."""
+    refuse_urls(out)
     rendered = make_scenes(out, {"train": train, "val": val, "test": test}, seed, size, num_workers)
     print(f"{out}: {train} + {val} + {test} scenes, {rendered} rendered now")
 

@@ -11,20 +11,23 @@ gone, its sound samples are all there is. Files that are no part of the data set
 import json
 import os
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from preprocessing.console import progress_line, run
+from preprocessing.console import progress_line, refuse_urls, run
 from preprocessing.extract_features import extract_stripe, finalize_features
 from preprocessing.features.plan import recipe_of, source_of
 from preprocessing.features.weights import check_planned
 from preprocessing.import_features import check_source, finalize_import, import_stripe
 from preprocessing.shard_images import check_pictures, shard_stripe
-from preprocessing.sharding.finalize import finalize
+from preprocessing.sharding.finalize import check_same_set, finalize, withdraw_manifest
+from preprocessing.sharding.ownership import check_stands, exclusive
 from preprocessing.sharding.plan import (
     LEFT_OUT,
+    WORK,
     AnySettings,
     FeatureSettings,
     ImportSettings,
@@ -32,12 +35,20 @@ from preprocessing.sharding.plan import (
     PlannedShard,
     load_plan,
 )
-from preprocessing.sharding.verify import Report, check_tables, recorded_bytes, verify
+from preprocessing.sharding.verify import (
+    Fault,
+    RecordedShard,
+    Report,
+    check_shard,
+    check_tables,
+    recorded_bytes,
+    verify,
+)
 from preprocessing.sharding.write import read_sidecar, sidecar_path
 from sat import files
 from sat.machine import available_cores
 from sat.shards.manifest import Manifest
-from sat.shards.schema import MANIFEST, LeftOut, Sidecar, sample_rows
+from sat.shards.schema import LeftOut, SampleRow, Sidecar, sample_rows
 from sat.shards.sealed import seal
 
 
@@ -51,8 +62,11 @@ def repair(
     nothing is lost that was there.
     """
     plan = load_plan(root)
+    check_same_set(plan)
     plan = replace(plan, settings=_moved(plan.settings, images, weights))
     manifest, faults = check_tables(root)
+    if manifest is None:
+        _check_shards_are_of(plan)
     broken, damaged = {fault.shard for fault in report.faults}, {fault.file for fault in report.faults}
     recorded = {} if manifest is None else {shard.name: index for index, shard in enumerate(manifest.shards)}
     shards = [shard for shard in plan.shards if shard.name in broken]
@@ -63,8 +77,48 @@ def repair(
         most_bad = {shard.name: _recorded_bad(plan, shard, manifest, recorded) for shard in shards}
         _rebuild(plan, shards, most_bad, num_workers)
     if faults:
-        (root / MANIFEST).unlink(missing_ok=True)
+        withdraw_manifest(plan)
     {"images": finalize, "features": finalize_features, "imported": finalize_import}[plan.kind](plan)
+
+
+def _check_shards_are_of(plan: Plan) -> None:
+    """ValueError where no manifest says whose the shards are, and most samples are not as the sidecars record them."""
+    samples = faulty = 0
+    for shard in plan.shards:
+        sidecar = _sidecar_of(plan, shard)
+        if sidecar is not None and sidecar.samples and (plan.root / shard.name).exists():
+            samples += sidecar.samples
+            faulty += len({fault.key for fault in _faults(plan, sidecar) if fault.key})
+    if 2 * faulty > samples:
+        raise ValueError(
+            f"{plan.root}: {faulty} of {samples} samples are not as {WORK}/ records them, so it seems to be of another "
+            f"data set; nothing was changed: bring this set's own {WORK}/ back, or delete the shards"
+        )
+
+
+def _stands(plan: Plan, shard: PlannedShard) -> bool:
+    """Whether every byte of a shard is as its sidecar records it."""
+    sidecar = _sidecar_of(plan, shard)
+    return sidecar is not None and not (sidecar.samples and _faults(plan, sidecar))
+
+
+def _faults(plan: Plan, sidecar: Sidecar) -> list[Fault]:
+    return check_shard(
+        plan.root, RecordedShard(sidecar.shard, sidecar.bytes, sidecar.sha256, partial(_rows_of, sidecar))
+    )
+
+
+def _rows_of(sidecar: Sidecar) -> tuple[SampleRow, ...]:
+    return sidecar.rows
+
+
+def _sidecar_of(plan: Plan, shard: PlannedShard) -> Sidecar | None:
+    """The sidecar of a shard; None where there is none, or it is damaged or of another plan."""
+    try:
+        sidecar = read_sidecar(plan.root, shard)
+    except (ValueError, OSError):
+        return None
+    return sidecar if sidecar is not None and sidecar.fingerprint == plan.digest else None
 
 
 def _moved(settings: AnySettings, images: Path | None, weights: Path | None) -> AnySettings:
@@ -90,16 +144,15 @@ def _restore_sidecar(plan: Plan, shard: PlannedShard, manifest: Manifest, index:
     if manifest.fingerprint != plan.fingerprint or len(rows) + len(left_out) != shard.samples:
         return False
     about = (shard.name, shard.split, plan.digest, len(rows), info.bytes, info.sha256)
-    files.write_bytes(sidecar_path(plan.root, shard), seal(Sidecar(*about, rows, left_out).to_document()))
+    with exclusive(plan.root):
+        check_stands(plan.root, plan.digest)
+        files.write_bytes(sidecar_path(plan.root, shard), seal(Sidecar(*about, rows, left_out).to_document()))
     return True
 
 
 def _recorded_bad(plan: Plan, shard: PlannedShard, manifest: Manifest | None, recorded: dict[str, int]) -> int:
     """How many pictures were left out of a shard, by its sidecar or else by the manifest; 0 when both are lost."""
-    try:
-        sidecar = read_sidecar(plan.root, shard)
-    except ValueError:
-        sidecar = None
+    sidecar = _sidecar_of(plan, shard)
     if sidecar is not None:
         return len(sidecar.left_out)
     if manifest is None:
@@ -108,7 +161,10 @@ def _recorded_bad(plan: Plan, shard: PlannedShard, manifest: Manifest | None, re
 
 
 def _rebuild(plan: Plan, shards: list[PlannedShard], most_bad: dict[str, int], num_workers: int) -> None:
-    """Build shards again. Only their sidecars are taken away before, and put back where the job fails."""
+    """Build shards again. Only their sidecars are taken away before, and put back where the job fails.
+
+    Both are done as the owner of the folder: not where another plan stands by now.
+    """
     if plan.kind == "images":
         check_pictures(plan)
     elif plan.kind == "imported":
@@ -117,11 +173,8 @@ def _rebuild(plan: Plan, shards: list[PlannedShard], most_bad: dict[str, int], n
         source_of(plan)
         weights = plan.settings_as(FeatureSettings).weights
         check_planned(Path(weights), recipe_of(plan).encoder.weights_sha256)
-    paths = [path for path in (sidecar_path(plan.root, shard) for shard in shards) if path.exists()]
-    sidecars = {path: path.read_bytes() for path in paths}
+    sidecars = _take_sidecars(plan, shards)
     try:
-        for path in sidecars:
-            path.unlink()
         if plan.kind == "images":
             shard_stripe(plan, num_workers=num_workers, most_bad=most_bad)
         elif plan.kind == "imported":
@@ -129,9 +182,27 @@ def _rebuild(plan: Plan, shards: list[PlannedShard], most_bad: dict[str, int], n
         else:
             extract_stripe(plan)
     except Exception:
-        for path, blob in sidecars.items():
-            files.create(path, blob)
+        with exclusive(plan.root):
+            check_stands(plan.root, plan.digest)
+            for path, blob in sidecars.items():
+                files.create(path, blob)
         raise
+
+
+def _take_sidecars(plan: Plan, shards: list[PlannedShard]) -> dict[Path, bytes]:
+    """Take the sidecars of some shards away, so that the jobs build these again; what was in them.
+
+    Those stay whose shard is as they record it by now: another repair was faster, or ended before it published.
+    """
+    with exclusive(plan.root):
+        check_stands(plan.root, plan.digest)
+        broken = [shard for shard in shards if not _stands(plan, shard)]
+        paths = [path for path in (sidecar_path(plan.root, shard) for shard in broken) if path.exists()]
+        sidecars = {path: path.read_bytes() for path in paths}
+        for path in sidecars:
+            path.unlink()
+    files.crash_point("sidecars-taken")
+    return sidecars
 
 
 def _check(root: Path, num_workers: int) -> Report:
@@ -158,6 +229,7 @@ def main(
     ] = 0,
 ) -> None:
     """Check data sets against what was recorded; exit status 1 when a fault is left at the end."""
+    refuse_urls(*folders, images)
     left, num_workers = 0, num_workers or available_cores()
     for root in folders:
         report = _check(root, num_workers)

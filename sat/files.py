@@ -9,21 +9,30 @@ import errno
 import fcntl
 import hashlib
 import json
+import logging
 import os
+import re
 import shutil
 import signal
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any
 from uuid import uuid4
+
+logger = logging.getLogger(__name__)
 
 TEMPORARY = ".tmp-"
 """Stands in the name of everything that is not finished."""
 OLD = ".old-"
 """Stands in the name of a folder while it is being replaced where the file system cannot exchange two names."""
-_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # from linux/fs.h
+_TEMPORARY_NAME = re.compile(f".+{TEMPORARY}[0-9a-f]{{32}}")
+_AT_FDCWD, _RENAME_NOREPLACE, _RENAME_EXCHANGE = -100, 1, 2  # from linux/fs.h
+_NO_RENAME = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NO_LINKS = (errno.EPERM, errno.EXDEV, errno.ENOSYS, errno.ENOTSUP, errno.EMLINK)
 
 
 # ------------------------------------------------------------------ files
@@ -40,9 +49,10 @@ def replacing(path: Path, folder: Path | None = None) -> Iterator[Path]:
     place.mkdir(parents=True, exist_ok=True)
     temporary = temporary_name(path, place)
     try:
-        with open(temporary, "xb") as file:
+        with naming(path), open(temporary, "xb") as file:
             mode = os.fstat(file.fileno()).st_mode & 0o777  # what the umask leaves
-        yield temporary
+        with naming(path):
+            yield temporary
         os.chmod(temporary, mode)  # safetensors, for one, makes files that nobody else may read
         sync(temporary)
         os.replace(temporary, path)
@@ -80,10 +90,10 @@ def create(path: Path, data: bytes) -> bool:
     """Make `path` with these bytes, whole and synced; False when it exists already (or our temporary was swept)."""
     temporary = temporary_name(path, path.parent)
     try:
-        with open(temporary, "wb") as file:
+        with naming(path), open(temporary, "wb") as file:
             file.write(data)
             sync_open(file)
-        os.link(temporary, path)
+        give_name(temporary, path)
     except (FileExistsError, FileNotFoundError):
         return False
     finally:
@@ -92,9 +102,49 @@ def create(path: Path, data: bytes) -> bool:
     return True
 
 
+def give_name(temporary: Path, path: Path) -> None:
+    """Give a finished file its name, if that is free; `temporary` may still be there afterwards, to be removed.
+
+    Raises FileExistsError where `path` is taken, FileNotFoundError where `temporary` was swept, and OSError that says
+    what to do on a file system that can do this neither by a link nor by a rename.
+    """
+    try:
+        os.link(temporary, path)
+        return
+    except OSError as error:  # FUSE, exFAT and SMB have no links
+        if error.errno not in _NO_LINKS:
+            raise
+    code = _rename(temporary, path, _RENAME_NOREPLACE)
+    if code in _NO_RENAME:
+        raise OSError(
+            code,
+            "this file system has neither links nor renames that replace nothing, one of which publishing takes; "
+            "write to another one and copy the result",
+            str(path),
+        )
+    if code:
+        raise OSError(code, os.strerror(code), str(temporary), None, str(path))
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let the error of a disk that is full while bytes are written name `path`: of itself it names no file."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _FULL or error.filename is not None:
+            raise
+        raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
+
+
 def temporary_name(path: Path, folder: Path) -> Path:
     """A fresh temporary name for `path` in `folder`."""
     return folder / f"{path.name}{TEMPORARY}{uuid4().hex}"
+
+
+def is_temporary(name: str) -> bool:
+    """Whether a name is one that `temporary_name` gives; of another one with the same mark the owner is unknown."""
+    return _TEMPORARY_NAME.fullmatch(name) is not None
 
 
 def sync_open(file: IO[bytes]) -> None:
@@ -115,6 +165,8 @@ def sync(path: Path) -> None:
 def sweep(folder: Path, pattern: str = "*") -> None:
     """Remove what killed writers left directly in `folder` of names like `pattern`. Call it as the only writer."""
     for path in sorted(folder.glob(f"{pattern}{TEMPORARY}*")):
+        if not is_temporary(path.name):
+            continue
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:
@@ -182,16 +234,21 @@ def _discard(old: Path) -> None:
 
 def _exchange(a: Path, b: Path) -> bool:
     """Swap two names in one step; False where the system or the file system cannot."""
+    code = _rename(a, b, _RENAME_EXCHANGE)
+    if code and code not in _NO_RENAME:
+        raise OSError(code, os.strerror(code), str(a), None, str(b))
+    return code == 0
+
+
+def _rename(a: Path, b: Path, flag: int) -> int:
+    """Linux's rename of `a` to `b` with a flag; 0, or the error's number."""
     try:
         rename = ctypes.CDLL(None, use_errno=True).renameat2
     except AttributeError:  # another system, or a C library from before 2018
-        return False
-    if rename(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), _RENAME_EXCHANGE) == 0:
-        return True
-    code = ctypes.get_errno()
-    if code in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
-        return False
-    raise OSError(code, os.strerror(code), str(a), None, str(b))
+        return errno.ENOSYS
+    if rename(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), flag) == 0:
+        return 0
+    return ctypes.get_errno()
 
 
 # ------------------------------------------------------------------ digests, locks, places
@@ -224,13 +281,20 @@ def locked(path: Path, wait: bool = True) -> Iterator[bool]:
         except BlockingIOError:
             yield False
             return
-        except OSError:  # no locks here
+        except OSError as error:  # no locks here
+            _tell_of_no_locks(path.parent, os.strerror(error.errno or errno.ENOLCK))
             yield True
             return
         try:
             yield True
         finally:
             fcntl.flock(file, fcntl.LOCK_UN)
+
+
+@lru_cache(maxsize=64)
+def _tell_of_no_locks(folder: Path, why: str) -> None:
+    """Once for each folder."""
+    logger.warning("%s: no file locks here (%s); let no two jobs replace things in this folder at once", folder, why)
 
 
 def cache_folder(*, private: bool = False) -> Path:

@@ -15,7 +15,8 @@ from PIL import Image
 
 from preprocessing.features.statistics import ChannelSums, merge_statistics, restore, store
 from preprocessing.sharding.finalize import finalize
-from preprocessing.sharding.plan import FeatureSettings, ImageRecord, Plan, PlannedShard, publish_plan
+from preprocessing.sharding.ownership import publish_plan
+from preprocessing.sharding.plan import FeatureSettings, ImageRecord, Plan, PlannedShard
 from preprocessing.sharding.write import Sample, write_shard
 from sat.data.batch import CaptionBatch
 from sat.data.loader import Reading, training_batches

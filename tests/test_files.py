@@ -163,11 +163,11 @@ def test_a_lock_is_held_by_one_and_freed_by_death(tmp_path):
 
 
 def test_sweeping_takes_what_is_unfinished_and_nothing_else(tmp_path):
-    kept = [tmp_path / name for name in ("a.json", "tmp", "a.tmp", "other.tar")]
+    kept = [tmp_path / name for name in ("a.json", "tmp", "a.tmp", "other.tar", "notes.tmp-old")]
     for path in kept:
         path.write_text("mine")
     files.temporary_name(tmp_path / "a.json", tmp_path).write_text("half")
-    (tmp_path / f"best{files.TEMPORARY}1").mkdir()
+    files.temporary_name(tmp_path / "best", tmp_path).mkdir()
     files.sweep(tmp_path)
     assert names(tmp_path) == sorted(path.name for path in kept)
 

@@ -9,7 +9,8 @@ from helpers_shards import encoded, picture, read_batches, self_describing_capti
 from PIL import Image
 
 from preprocessing.sharding.finalize import finalize
-from preprocessing.sharding.plan import ImageRecord, ImageSettings, Plan, PlannedShard, publish_plan
+from preprocessing.sharding.ownership import publish_plan
+from preprocessing.sharding.plan import ImageRecord, ImageSettings, Plan, PlannedShard
 from preprocessing.sharding.write import Sample, write_shard
 from sat.data.loader import Pictures
 from sat.text import build_tokenizer

@@ -22,6 +22,7 @@ from preprocessing.features.statistics import ChannelSums, restore, store
 from preprocessing.features.weights import check_planned
 from preprocessing.sharding.plan import FeatureSettings, ImageRecord, Plan, PlannedShard
 from preprocessing.sharding.write import Sample, write_shard
+from sat.shards.location import read_retrying
 from sat.shards.manifest import Manifest
 from sat.shards.pictures import BadPicture, decode, fit
 from sat.shards.schema import SampleRow, Sidecar, sample_rows
@@ -159,5 +160,8 @@ def in_flight(
 
 
 def _read_range(path: Path, offset: int, nbytes: int) -> bytes:
-    with open(path, "rb", buffering=0) as file:
-        return os.pread(file.fileno(), nbytes, offset)
+    def read() -> bytes:
+        with open(path, "rb", buffering=0) as file:
+            return os.pread(file.fileno(), nbytes, offset)
+
+    return read_retrying(str(path.parent), path.name, read)

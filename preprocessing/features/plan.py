@@ -14,7 +14,8 @@ import numpy as np
 from preprocessing.features.extractor import Extractor
 from preprocessing.features.recipe import FeatureOptions, FeatureRecipe
 from preprocessing.features.statistics import CALIBRATION_IMAGES, calibrate, packed
-from preprocessing.sharding.plan import FeatureSettings, Plan, PlannedShard, publish_plan, standing_plan
+from preprocessing.sharding.ownership import publish_plan
+from preprocessing.sharding.plan import FeatureSettings, Plan, PlannedShard, standing_plan
 from sat import files
 from sat.machine import best_precision
 from sat.model.encoders.weights import named_stage, read_about

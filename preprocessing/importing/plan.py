@@ -21,7 +21,8 @@ from preprocessing.features.statistics import CALIBRATION_IMAGES, calibrate, pac
 from preprocessing.importing.arrays import BadFeatures
 from preprocessing.importing.fitting import Rows, fit, grid_of, rows_of
 from preprocessing.importing.sources import Found, Source, open_source, places_of
-from preprocessing.sharding.plan import ImageRecord, ImportSettings, Plan, publish_plan
+from preprocessing.sharding.ownership import publish_plan
+from preprocessing.sharding.plan import ImageRecord, ImportSettings, Plan
 from preprocessing.sharding.records import check_left_out, plan_records
 from sat.settings import check, setting
 from sat.shards.features import STORAGE, FeatureSpec

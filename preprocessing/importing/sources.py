@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from preprocessing.importing.arrays import MAX_BYTES, NUMBERS, BadFeatures, Npz, read_npy
 from preprocessing.sharding.plan import ImageRecord
+from sat.shards.location import read_retrying
 
 FEATURES = ("feat", "features", "x", "feature", "feats", "att")
 """Names of the features in an npz file or an HDF5 group: of the bottom-up releases, of the 36-fixed ones, of others."""
@@ -101,7 +102,8 @@ def _read_file(place: Place) -> bytes:
     if place.bytes > MAX_BYTES:
         raise BadFeatures("file too large", f"{place.bytes} bytes")
     try:
-        blob = Path(place.name).read_bytes()
+        path = Path(place.name)
+        blob = read_retrying(str(path.parent), path.name, path.read_bytes)
     except IsADirectoryError:
         raise BadFeatures("not a file", place.name) from None
     if len(blob) != place.bytes:

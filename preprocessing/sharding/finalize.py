@@ -9,11 +9,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from preprocessing.sharding.plan import LEFT_OUT, WORK, Plan, exclusive
+from preprocessing.sharding.ownership import check_stands, exclusive
+from preprocessing.sharding.plan import LEFT_OUT, PLAN, WORK, Plan
 from preprocessing.sharding.write import read_sidecar
 from sat import files
 from sat.shards.manifest import Manifest, check_files, load_manifest, write_manifest
 from sat.shards.schema import MANIFEST, STATISTICS, LeftOut, Sidecar
+from sat.shards.sealed import unseal
 from sat.shards.tables import write_sample_tables, write_shard_table
 
 Statistics = Callable[[Iterable[Sidecar]], bytes]
@@ -24,15 +26,38 @@ def finalize(plan: Plan, statistics: Statistics | None = None, max_bad_fraction:
     """Publish the data set; one that stands already is reused. Of several at once, one publishes and the others wait.
 
     Raises ValueError naming shards that are missing, damaged or of another fingerprint, or when too many pictures were
-    left out.
+    left out, or when the folder is by now, or its manifest is, of another plan.
     """
     with exclusive(plan.root):
+        check_stands(plan.root, plan.digest)
+        check_same_set(plan)
         if _standing(plan) is None:
             left_out = [*plan.left_out, *_check_sidecars(plan)]
             _check_fraction(plan, left_out, max_bad_fraction)
             _write_tables(plan, statistics, left_out)
         _sweep(plan.root)
         return load_manifest(plan.root)
+
+
+def check_same_set(plan: Plan) -> None:
+    """ValueError where the manifest that stands, if one can be read, is of another data set than the plan."""
+    try:
+        manifest = unseal((plan.root / MANIFEST).read_bytes())
+    except (OSError, ValueError):
+        return
+    if (manifest["kind"], manifest["fingerprint"]) != (plan.holds, dict(plan.fingerprint)):
+        raise ValueError(
+            f"{plan.root}: {WORK}/{PLAN} plans another data set than {MANIFEST} lists; nothing was changed: "
+            f"bring this set's own {WORK}/ back, or move the other's away"
+        )
+
+
+def withdraw_manifest(plan: Plan) -> None:
+    """Take the manifest of a plan's data set away, whose tables are damaged: `finalize` then writes all anew."""
+    with exclusive(plan.root):
+        check_stands(plan.root, plan.digest)
+        check_same_set(plan)
+        (plan.root / MANIFEST).unlink(missing_ok=True)
 
 
 def reasons_of(left_out: Iterable[LeftOut]) -> dict[str, int]:

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from preprocessing.console import progress_line
+from preprocessing.sharding.ownership import check_stands
 from preprocessing.sharding.plan import WORK, Plan, PlannedShard
 from preprocessing.sharding.write import finished
 from sat import files
@@ -208,10 +209,14 @@ def _start_worker(
 
 
 def work_on(plan: Plan, build: Build, shard: PlannedShard, steal: bool) -> Result:
-    """Build one shard, unless it stands; no sidecar when another live worker has claimed it."""
+    """Build one shard, unless it stands; no sidecar when another live worker has claimed it.
+
+    Raises ValueError where another plan stands by now, before any work.
+    """
     standing = finished(plan.root, shard, plan.digest)
     if standing is not None:
         return Result(standing, built=False)
+    check_stands(plan.root, plan.digest)
     path = plan.root / WORK / f"{shard.stem}.claim"
     if steal or _holder_is_gone(path):
         path.unlink(missing_ok=True)
@@ -220,6 +225,9 @@ def work_on(plan: Plan, build: Build, shard: PlannedShard, steal: bool) -> Resul
         return Result(None, built=False)
     try:
         return Result(build(plan, shard), built=True)
+    except (ValueError, OSError):
+        check_stands(plan.root, plan.digest)  # if another one does, this says why
+        raise
     finally:
         path.unlink(missing_ok=True)
 

@@ -5,15 +5,13 @@ Below the data set's folder:
     work/plan.json               sealed: kind, fingerprint, settings, shards, what was left out
     work/plan-DIGEST.parquet     the samples of each shard, one row group per shard; no rows for feature shards;
                                  from the 257th shard on plan-DIGEST-000001.parquet and so on
-    work/lock                    held by whoever plans or finalizes
+    work/lock                    held by whoever changes what is published (`ownership`)
 
 The surprising decision: a folder keeps its first plan. Running again with the same inputs and settings reuses it, other
 ones are refused (or start from nothing with `overwrite`), so a folder never holds shards of two plans.
 """
 
-import os
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields
 from functools import cached_property, lru_cache
 from itertools import islice
@@ -24,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sat import files
-from sat.shards.schema import MANIFEST, SHARDS, SHARDS_PER_TABLE, STATISTICS, LeftOut
+from sat.shards.schema import SHARDS_PER_TABLE, LeftOut
 from sat.shards.sealed import Damaged, seal, unseal
 from sat.shards.tables import write_table
 
@@ -216,39 +214,6 @@ def records_digest(records: Iterable[ImageRecord]) -> str:
     return files.sha256_of(seal({"rows": [vars(record) for record in records]}))
 
 
-def exclusive(root: Path) -> AbstractContextManager[bool]:
-    """Wait until nobody else plans or finalizes this data set. A killed holder's lock ends with its process."""
-    return files.locked(root / WORK / LOCK)
-
-
-def publish_plan(plan: Plan, groups: Iterable[Sequence[ImageRecord]] = (), overwrite: bool = False) -> Plan:
-    """Write the plan, with `groups` (the samples of each shard) as its table; one with this fingerprint is reused.
-
-    Raises ValueError, naming what differs, when the folder was planned otherwise; `overwrite` then deletes the old data
-    set.
-    """
-    path = plan.root / WORK / PLAN
-    with exclusive(plan.root):
-        if path.exists() and standing_plan(plan.root) is None:  # a damaged one, which nobody can use
-            path.unlink()
-        if overwrite and path.exists() and _difference(plan):
-            delete_data_set(load_plan(plan.root))
-        if not path.exists() or not _difference(plan):
-            if table_fault(plan) is not None:
-                _write_table(plan, groups)
-            files.crash_point("plan-table-written")
-            if files.create(path, _to_bytes(plan)):
-                return plan
-        if difference := _difference(plan):
-            raise ValueError(
-                f"{plan.root} was planned with other inputs or settings ({', '.join(difference)}); "
-                "choose another --out, or delete what is there with --overwrite"
-            )
-        if path.read_bytes() != _to_bytes(plan):  # the same data set from another folder, or with another batch size
-            files.write_bytes(path, _to_bytes(plan))
-    return plan
-
-
 def standing_plan(root: Path) -> Plan | None:
     """The plan of a folder, None when there is none or it is damaged. Raises ValueError as `load_plan` else."""
     try:
@@ -257,15 +222,8 @@ def standing_plan(root: Path) -> Plan | None:
         return None
 
 
-def _difference(plan: Plan) -> list[str]:
-    """Names of the entries in which the fingerprint of the plan that stands differs from this one."""
-    standing = load_plan(plan.root)
-    names = sorted(standing.fingerprint.keys() | plan.fingerprint.keys())
-    different = [name for name in names if standing.fingerprint.get(name) != plan.fingerprint.get(name)]
-    return different + (["kind"] if standing.kind != plan.kind else [])
-
-
-def _to_bytes(plan: Plan) -> bytes:
+def plan_bytes(plan: Plan) -> bytes:
+    """The content of `work/plan.json`."""
     given = (one.name for one in fields(plan.settings) if getattr(plan.settings, one.name) != one.default)
     settings = {name: getattr(plan.settings, name) for name in given}
     return seal(
@@ -316,19 +274,9 @@ def _table_path(plan: Plan, number: int) -> Path:
     return plan.root / WORK / f"plan-{plan.digest[:16]}{f'-{number:06d}' if number else ''}.parquet"
 
 
-def _write_table(plan: Plan, groups: Iterable[Sequence[ImageRecord]]) -> None:
+def write_records(plan: Plan, groups: Iterable[Sequence[ImageRecord]]) -> None:
     """Write the planned samples, one row group per shard."""
     tables = (pa.Table.from_pylist([vars(record) for record in group], PLAN_SCHEMA) for group in groups)
     for path in table_paths(plan):
         write_table(path, PLAN_SCHEMA, islice(tables, SHARDS_PER_TABLE))
     _footer.cache_clear()
-
-
-def delete_data_set(plan: Plan) -> None:
-    """Delete what these programs wrote by a plan, the manifest first and the plan last; other files stay."""
-    tables = (path.name for path in plan.root.glob("samples*.parquet"))
-    for name in (MANIFEST, *tables, SHARDS, STATISTICS, LEFT_OUT, *(shard.name for shard in plan.shards)):
-        (plan.root / name).unlink(missing_ok=True)
-    work = plan.root / WORK
-    for entry in sorted(set(os.listdir(work)) - {LOCK}, key=lambda name: (name == PLAN, name)):
-        (work / entry).unlink(missing_ok=True)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import xxhash
 
+from preprocessing.sharding.finalize import check_same_set
 from preprocessing.sharding.plan import (
     LEFT_OUT,
     LOCK,
@@ -28,7 +29,7 @@ from preprocessing.sharding.plan import (
 from preprocessing.sharding.write import read_sidecar, sidecar_path
 from sat import files
 from sat.shards.manifest import Manifest, load_manifest
-from sat.shards.schema import MANIFEST, SampleRow, Sidecar, sample_rows
+from sat.shards.schema import MANIFEST, SHARDS, STATISTICS, SampleRow, Sidecar, is_sample_table, sample_rows
 from sat.shards.sealed import unseal
 
 _CHUNK = 4 << 20
@@ -80,6 +81,8 @@ def verify(root: Path, num_workers: int = 4, progress: Callable[[int], None] = l
         raise ValueError(f"{root}: no data set (neither {MANIFEST} nor {WORK}/{PLAN})")
     manifest, faults = check_tables(root)
     plan, plan_faults = _check_plan(root)
+    if manifest is not None and plan is not None and (fault := _of_another_set(plan)):
+        plan, plan_faults = None, (fault,)
     recorded = [] if manifest is None else list(_recorded(manifest))
     known = {shard.name: shard for shard in recorded}
     sidecars, sidecar_faults = ([], []) if plan is None else _check_sidecars(plan, known)
@@ -190,6 +193,15 @@ def _check_plan(root: Path) -> tuple[Plan | None, tuple[Fault, ...]]:
     return plan, () if fault is None else (Fault(f"{WORK}/{fault[0]}", fault[1]),)
 
 
+def _of_another_set(plan: Plan) -> Fault | None:
+    """The fault of a plan, with all of `work/`, that lies beside the manifest of another data set."""
+    try:
+        check_same_set(plan)
+    except ValueError as error:
+        return Fault(f"{WORK}/{PLAN}", str(error))
+    return None
+
+
 def _check_sidecars(plan: Plan, recorded: dict[str, RecordedShard]) -> tuple[list[RecordedShard], list[Fault]]:
     """The shards as their sidecars record them, and the faults of sidecars, beside what the manifest recorded."""
     shards: list[RecordedShard] = []
@@ -230,11 +242,11 @@ def _problem(plan: Plan, sidecar: Sidecar, recorded: dict[str, RecordedShard]) -
 
 
 def _foreign(root: Path, recorded: list[RecordedShard], plan: Plan | None) -> Iterator[str]:
-    """Files that are not part of the data set, sorted."""
+    """Files that are not part of the data set, sorted; where the manifest cannot be read, no table is foreign."""
     try:
         tables = set(unseal((root / MANIFEST).read_bytes())["files"])
     except (OSError, ValueError):
-        tables = set()
+        tables = {SHARDS, STATISTICS, *(name for name in os.listdir(root) if is_sample_table(name))}
     own = {MANIFEST, LEFT_OUT, WORK, *tables, *(shard.name for shard in recorded)}
     yield from sorted(set(os.listdir(root)) - own)
     if plan is not None:

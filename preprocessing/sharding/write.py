@@ -7,8 +7,9 @@ Below the data set's folder:
     work/SPLIT-000000.claim   who is working on it; saves work only, nothing breaks when it lies
 
 A tar is written under a temporary name, flushed, synced, read back and hashed, then linked to its name; the sidecar is
-linked last. The surprising decision: links, not renames, publish both: a link fails when the name exists, so of two
-workers one wins and the other throws its work away; a pair mixed of both cannot come to stand.
+linked last, both under the folder's lock. The surprising decision: links, not renames, publish both: a link fails when
+the name exists, so that also on a file system without locks one of two workers wins and the other throws its work away;
+a pair mixed of both cannot come to stand.
 """
 
 import hashlib
@@ -20,6 +21,7 @@ from typing import Any, BinaryIO
 
 import xxhash
 
+from preprocessing.sharding.ownership import check_stands, exclusive
 from preprocessing.sharding.plan import WORK, ImageRecord, PlannedShard
 from sat import files
 from sat.shards.schema import LeftOut, SampleRow, Sidecar
@@ -86,12 +88,13 @@ def write_shard(
     """Write and publish one shard; returns the sidecar that stands at the end, ours or that of a faster worker.
 
     `extra()` is called after the last sample and stored in the sidecar. A shard whose samples are all left out has a
-    sidecar and no tar. Raises OSError when the disk is full or returns other bytes than were written.
+    sidecar and no tar. Raises OSError when the disk is full or returns other bytes than were written, ValueError when
+    the folder is of another plan by now.
     """
     (root / WORK).mkdir(parents=True, exist_ok=True)
     temporary = files.temporary_name(root / shard.name, root / WORK)
     try:
-        with open(temporary, "wb") as file:
+        with files.naming(root / shard.name), open(temporary, "wb") as file:
             files.crash_point("tar-created")
             written = _write_tar(file, shard, samples)
             files.sync_open(file)
@@ -99,9 +102,12 @@ def write_shard(
         if files.sha256(temporary) != written.sha256:
             raise OSError(f"{root / shard.name}: reading it back gives other bytes than were written")
         sidecar = written.sidecar(shard, fingerprint, extra())
-        remove_unfinished(root, shard, fingerprint)
-        return _publish(root, shard, temporary, sidecar)
+        with exclusive(root):
+            check_stands(root, fingerprint)
+            _withdraw_unfinished(root, shard, fingerprint)
+            return _publish(root, shard, temporary, sidecar)
     except FileNotFoundError:  # our temporary file was swept: another worker was faster and the data set is published
+        check_stands(root, fingerprint)
         standing = finished(root, shard, fingerprint)
         if standing is None:
             raise
@@ -110,14 +116,14 @@ def write_shard(
         temporary.unlink(missing_ok=True)
 
 
-def remove_unfinished(root: Path, shard: PlannedShard, fingerprint: str) -> None:
-    """Remove a sidecar that is damaged, of another fingerprint or without the tar it describes, and its tar.
+def _withdraw_unfinished(root: Path, shard: PlannedShard, fingerprint: str) -> None:
+    """Remove a sidecar that is damaged, of another fingerprint or without the tar it describes.
 
-    Only once its successor is written: until then its sound samples may be all there is.
+    Only once its successor is written, and never the tar, which is replaced in one step: until then its sound samples
+    may be all there is.
     """
     if sidecar_path(root, shard).exists() and not is_finished(root, shard, fingerprint):
         sidecar_path(root, shard).unlink(missing_ok=True)
-        (root / shard.name).unlink(missing_ok=True)
 
 
 def _publish(root: Path, shard: PlannedShard, temporary: Path, sidecar: Sidecar) -> Sidecar:
@@ -127,6 +133,8 @@ def _publish(root: Path, shard: PlannedShard, temporary: Path, sidecar: Sidecar)
     a sidecar that does not describe the tar is withdrawn and the describing one published.
     """
     path, blob = sidecar_path(root, shard), seal(sidecar.to_document())
+    if sidecar.samples == 0 and not path.exists():
+        (root / shard.name).unlink(missing_ok=True)  # of a sidecar withdrawn
     uncontested = sidecar.samples == 0 or _link_tar(root, shard, temporary, sidecar.sha256)
     files.crash_point("tar-linked")
     for _ in range(3):
@@ -146,7 +154,7 @@ def _link_tar(root: Path, shard: PlannedShard, temporary: Path, sha256: str) -> 
     """Give the tar its name; False when one was there (without a sidecar it is replaced, if it has other bytes)."""
     final = root / shard.name
     try:
-        os.link(temporary, final)
+        files.give_name(temporary, final)
     except FileExistsError:
         if not sidecar_path(root, shard).exists() and not _holds(final, sha256):
             os.replace(temporary, final)

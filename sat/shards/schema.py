@@ -9,6 +9,7 @@ ROOT/SPLIT-000000.tar       plain WebDataset tar; a sample is its data member, t
 ROOT/work                   preprocessing's own: the plan, and the sidecar of each shard
 """
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +22,8 @@ SHARDS_PER_TABLE = 256
 """Row groups of each table of samples, whose footer then takes 5 ms and 2 MB. Another number needs another SCHEMA."""
 SHARDS_PER_GROUP = 1000
 """Rows of each row group of shards.parquet, decoded together when one of them is needed."""
+
+_SAMPLE_TABLE = re.compile(r"samples(-\d{6})?\.parquet")
 
 SAMPLES_SCHEMA = pa.schema(
     [
@@ -133,6 +136,11 @@ def sample_rows(rows: pa.Table | Iterable[Mapping[str, Any]]) -> list[SampleRow]
 def sample_table(rows: Iterable[SampleRow]) -> pa.Table:
     """Inverse of `sample_rows`: a table of SAMPLES_SCHEMA."""
     return pa.Table.from_pylist([vars(row) for row in rows], SAMPLES_SCHEMA)
+
+
+def is_sample_table(name: str) -> bool:
+    """Whether a file has the name of a table of samples."""
+    return _SAMPLE_TABLE.fullmatch(name) is not None
 
 
 def place_of_rows(shard_index: int) -> tuple[str, int]:
