@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from sat import files
+from sat import caption, files
 from sat.captioning import Captioning
 from sat.config import TrackingConfig, load_config
 from sat.export import save_model
@@ -216,3 +216,20 @@ def test_mlflow_models_serve_answers_with_captions_and_a_bad_picture_is_a_400(lo
     finally:
         os.killpg(server.pid, signal.SIGTERM)
         server.wait(60)
+
+
+def test_captioning_ones_own_pictures_changes_nothing_in_the_run_and_sends_nothing(logged, tmp_path, monkeypatch):
+    folder, store, run_id = logged
+
+    def state() -> tuple[object, ...]:
+        kept = {path: files.sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+        run = client(store).get_run(run_id)
+        return kept, run.to_dictionary(), [each.path for each in client(store).list_artifacts(run_id)]
+
+    before = state()
+    monkeypatch.setattr("sat.tracking.child.command", None)  # nor is a program of ours started
+    (tmp_path / "private.jpg").write_bytes(pictures()[0])
+    caption.main([tmp_path / "private.jpg"], folder, folder.parent / "weights", tmp_path / "out")
+    monkeypatch.undo()
+    assert json.loads((tmp_path / "out/captions.json").read_text())[0]["caption"]
+    assert sync(folder) == 0 and state() == before
