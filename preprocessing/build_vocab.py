@@ -18,18 +18,19 @@ from preprocessing.annotations.read import read_annotations
 from preprocessing.console import run
 from sat import files
 from sat.shards.manifest import load_manifest
+from sat.shards.store import make_store
 from sat.text import SPECIALS, WORD_RULES, CaptionTokenizer, build_tokenizer, count_words, looks_unsegmented, normalise
 
 
 def captions_of(root: str, splits: list[str]) -> Iterator[str]:
     """Captions of the given splits of a finished data set. Raises ValueError when it has none of a split."""
-    manifest = load_manifest(root)
+    manifest, store = load_manifest(root), make_store(root)
     for split in splits:
         shards = manifest.shards.of_split(split)
         if not shards:
             raise ValueError(f"{root} has no split {split!r}; it has {', '.join(manifest.splits)}")
         for index in shards:
-            for captions in manifest.rows(index)["captions"].to_pylist():
+            for captions in store.rows(manifest, index)["captions"].to_pylist():
                 yield from captions
 
 

@@ -25,6 +25,7 @@ from sat.doctor.rows import FAILED, Row, attempted, failed, ok, summary, verdict
 from sat.machine import available_cores
 from sat.shards.location import is_url
 from sat.shards.manifest import Manifest, load_manifest
+from sat.shards.store import make_store
 from sat.text import CaptionTokenizer
 
 PREPARED = ("images", "features")
@@ -138,8 +139,9 @@ def check_ids(data: Data, keep: Callable[[Pair], object]) -> Iterator[Row]:
     """The same id with the same file in two splits."""
     places: dict[tuple[str, str], set[str]] = defaultdict(set)
     for manifest in data.sets:
+        store = make_store(manifest.root)
         for index in range(len(manifest.shards)):
-            rows, split = manifest.rows(index), manifest.shards[index].split
+            rows, split = store.rows(manifest, index), manifest.shards[index].split
             for who in zip(rows["image_id"].to_pylist(), rows["file_name"].to_pylist(), strict=True):
                 places[who].add(split)
     twice = [

@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from sat.credentials import shown
 from sat.stopping import START_AGAIN, StartAgain
 
 PROGRAMS = {
@@ -182,7 +183,7 @@ def _sentence(error: Exception) -> str:
     text = str(error)
     if isinstance(error, OSError) and error.strerror:
         text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return " ".join(text.split()) or type(error).__name__
+    return shown(" ".join(text.split())) or type(error).__name__
 
 
 def _say(sentence: str) -> None:

@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sat import files
+from sat.credentials import shown
 from sat.data.options import LoaderOptions
 from sat.evaluation.options import EvaluationOptions
 from sat.model.objectives.options import SelfCriticalOptions
@@ -218,8 +219,14 @@ def fixed_settings(config: Config) -> dict[str, object]:
 
 
 def save_config(config: Config, path: Path) -> None:
-    """Write the resolved settings as YAML that `load_config` reads back to an equal Config."""
-    files.write_text(path, OmegaConf.to_yaml(OmegaConf.structured(config)))
+    """Write the resolved settings as YAML that `load_config` reads back to an equal Config.
+
+    Where a URL holds what may be a credential, nobody else may read the file.
+    """
+    text = OmegaConf.to_yaml(OmegaConf.structured(config))
+    files.write_text(path, text)
+    if shown(text) != text:
+        path.chmod(0o600)
 
 
 def refuse_ranks(config: Config, ranks: int) -> None:

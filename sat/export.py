@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from sat import files
 from sat.config import Config, config_from_dict, config_to_dict
+from sat.credentials import masked
 from sat.model.captioner import Captioner
 from sat.model.encoders.encoder import GridEncoder
 from sat.model.encoders.end_to_end import EndToEnd
@@ -73,7 +74,7 @@ def save_model(
         name: (value.float() if value.is_floating_point() else value).contiguous().cpu().clone()
         for name, value in state.items()
     }
-    about = {"format": 1, "step": step, "features": dict(features), "config": config_to_dict(config)}
+    about = {"format": 1, "step": step, "features": dict(features), "config": masked(config_to_dict(config))}
     files.sweep(folder.parent, folder.name)
     with files.replacing_folder(folder) as temporary:
         with files.replacing(temporary / FILES[0]) as file:  # readable by the umask, which save_file does not ask

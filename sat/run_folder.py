@@ -14,6 +14,7 @@ from typing import Any
 
 from sat import files
 from sat.config import Config, flatten, save_config
+from sat.credentials import masked
 from sat.engine.beside import Beside
 from sat.engine.engine import Engine
 from sat.engine.processes import Processes
@@ -193,7 +194,7 @@ def open_run(
     tracker = None
     if processes.is_main:
         about, spread = about or About(), {"world_size": processes.world_size, "engine": engine.name}
-        params = flatten(config) | spread | {"device": str(processes.device), **about.digests}
+        params = masked(flatten(config)) | spread | {"device": str(processes.device), **about.digests}
         step, redone = progress.step, f"{config.data.eval_split}/" if progress.evaluated_step != progress.step else ""
         if unscored:
             step, redone = unscored.step, f"{unscored.split}/"

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sat import files
 from sat.config import Config, EncoderConfig
+from sat.credentials import shown
 from sat.data.loader import Pictures, Reading, steps_per_epoch
 from sat.model.encoders.encoder import opened_stages
 from sat.model.encoders.table import blueprint
@@ -19,9 +20,9 @@ from sat.shards.features import FeatureSpec, Transform
 from sat.shards.location import is_url
 from sat.shards.manifest import Manifest, load_manifest
 from sat.shards.pictures import RESIZE, decode, fit
+from sat.shards.store import make_store
 from sat.text import CaptionTokenizer
 from sat.tracking.record import About, DataInput
-from sat.tracking.store import shown
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def open_data(config: Config) -> TrainingData:
     for split in [*config.data.train_splits, config.data.eval_split]:
         if not main.splits.get(split):
             raise ValueError(f"{main.root} has no split {split!r}; it has {main.splits}")
-        _refuse_without_captions(main, split)
+        _refuse_without_captions(main, split, config)
     sources = [(main, 1.0)]
     for extra in config.data.extra:
         manifest = load_manifest(extra.features)
@@ -107,10 +108,11 @@ def open_data(config: Config) -> TrainingData:
     )
 
 
-def _refuse_without_captions(manifest: Manifest, split: str) -> None:
+def _refuse_without_captions(manifest: Manifest, split: str, config: Config) -> None:
     """ValueError where the first shard of a split has no caption: such pictures can be captioned, not learnt from."""
     first = manifest.shards.of_split(split)[0]
-    if not any(manifest.rows(first)["captions"].to_pylist()):
+    store = make_store(manifest.root, config.data.cache_dir, config.data.cache_gb)
+    if not any(store.rows(manifest, first)["captions"].to_pylist()):
         raise ValueError(
             f"the pictures of the split {split!r} of {manifest.root} have no captions: they can be captioned by a "
             "trained model, not learnt from or scored on"

@@ -25,7 +25,7 @@ PATHS = {
 }
 
 LAYERS = (
-    ("sat.files", "sat.settings", "sat.stopping"),
+    ("sat.files", "sat.settings", "sat.stopping", "sat.credentials"),
     ("sat.cli",),
     (
         "sat.text",
@@ -69,7 +69,16 @@ LAYERS = (
 """
 
 FOR_PREPROCESSING = (
-    *("sat.files", "sat.settings", "sat.text", "sat.shards", "sat.model.encoders", "sat.machine", "preprocessing"),
+    *(
+        "sat.files",
+        "sat.settings",
+        "sat.credentials",
+        "sat.text",
+        "sat.shards",
+        "sat.model.encoders",
+        "sat.machine",
+        "preprocessing",
+    ),
 )
 FOR_THE_MODEL = ("sat.model", "sat.settings", "sat.files", "sat.shards.features")
 

@@ -12,11 +12,13 @@ import pytest
 import torch
 from helpers_shards import loader_arguments, make_feature_dataset, self_describing_captions
 
+from preprocessing.build_vocab import captions_of
+from sat.config import config_to_dict, flatten, load_config, save_config
+from sat.credentials import masked, shown
 from sat.data.loader import training_batches
 from sat.data.plan import Cursor
 from sat.shards import download, retry
 from sat.shards import store as store_module
-from sat.shards.location import shown
 from sat.shards.manifest import load_manifest
 from sat.shards.store import RemoteStore
 from sat.text import build_tokenizer
@@ -268,3 +270,18 @@ def test_a_cache_makes_room_of_what_nobody_has_used_since_this_process_began(roo
 )
 def test_credentials_in_urls_are_masked(text, expected):
     assert shown(text) == expected
+
+
+def test_no_credential_reaches_mlflow_the_exported_model_or_a_file_that_others_read(tmp_path):
+    config = load_config(None, ["data.features=https://ada:lovelace@host/coco?sig=secret", "data.extra=[]"])
+    for found in (masked(flatten(config)), masked(config_to_dict(config))):
+        assert "lovelace" not in repr(found) and "secret" not in repr(found) and "https://***@host/coco" in repr(found)
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == config
+    assert (tmp_path / "config.yaml").stat().st_mode & 0o077 == 0
+
+
+def test_the_vocabulary_is_read_from_a_server_without_ranges_as_from_a_folder(root, server, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    server.ranges = False
+    assert list(captions_of(server.url, ["train"])) == list(captions_of(str(root), ["train"]))

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import reduce
 
 from sat.shards.manifest import Manifest
+from sat.shards.store import make_store
 from sat.text import SPECIALS, CaptionTokenizer, normalise
 
 
@@ -38,9 +39,10 @@ class Words:
 def captions_in(manifests: Iterable[Manifest], splits: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
     """(image id, captions) of all images of these splits."""
     for manifest in manifests:
+        store = make_store(manifest.root)
         for split in splits:
             for index in manifest.shards.of_split(split):
-                rows = manifest.rows(index)
+                rows = store.rows(manifest, index)
                 yield from zip(rows["image_id"].to_pylist(), rows["captions"].to_pylist(), strict=True)
 
 

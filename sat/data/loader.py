@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from sat import stopping
+from sat.credentials import shown
 from sat.data.batch import BatchReader, CaptionBatch, GridRow, InTransit, Stretch, stretches_of
 from sat.data.buffers import Ring
 from sat.data.captions import CaptionOptions
@@ -36,7 +37,6 @@ from sat.data.plan import (
     sources_digest,
 )
 from sat.data.reader import SampleReader
-from sat.shards.location import shown
 from sat.shards.manifest import Manifest, check_files
 from sat.shards.store import FolderStore, make_store
 from sat.text import CaptionTokenizer

@@ -3,7 +3,6 @@
 import hashlib
 import logging
 import os
-import re
 from collections.abc import Callable
 from io import BufferedIOBase
 from typing import cast
@@ -33,15 +32,6 @@ def check_root(root: str) -> None:
             fsspec.get_filesystem_class(protocol)
         except (ValueError, ImportError) as error:
             raise ValueError(f"{root}: {error}; give a folder or a URL that fsspec opens here") from None
-
-
-SECRETS = re.compile(r"(//)[^/@\s]*@|([?&][^=&\s'\"]+=)[^&\s'\"),]+")
-"""In a URL: the name and password before the host, and the values of its query, which may be a signature."""
-
-
-def shown(text: str) -> str:
-    """The URL, or the text with URLs in it, without what may be a credential."""
-    return SECRETS.sub(lambda found: f"{found[1]}***@" if found[1] else f"{found[2]}***", text)
 
 
 def open_file(root: str, name: str) -> BufferedIOBase:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import fsspec
 
-from sat.shards.location import shown
+from sat.credentials import shown
 from sat.shards.retry import remote_error, retrying
 
 THREADS = 8

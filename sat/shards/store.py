@@ -21,8 +21,9 @@ from queue import SimpleQueue
 import pyarrow as pa
 
 from sat import files
+from sat.credentials import shown
 from sat.shards.download import blamed_on, claim, download, is_abandoned, is_at, release
-from sat.shards.location import REPAIR, check_root, shown
+from sat.shards.location import REPAIR, check_root
 from sat.shards.manifest import Manifest
 from sat.shards.ranges import RangeReader, serves_ranges
 from sat.shards.retry import StillFailing, answer_of, cause_of, remote_error, retrying
