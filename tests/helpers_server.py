@@ -113,7 +113,7 @@ def server(folder: Path) -> Iterator[int]:
                 return False
 
         try:
-            wait_for(answers, 300)
+            wait_for(answers, 900)
             yield port
         finally:
             with contextlib.suppress(ProcessLookupError):

@@ -98,18 +98,18 @@ def trainings(team, tmp_path_factory):
 
     all_log()
     team.set("open")
-    wait_for(lambda: all(known(each, direct) for each in found), 300, every=1)
+    wait_for(lambda: all(known(each, direct) for each in found), 900, every=1)
     for mode in ("500", "silent"):
         team.set(mode)
         all_log()
-        wait_for(lambda: sum(team.met.values()) >= len(RUNS), 300)
+        wait_for(lambda: sum(team.met.values()) >= len(RUNS), 900)
     hand = client(direct)
     hand.delete_run(found[2].run_id)
     hand.delete_experiment(hand.get_experiment_by_name("alone").experiment_id)
     team.set("open")
     all_log()
-    wait_for(lambda: all(known(each, direct) for each in found[:2]), 300, every=1)
-    wait_for(lambda: said.read_text().count("was deleted in MLflow") == 2, 300)
+    wait_for(lambda: all(known(each, direct) for each in found[:2]), 900, every=1)
+    wait_for(lambda: said.read_text().count("was deleted in MLflow") == 2, 900)
     for each in found:
         each.steps(5)
         (each.folder / "captions.json").write_text("[]")
