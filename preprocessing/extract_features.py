@@ -107,6 +107,14 @@ def _build(plan: Plan, shard: PlannedShard) -> Sidecar:
     return _extractor.build(plan, shard)
 
 
+def _refuse_plan(step: Step, compute: str) -> None:
+    """ValueError for arithmetic that is not named for other machines, or that this one cannot do for itself."""
+    if step == Step.PLAN and compute == "auto":
+        raise ValueError("another machine may do the work: choose what it computes in, --compute bf16 or fp32")
+    if step == Step.ALL and compute == "bf16":
+        _refuse_compute(compute)
+
+
 def _refuse_compute(compute: str) -> None:
     from preprocessing.features.network import refuse_compute
 
@@ -154,6 +162,9 @@ def main(
     statistics_split: Annotated[
         list[str] | None, typer.Option(help="split the statistics are taken from; default: train, or all without it")
     ] = None,
+    scale_from: Annotated[
+        str, typer.Option(help="int8: folder of an int8 data set whose scales are taken, to mix both or score either")
+    ] = FeatureOptions.scale_from,
     num_workers: Annotated[int, typer.Option(min=0, help="processes; 0: two per GPU, one on a CPU")] = 0,
     decode_threads: Annotated[int, typer.Option(min=0, help="per process; 0: by cores")] = 0,
     stripe: Annotated[str, typer.Option(help="I/N: every N-th shard from number I, counted from 0")] = "0/1",
@@ -165,12 +176,9 @@ def main(
     if step in (Step.ALL, Step.PLAN):
         if images is None:
             raise ValueError("planning needs --images")
-        if step == Step.PLAN and compute == "auto":
-            raise ValueError("another machine may do the work: choose what it computes in, --compute bf16 or fp32")
-        if step == Step.ALL and compute == "bf16":
-            _refuse_compute(compute)
+        _refuse_plan(step, compute)
         splits = tuple(statistics_split or ())
-        options = FeatureOptions(size, stage, dtype, geometry, compute, batch_size, splits)
+        options = FeatureOptions(size, stage, dtype, geometry, compute, batch_size, splits, scale_from)
         plan = plan_features(images, out, find_weights(weights, weights_dir), options, overwrite=overwrite)
         about = f"{plan.samples} pictures in {len(plan.shards)} shards, network in {recipe_of(plan).compute}"
         print(f"{out}: plan of {about}")

@@ -13,13 +13,14 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import typer
 
 from preprocessing.annotations.read import read_annotations
 from preprocessing.console import Step, refuse_urls, run
 from preprocessing.features.statistics import ChannelSums, merge_statistics, scale_of
 from preprocessing.importing.arrays import BadFeatures
-from preprocessing.importing.fitting import fit
+from preprocessing.importing.fitting import fit, rows_of
 from preprocessing.importing.plan import ImportOptions, import_settings, plan_import, spec_of
 from preprocessing.importing.sources import open_source
 from preprocessing.sharding.finalize import finalize
@@ -41,7 +42,7 @@ def build_imported_shard(plan: Plan, shard: PlannedShard, most_bad: Mapping[str,
     """
     sums = ChannelSums(spec_of(plan).dim)
     samples = at_most_bad(_samples(plan, shard, sums), most_bad, plan.root / shard.name)
-    return write_shard(plan.root, shard, plan.digest, samples, extra=sums.to_json)
+    return write_shard(plan.root, shard, plan.digest, samples, extra=lambda: sums.extra(shard.name))
 
 
 def import_stripe(
@@ -85,6 +86,8 @@ def _samples(plan: Plan, shard: PlannedShard, sums: ChannelSums) -> Iterator[Sam
         except BadFeatures as bad:
             yield LeftOut(record.image_id, record.file_name, bad.reason, bad.detail)
             continue
+        if spec.dtype == "int8":
+            sums.add_clipped(rows_of(found).values[None].astype(np.float32), scale)
         sums.add(fitted.values)
         width, height = (record.width, record.height) if record.width else found.size
         more = {} if fitted.boxes is None else {"boxes.npy": FeatureSpec.boxes_bytes(fitted.boxes)}
@@ -116,6 +119,7 @@ def main(
     kind: Annotated[str, typer.Option(help="grid, regions or auto: what the first files are")] = ImportOptions.kind,
     dim: Annotated[int, typer.Option(help="width D of the features; 0: that of the first files")] = 0,
     name: Annotated[str, typer.Option(help="what made the features; a model refuses those of another name")] = "",
+    scale_from: Annotated[str, typer.Option(help="int8: folder of an int8 data set whose scales are taken")] = "",
     max_regions: Annotated[int, typer.Option(help="most regions of a picture; 0: 100, or what all have")] = 0,
     statistics_split: Annotated[
         list[str] | None, typer.Option(help="split the statistics are taken from; default: train, or all without it")
@@ -136,7 +140,9 @@ def main(
         if features is None or not annotations:
             raise ValueError("planning needs --annotations and --features")
         records = read_annotations(annotations, format, split_lists=split or (), val_fraction=val_fraction)
-        options = ImportOptions(dtype, kind, dim, max_regions, shard_size, seed, tuple(statistics_split or ()), name)
+        options = ImportOptions(
+            dtype, kind, dim, max_regions, shard_size, seed, tuple(statistics_split or ()), name, scale_from
+        )
         settings = import_settings(features, boxes)
         plan = plan_import(records, settings, out, options, max_bad_fraction=max_bad_fraction, overwrite=overwrite)
         print(f"{out}: {_about(plan)}")

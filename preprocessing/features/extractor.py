@@ -65,7 +65,9 @@ class Extractor:
     def build(self, plan: Plan, shard: PlannedShard) -> Sidecar:
         """Write one feature shard; returns its sidecar. Raises ValueError naming shard and key of a damaged picture."""
         sums = ChannelSums(self.recipe.spec.dim)
-        return write_shard(plan.root, shard, plan.digest, self._samples(shard, sums), extra=sums.to_json)
+        return write_shard(
+            plan.root, shard, plan.digest, self._samples(shard, sums), extra=lambda: sums.extra(shard.name)
+        )
 
     def first_grids(self, split: str, count: int) -> Iterator[npt.NDArray[np.float32]]:
         """float32 grids [B, L, D] of the first `count` pictures of a split, in the order of the shards."""
@@ -80,6 +82,8 @@ class Extractor:
     def _samples(self, shard: PlannedShard, sums: ChannelSums) -> Iterator[Sample]:
         spec, index = self.recipe.spec, self.plan.index(shard)
         for rows, grids in self._grids(sample_rows(self.source.rows(index))):
+            if spec.dtype == "int8":
+                sums.add_clipped(grids if grids.dtype == np.float32 else restore(grids, "bf16"), self.scale)
             grids = self._to_stored(grids)
             values = restore(grids, spec.dtype, self.scale)
             self._refuse_infinite(shard, rows, values)

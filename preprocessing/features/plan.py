@@ -2,7 +2,7 @@
 
 The surprising decision: int8 scales are calibrated while planning, on the first training pictures in shard order,
 because every shard, on whichever machine, has to use the same ones. They travel in the plan; the fingerprint holds
-their digest.
+their digest. Data sets that are to be mixed, or scored by one model, share the scales of one of them.
 """
 
 import os
@@ -13,7 +13,7 @@ import numpy as np
 
 from preprocessing.features.extractor import Extractor
 from preprocessing.features.recipe import FeatureOptions, FeatureRecipe
-from preprocessing.features.statistics import CALIBRATION_IMAGES, calibrate, packed
+from preprocessing.features.statistics import CALIBRATION_IMAGES, Floats, calibrate, packed, scale_from
 from preprocessing.sharding.ownership import publish_plan
 from preprocessing.sharding.plan import FeatureSettings, Plan, PlannedShard, standing_plan
 from sat import files
@@ -39,7 +39,7 @@ def plan_features(images: Path, out: Path, weights: Path, options: FeatureOption
     shards = tuple(PlannedShard(s.name, s.split, s.samples, s.sha256) for s in source.shards)
     plan = Plan(out, recipe.to_fingerprint(), settings, shards)
     if spec.dtype == "int8":
-        plan = _with_scale(plan, source)
+        plan = _with_scale(plan, source, options.scale_from)
     return publish_plan(plan, overwrite=overwrite)
 
 
@@ -108,18 +108,24 @@ def _standing_recipe(root: Path) -> tuple[Plan, FeatureRecipe] | None:
         return None
 
 
-def _with_scale(plan: Plan, source: Manifest) -> Plan:
-    """The plan with int8 scales: those of the plan that stands, when all else is equal, or calibrated now."""
+def _with_scale(plan: Plan, source: Manifest, shared: str) -> Plan:
+    """The plan with int8 scales: of the data set `shared`, of the plan that stands when all else is equal, or new."""
     settings, recipe = plan.settings_as(FeatureSettings), recipe_of(plan)
     standing = _standing_recipe(plan.root)
-    if standing is not None and standing[1] == _scaled(recipe, standing[1].spec.scale_sha256):
+    if not shared and standing is not None and standing[1] == _scaled(recipe, standing[1].spec.scale_sha256):
         scale = standing[0].settings_as(FeatureSettings).scale
         return replace(plan, fingerprint=standing[0].fingerprint, settings=replace(settings, scale=scale))
-    splits = [split for split in recipe.statistics_splits if split in source.splits] or sorted(source.splits)
-    with Extractor(plan, recipe, source, np.ones(recipe.spec.dim, np.float32)) as extractor:
-        scale, digest = packed(calibrate(extractor.first_grids(splits[0], CALIBRATION_IMAGES)))
+    scale, digest = packed(scale_from(shared, recipe.spec.dim) if shared else _calibrated(plan, source))
     fingerprint = _scaled(recipe, digest).to_fingerprint()
     return replace(plan, fingerprint=fingerprint, settings=replace(settings, scale=scale))
+
+
+def _calibrated(plan: Plan, source: Manifest) -> Floats:
+    """Scale per channel, float32 [D], of the first pictures of the training split."""
+    recipe = recipe_of(plan)
+    splits = [split for split in recipe.statistics_splits if split in source.splits] or sorted(source.splits)
+    with Extractor(plan, recipe, source, np.ones(recipe.spec.dim, np.float32)) as extractor:
+        return calibrate(extractor.first_grids(splits[0], CALIBRATION_IMAGES))
 
 
 def _scaled(recipe: FeatureRecipe, scale_sha256: str) -> FeatureRecipe:

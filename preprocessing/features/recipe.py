@@ -30,9 +30,13 @@ class FeatureOptions:
     """Pictures per pass through the network."""
     statistics_splits: tuple[str, ...] = ()
     """Splits the statistics are taken from; none named: train, or all of a data set without it."""
+    scale_from: str = ""
+    """int8 only: folder of a finished int8 data set whose scales are taken, so that both can be mixed."""
 
     def __post_init__(self) -> None:
         check(self)
+        if self.scale_from and self.dtype != "int8":
+            raise ValueError(f"--scale-from is for --dtype int8; {self.dtype} has no scales")
 
 
 @dataclass(frozen=True)

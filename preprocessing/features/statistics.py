@@ -14,6 +14,7 @@ import numpy.typing as npt
 from preprocessing.sharding.plan import FeatureSettings, ImportSettings, Plan
 from sat import files
 from sat.shards.features import storage_type
+from sat.shards.manifest import load_manifest, load_statistics
 from sat.shards.schema import Sidecar
 
 Floats = npt.NDArray[np.float32]
@@ -21,6 +22,10 @@ MIN_STD = 1e-6
 """Floor of the standard deviation, so that a channel that never fires stays finite when it is divided by it."""
 CALIBRATION_IMAGES = 256
 """Pictures from which the int8 scales are taken."""
+MOST_CLIPPED = 0.05
+"""Share of a shard's values that int8 may cut off; scales of 256 pictures of the same kind cut off about 0.01 %."""
+CLIPPED = "values beyond the int8 scale"
+"""What is noted of pictures that have some."""
 
 
 def store(values: Floats, dtype: str, scale: Floats) -> npt.NDArray[Any]:
@@ -53,6 +58,19 @@ def calibrate(grids: Iterable[Floats]) -> Floats:
     return scale
 
 
+def scale_from(folder: str, dim: int) -> Floats:
+    """Scale per channel, float32 [D], of a finished int8 data set, for another that is to be mixed with it.
+
+    ValueError where it holds no int8 features, or those of another width.
+    """
+    manifest = load_manifest(folder)
+    spec = manifest.spec
+    if spec is None or (spec.dtype, spec.dim) != ("int8", dim):
+        found = manifest.kind if spec is None else f"{spec.dtype} features of width {spec.dim}"
+        raise ValueError(f"--scale-from {folder}: it holds {found}, expected int8 features of width {dim}")
+    return load_statistics(manifest)["scale"]
+
+
 def packed(scale: Floats) -> tuple[str, str]:
     """A scale, float32 [D], as a plan's settings hold it (little-endian, in base64), and the SHA-256 of its bytes."""
     blob = scale.astype("<f4").tobytes()
@@ -72,6 +90,7 @@ class ChannelSums:
 
     def __init__(self, dim: int):
         self.count, self.sum, self.squares = 0, np.zeros(dim), np.zeros(dim)
+        self.clipped, self.clipped_pictures = 0, 0
 
     def add(self, values: Floats) -> None:
         """Count float32 values [..., L, D]; the L cells of a grid are summed in float32, grids in float64."""
@@ -79,6 +98,22 @@ class ChannelSums:
         self.sum += values.sum(axis=-2).reshape(-1, len(self.sum)).sum(axis=0, dtype=np.float64)
         squares = np.einsum("...ld,...ld->...d", values, values)
         self.squares += squares.reshape(-1, len(self.sum)).sum(axis=0, dtype=np.float64)
+
+    def add_clipped(self, values: Floats, scale: Floats) -> None:
+        """Count what int8 cuts off of float32 values [B, L, D], before they are stored."""
+        beyond = np.count_nonzero(np.abs(values) >= 127.5 * scale, axis=(1, 2))
+        self.clipped += int(beyond.sum())
+        self.clipped_pictures += int(np.count_nonzero(beyond))
+
+    def extra(self, shard: str) -> dict[str, Any]:
+        """`to_json`, and a note of clipped pictures. ValueError where more than MOST_CLIPPED of the values were."""
+        if self.clipped > MOST_CLIPPED * self.count * len(self.sum):
+            share = self.clipped / (self.count * len(self.sum))
+            raise ValueError(
+                f"{shard}: int8 would cut off {share:.2%} of the values, {MOST_CLIPPED:.0%} may be; "
+                "take these features' own scales (plan without --scale-from), or --dtype bf16"
+            )
+        return self.to_json() | ({"notes": {CLIPPED: self.clipped_pictures}} if self.clipped else {})
 
     def to_json(self) -> dict[str, Any]:
         """For the sidecar: exact (float64 bytes in base64)."""

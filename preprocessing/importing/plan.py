@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from preprocessing.annotations.clean import RULES
 from preprocessing.annotations.read import Records
-from preprocessing.features.statistics import CALIBRATION_IMAGES, calibrate, packed
+from preprocessing.features.statistics import CALIBRATION_IMAGES, Floats, calibrate, packed, scale_from
 from preprocessing.importing.arrays import BadFeatures
 from preprocessing.importing.fitting import Rows, fit, grid_of, rows_of
 from preprocessing.importing.sources import Found, Source, open_source, places_of
@@ -56,9 +56,13 @@ class ImportOptions:
     """Splits the statistics are taken from; none named: train, or all of a data set without it."""
     name: str = setting("")
     """What made the features; a model refuses those of another name."""
+    scale_from: str = ""
+    """int8 only: folder of a finished int8 data set whose scales are taken, so that both can be mixed."""
 
     def __post_init__(self) -> None:
         check(self)
+        if self.scale_from and self.dtype != "int8":
+            raise ValueError(f"--scale-from is for --dtype int8; {self.dtype} has no scales")
 
 
 def plan_import(
@@ -88,7 +92,7 @@ def plan_import(
     seen = _look(source, [r for r in in_order if r.split in splits] or in_order, options)
     spec = replace(_spec_of(seen, options), made_by=options.name)
     if spec.dtype == "int8":
-        spec, settings = _with_scale(spec, settings, seen)
+        spec, settings = _with_scale(spec, settings, seen, options.scale_from)
     fingerprint = {"writer": WRITER, "rules": RULES, "records": digest, "shard_size": options.shard_size}
     fingerprint |= {"seed": options.seed, "statistics_splits": list(splits)} | spec.to_fingerprint()
     return publish_plan(Plan(out, fingerprint, settings, shards, left_out, records.notes), groups, overwrite)
@@ -168,8 +172,16 @@ def _spec_of(seen: _Seen, options: ImportOptions) -> FeatureSpec:
     return FeatureSpec("grid", cells, dim, options.dtype, None, None)
 
 
-def _with_scale(spec: FeatureSpec, settings: ImportSettings, seen: _Seen) -> tuple[FeatureSpec, ImportSettings]:
-    """Both with int8 scales: the largest magnitude over the pictures looked at becomes 127."""
+def _with_scale(
+    spec: FeatureSpec, settings: ImportSettings, seen: _Seen, shared: str
+) -> tuple[FeatureSpec, ImportSettings]:
+    """Both with int8 scales: of the data set `shared`, else of what was looked at."""
+    scale, digest = packed(scale_from(shared, spec.dim) if shared else _calibrated(spec, seen))
+    return replace(spec, scale_sha256=digest), replace(settings, scale=scale)
+
+
+def _calibrated(spec: FeatureSpec, seen: _Seen) -> Floats:
+    """Scale per channel, float32 [D]: the largest magnitude over the pictures looked at becomes 127."""
     ones, exact = np.ones(spec.dim, np.float32), replace(spec, dtype="fp32", boxes=False)
     sound: list[npt.NDArray[Any]] = []
     for found in seen.found:
@@ -179,8 +191,7 @@ def _with_scale(spec: FeatureSpec, settings: ImportSettings, seen: _Seen) -> tup
             continue
     if not sound:
         raise ValueError("int8 scales need sound features, and none of those looked at are; use --dtype bf16")
-    scale, digest = packed(calibrate(sound))
-    return replace(spec, scale_sha256=digest), replace(settings, scale=scale)
+    return calibrate(sound)
 
 
 def import_settings(features: Path, boxes: Path | None) -> ImportSettings:
