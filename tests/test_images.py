@@ -4,8 +4,11 @@ import hashlib
 import io
 import resource
 import struct
+import threading
+import time
 import zlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,7 +17,8 @@ import pytest
 import torch
 from PIL import Image
 
-from sat.shards.pictures import NOTE, RESIZE, BadPicture, decode, extension_of, fit
+from sat.shards import pictures
+from sat.shards.pictures import NOTE, RESIZE, BadPicture, PixelBudget, decode, extension_of, fit
 from tests.helpers_shards import encoded, picture, real_data
 
 RGB = picture(3)
@@ -203,6 +207,46 @@ def test_extreme_shapes_fit_without_extreme_memory(size, geometry):
     with at_most_more_memory(50_000_000):
         fitted = fit(image, 224, geometry)
     assert fitted.shape == (224, 224, 3) and (fitted == [9, 99, 199]).all()
+
+
+def test_transparency_is_laid_on_white_band_by_band_as_in_one_piece(monkeypatch):
+    alpha = Image.fromarray(np.random.default_rng(3).integers(0, 256, (48, 64), dtype=np.uint8))
+    clear = RGB.copy()
+    clear.putalpha(alpha)
+    white = Image.new("RGBA", clear.size, (255, 255, 255, 255))
+    whole = np.asarray(Image.alpha_composite(white, clear).convert("RGB"))
+    for band in (1, 64 * 7, 1 << 20):
+        monkeypatch.setattr(pictures, "BAND_PIXELS", band)
+        assert np.array_equal(pixels(encoded(clear, "PNG")), whole)
+
+
+@pytest.mark.faults
+def test_a_large_transparent_picture_takes_little_more_than_itself():
+    data = encoded(Image.new("RGBA", (5000, 4000), (9, 99, 199, 128)), "PNG")
+    decode(encoded(RGB))  # what is loaded with the first picture does not count
+    with at_most_more_memory(9 * 5000 * 4000):  # RGBA as it is read, RGB as it is given, Pillow's own
+        assert decode(data).size == (5000, 4000)
+
+
+def test_threads_that_decode_hold_no_more_pixels_at_once_than_allowed():
+    room, lock, held, most = PixelBudget(3 * 64 * 48), threading.Lock(), [0], [0]
+    small, large = encoded(RGB), encoded(Image.new("RGB", (256, 256)))
+
+    def work(data: bytes) -> None:
+        size = Image.open(io.BytesIO(data)).size
+        with room.of(data):
+            with lock:
+                held[0] += size[0] * size[1]
+                most[0] = max(most[0], held[0])
+                assert held[0] <= room.pixels or held[0] == 256 * 256, "a larger one is alone"
+            time.sleep(0.002)
+            with lock:
+                held[0] -= size[0] * size[1]
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, [small, large, small, small, small] * 8))
+        assert list(pool.map(lambda data: room.of(data).__enter__(), [b"", b"no picture"])) == [None, None]
+    assert held == [0] and most == [256 * 256]
 
 
 def png_claiming(width: int, height: int) -> bytes:

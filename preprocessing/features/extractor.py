@@ -24,7 +24,7 @@ from preprocessing.sharding.plan import FeatureSettings, ImageRecord, Plan, Plan
 from preprocessing.sharding.write import Sample, write_shard
 from sat.shards.location import read_retrying
 from sat.shards.manifest import Manifest
-from sat.shards.pictures import BadPicture, decode, fit
+from sat.shards.pictures import BadPicture, PixelBudget, decode, fit
 from sat.shards.schema import SampleRow, Sidecar, sample_rows
 from sat.shards.tar import read_members
 
@@ -52,6 +52,7 @@ class Extractor:
         self.settings = plan.settings_as(FeatureSettings)
         self.decoding = ThreadPoolExecutor(decode_threads, thread_name_prefix="decode")
         self.computing = ThreadPoolExecutor(1, thread_name_prefix="network")
+        self.room = PixelBudget()
         self.progress: Callable[[int], None] = lambda images: None
         self.network: Callable[[Pixels], Grids] | None = None
 
@@ -134,7 +135,8 @@ class Extractor:
         data = next(data for extension, data in members.items() if extension != "json")
         transform = self.recipe.transform
         try:
-            return fit(decode(data), transform.size, transform.geometry, transform.interpolation)
+            with self.room.of(data):
+                return fit(decode(data), transform.size, transform.geometry, transform.interpolation)
         except BadPicture as error:  # decoded when it was sharded, so by another version of the decoder
             raise ValueError(f"{where} cannot be decoded here: {error}") from None
 

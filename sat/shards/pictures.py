@@ -9,13 +9,17 @@ values are taken for sRGB as they stand.
 
 import io
 import struct
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 MAX_PIXELS = 80_000_000
 """Larger pictures are refused before they are decoded (240 MB as RGB); below Pillow's own limit, at which it warns."""
+BAND_PIXELS = 1 << 20
+"""Pixels that are laid on white at once."""
 MAX_BYTES = 256 << 20
 """Larger files are refused before they are read."""
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
@@ -41,6 +45,39 @@ _TRANSPOSE = {
     8: Image.Transpose.ROTATE_90,
 }
 """What undoes each EXIF orientation."""
+
+
+class PixelBudget:
+    """Bounds the memory of threads that decode at once, by the pixels of their pictures.
+
+    A picture waits until there is room for it; one larger than all that may be there is decoded alone.
+    """
+
+    def __init__(self, pixels: int = MAX_PIXELS):
+        self.pixels, self._taken, self._changed = pixels, 0, threading.Condition()
+
+    @contextmanager
+    def of(self, data: bytes) -> Iterator[None]:
+        """Hold the room that the picture in this file takes, by its header; a file without one takes none."""
+        pixels = _claimed_pixels(data)
+        with self._changed:
+            self._changed.wait_for(lambda: not self._taken or self._taken + pixels <= self.pixels)
+            self._taken += pixels
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._taken -= pixels
+                self._changed.notify_all()
+
+
+def _claimed_pixels(data: bytes) -> int:
+    try:
+        Image.init()
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            return image.width * image.height
+    except Exception:  # `decode` says what it is
+        return 0
 
 
 class BadPicture(ValueError):
@@ -148,10 +185,19 @@ def _to_rgb(image: Image.Image, data: bytes) -> Image.Image:
         raise BadPicture("no defined brightness range", f"mode {image.mode}")
     if image.has_transparency_data:
         _scale_transparency(image, data)
-        rgba = image.convert("RGBA")
-        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, rgba).convert("RGB")
+        return _on_white(image)
     return image.convert("RGB")
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    """The picture laid on white, some rows at a time: three RGBA copies of it all would be four times its size."""
+    rgb, rows = Image.new("RGB", image.size), max(BAND_PIXELS // image.width, 1)
+    for top in range(0, image.height, rows):
+        box = (0, top, image.width, min(top + rows, image.height))
+        rgba = image.crop(box).convert("RGBA")
+        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
+        rgb.paste(Image.alpha_composite(white, rgba).convert("RGB"), box)
+    return rgb
 
 
 def _scale_transparency(image: Image.Image, data: bytes) -> None:
