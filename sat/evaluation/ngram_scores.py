@@ -23,7 +23,7 @@ import numpy.typing as npt
 from sat.model.kernels.build import build
 
 FLAGS = ("-std=c++17", "-O2", "-ffp-contract=off", "-shared", "-fPIC")
-SOURCE = Path(__file__).with_name("ngrams.cpp")
+SOURCE, HEADER = (Path(__file__).with_name(name) for name in ("ngrams.cpp", "ngrams.h"))
 ORDERS = 4
 """Longest n-gram."""
 BETA = 1.2
@@ -45,7 +45,7 @@ Counts = npt.NDArray[np.int64]
 @functools.cache
 def library() -> tuple[ctypes.CDLL | None, str]:
     """The compiled pass and where it is from, or None and why there is none."""
-    return build("ngrams", SOURCE, FLAGS)
+    return build("ngrams", SOURCE, FLAGS, [HEADER])
 
 
 # ------------------------------------------------------------------ BLEU
