@@ -142,7 +142,7 @@ def run_program(name: str, *arguments: object, code: int | None = 0, **environme
     """Run `python -m preprocessing.NAME` as a user would; `code` is the exit status expected, None for any."""
     command = [sys.executable, "-m", f"preprocessing.{name}", *map(str, arguments)]
     variables = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"} | environment
-    done = subprocess.run(command, cwd=REPOSITORY, env=variables, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=REPOSITORY, env=variables, capture_output=True, text=True, timeout=300)
     assert code is None or done.returncode == code, (
         f"{' '.join(command)}: {done.returncode}\n{done.stdout}\n{done.stderr}"
     )
