@@ -174,7 +174,7 @@ def check_torchrun(words: list[str]) -> None:
 
 def check_module(module: str, arguments: list[str], open_ended: bool = False) -> None:
     """`python -m MODULE ARGUMENTS`."""
-    if module == "tests.chaos":
+    if module in ("tests.chaos", "tests.preprocessing_chaos"):
         importlib.import_module(module).parser().parse_args(arguments)
         return
     assert any(module.startswith(package) for package in ("sat.", "preprocessing.")), module

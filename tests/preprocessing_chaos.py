@@ -144,12 +144,16 @@ def rounds(job: Job, expected: dict[str, bytes], generator: random.Random, numbe
         check(job, expected)
 
 
+def parser() -> argparse.ArgumentParser:
+    options = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    options.add_argument("--kills", type=int, default=1000)
+    options.add_argument("--seed", type=int, default=1)
+    options.add_argument("--folder", type=Path, help="kept; by default a temporary one")
+    return options
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--kills", type=int, default=1000)
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--folder", type=Path)
-    options = parser.parse_args()
+    options = parser().parse_args()
     Image.init()
     with tempfile.TemporaryDirectory() as temporary:
         root, generator = options.folder or Path(temporary), random.Random(options.seed)
