@@ -103,7 +103,9 @@ def take_all_steps(
                 log_step(progress.step, meter, learner, run, bar)
             saves.look(progress)
             if diverged:
-                raise ValueError(divergence(config, progress.step, watch, run, saves))
+                if evaluations.waiting:  # it may be the best yet, with which one can begin anew
+                    progress, _ = evaluations.finish(progress)
+                raise ValueError(divergence(config, progress, watch, run, saves))
             if told.scored:
                 with meter.paused(), bar_paused(bar):
                     progress, _ = evaluations.finish(progress)
@@ -290,7 +292,7 @@ def flat_attention(step: int, use: AttentionUse, learner: Learner) -> str:
     )
 
 
-def divergence(config: Config, step: int, watch: Watch, run: Run, saves: Saves) -> str:
+def divergence(config: Config, progress: Progress, watch: Watch, run: Run, saves: Saves) -> str:
     """Why the run ends here, and the way on. All ranks enter."""
     saves.saver.wait()
     train, path = config.train, run.processes.run_on_main(lambda: checkpoint.latest(run.checkpoints))
@@ -298,14 +300,14 @@ def divergence(config: Config, step: int, watch: Watch, run: Run, saves: Saves) 
     way_on = f"there is no checkpoint yet; begin anew with a lower rate, {lower}, or with a longer train.warmup_steps"
     if path:
         way_on = f"the last checkpoint, {path}, is good; go on from there at a lower rate, {lower}"
-    if run.status.best_step:
+    if progress.best_step:
         way_on += (
             f"; or, should that diverge too, begin anew with the best model, "
             f"train.start_from={train.run_dir} train.run_dir={train.run_dir}-2"
         )
     return (
-        f"step {step}: the loss or the gradient of {watch.skipped + watch.overflowed} steps in a row was not finite, "
-        f"train.max_skipped_steps allows {train.max_skipped_steps}; they have changed nothing, and {way_on}; "
+        f"step {progress.step}: the loss or the gradient of {watch.skipped + watch.overflowed} steps in a row was not "
+        f"finite, train.max_skipped_steps allows {train.max_skipped_steps}; they have changed nothing, and {way_on}; "
         "at the first steps, look for features that are not finite"
     )
 

@@ -16,8 +16,9 @@ if not Path("/dev/nvidiactl").exists():  # no GPU: Triton interprets its program
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest first, so that no process of the test run is left alone with them in the end."""
-    items.sort(key=lambda item: item.get_closest_marker("end_to_end") is None)
+    """Files with the longest tests first, so that no process of the test run is left alone with them in the end."""
+    longest = {item.path for item in items if item.get_closest_marker("end_to_end")}
+    items.sort(key=lambda item: item.path not in longest)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -126,7 +126,9 @@ def test_an_epoch_crosses_the_network_once_at_most_for_a_cache_of_any_size(
     found = epochs(server.url, tmp_path, limit=int(share * size), epochs=3, num_workers=num_workers)
     assert_same(found, epochs(root, epochs=3))
     kept = sum(path.stat().st_size for path in tmp_path.glob("*.tar"))
-    assert kept <= share * size and of_shards(server.sent) <= kept + 3 * (size - kept)
+    # a process may read by ranges, while it finds no room, what another one then keeps
+    twice = max(shard.bytes for shard in load_manifest(str(root)).shards) if num_workers else 0
+    assert kept <= share * size and of_shards(server.sent) <= kept + 3 * (size - kept) + twice
     if share > 0.2:
         assert kept >= (share - 0.2) * size, "what fits is kept, and fetched once in all epochs"
 

@@ -20,6 +20,7 @@ from sat.tracking import journal as tracking
 from sat.tracking.journal import Tracker, read_journal
 from sat.train_state import Progress
 from tests.helpers_tracking import NoUploader, replace_uploader, run_python
+from tests.slurm_cluster import poll
 
 
 def refuse(constant):
@@ -204,6 +205,11 @@ def test_an_uploader_that_is_killed_is_started_again_a_few_times_and_then_the_en
     assert len(read_journal(tmp_path / "run")) == 7
 
 
+def group_of(leader: int) -> str:
+    """The processes of its group that there still are."""
+    return subprocess.run(["ps", "-o", "pid=", "-g", str(leader)], capture_output=True, text=True).stdout.strip()
+
+
 @pytest.mark.faults
 @pytest.mark.parametrize("stopped", [True, False])
 def test_after_a_wish_to_stop_the_end_waits_for_mlflow_only_as_long_as_a_preemption_leaves(
@@ -221,5 +227,4 @@ def test_after_a_wish_to_stop_the_end_waits_for_mlflow_only_as_long_as_a_preempt
     assert time.monotonic() - began < 300
     (uploader,) = hanging.started
     assert uploader.poll() == -signal.SIGKILL and "catch up: sat sync" in caplog.text
-    processes = subprocess.run(["ps", "-o", "pid=", "-g", str(uploader.pid)], capture_output=True, text=True)
-    assert not processes.stdout.strip(), "nor does what it has started outlive the training"
+    poll(lambda: not group_of(uploader.pid), 30, "the end of what the uploader has started")

@@ -1,7 +1,7 @@
 """Byte ranges of remote files, fetched ahead of use: how shards are read that the cache has no room for.
 
 A range is one run of consecutive samples. It is asked for when its batch is planned, waits in memory, and is gone once
-its last sample was read, so every byte of a set crosses the network once per epoch.
+its last sample was read, so a process fetches no byte twice in an epoch.
 """
 
 import os

@@ -72,9 +72,10 @@ class RemoteStore:
     """Shards of an fsspec URL, kept as FOLDER/SHA256.tar: at most `limit` bytes of them.
 
     Where the store serves byte ranges, only shards that nobody used since this process began make room for others; what
-    then finds no room is read by ranges, so no byte is fetched twice in an epoch, however small the cache. Where it
-    serves none, the least recently used go. A shard that was evicted while it is open stays on disk until it is closed:
-    at most one per process. A table of samples is fetched whole, once, and kept beside the shards; it does not count.
+    then finds no room is read by ranges, so no process fetches a byte twice in an epoch, however small the cache.
+    Where it serves none, the least recently used go. A shard that was evicted while it is open stays on disk until it
+    is closed: at most one per process. A table of samples is fetched whole, once, and kept beside the shards; it does
+    not count.
     Other files of the folder are nobody's business: they neither count nor go.
     """
 
