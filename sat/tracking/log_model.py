@@ -84,6 +84,7 @@ def as_mlflow_model(client: Any, run: Any, best: Path, encoder: Path | None, ste
     from mlflow.models import Model
 
     info = run.info
+    sys.dont_write_bytecode = True  # MLflow loads what it has copied, and would leave that in it
     made = client.create_logged_model(info.experiment_id, NAME, info.run_id, None, run.data.params, "image-captioning")
     with tempfile.TemporaryDirectory() as temporary:
         code, source = Path(temporary) / "captioner.py", Path(temporary) / "sat"
