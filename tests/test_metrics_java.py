@@ -69,7 +69,7 @@ def test_without_java_meteor_is_missing_and_the_tokenizer_is_said_to_be_replaced
 def test_a_java_that_hangs_ends_with_the_time_out_and_is_killed(monkeypatch, tmp_path):
     fake_java(tmp_path / "bin", f"echo $$ >> {tmp_path}/pids; exec sleep 1000")
     check_only_meteor_is_missing(monkeypatch, tmp_path / "bin", 8, "ran out of time")
-    assert not any_alive(tmp_path / "pids")
+    wait_for(lambda: not any_alive(tmp_path / "pids"))
 
 
 METEOR_FAULTS = {
