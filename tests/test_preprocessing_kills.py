@@ -9,6 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from preprocessing.sharding import jobs
 from tests.helpers_shards import REPOSITORY, make_coco, run_program, snapshot
 from tests.slurm_cluster import poll
 from tests.test_extract_features import OPTIONS, make_images, random_weights
@@ -90,3 +91,10 @@ def test_extractions_at_once_and_on_a_full_disk_end_as_an_undisturbed_one(made, 
     runs = [subprocess.Popen(extraction(made, out), **environment) for _ in range(2)]
     assert [run.wait(timeout=120) for run in runs] == [0, 0]
     assert snapshot(out) == snapshot(tmp_path / "once")
+
+
+def test_a_dead_process_that_nobody_has_collected_holds_no_claim():
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    poll(lambda: jobs._start(child.pid) is None, 20, "the end of a process")
+    assert Path(f"/proc/{child.pid}").exists()
+    child.wait()

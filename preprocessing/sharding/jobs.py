@@ -282,8 +282,9 @@ def _machine() -> str:
 
 
 def _start(pid: int) -> str | None:
-    """Start time of a process in clock ticks since boot, None when it does not exist: tells re-used ids apart."""
+    """Start time of a process in clock ticks since boot, None when it does not live: tells re-used ids apart."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return None if state in "ZX" else fields[18]  # one that is dead, though nobody has collected it, works no more
     except (OSError, IndexError):
         return None
