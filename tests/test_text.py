@@ -55,6 +55,22 @@ def test_encode_cuts_marks_unknown_words_and_adds_no_specials():
     assert tokenizer.encode("!!", max_words=3) == []
 
 
+@pytest.mark.parametrize("rule", WORD_RULES)
+def test_encode_finds_the_words_that_the_rule_finds_in_the_whole_caption(rule, monkeypatch):
+    monkeypatch.setattr("sat.text.REMEMBERED", 40)  # some are forgotten and met again
+    signs = "aB é e\u0301 Σ\u0301 \u0301 ' <unk> <<pad> \u00ad \u200c \u200d 一 只 ガ\u3099 ม ศ්\u200dර 2 👩 \x00".split(
+        " "
+    )
+    spaces = [" ", " ", "\t", "\n", "\x1c", "\x85", "\u00a0", "\u2001", "\u2028", "\u3000", ""]
+    draw = random.Random(1)
+    captions = ["".join(draw.choice(signs) + draw.choice(spaces) for _ in range(9)) for _ in range(300)]
+    tokenizer = build_tokenizer(captions[:150], 2, rule)
+    index = {word: number for number, word in enumerate(tokenizer.words)}
+    for caption in captions:
+        expected = [index.get(word, UNK) for word in normalise(caption, rule).split()]
+        assert tokenizer.encode(caption, 99) == expected == tokenizer.encode(caption, 99), caption
+
+
 def test_decode_stops_at_end_and_skips_specials():
     tokenizer = build_tokenizer(CAPTIONS, min_count=2)
     assert tokenizer.decode([START, 4, UNK, PAD, 6, END, 5]) == "a <unk> man"
@@ -91,6 +107,11 @@ def test_a_missing_damaged_or_foreign_file_is_named(tmp_path):
     Tokenizer(WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]")).save(str(tmp_path / "foreign.json"))
     with pytest.raises(ValueError, match="foreign.json.*not a caption tokenizer"):
         CaptionTokenizer.load(tmp_path / "foreign.json")
+    Tokenizer(WordLevel({word: n for n, word in enumerate(SPECIALS)}, unk_token="<unk>")).save(
+        str(tmp_path / "whole.json")
+    )
+    with pytest.raises(ValueError, match="whole.json.*words must be split by spaces"):
+        CaptionTokenizer.load(tmp_path / "whole.json")
 
 
 @pytest.mark.parametrize(
