@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sat.model.captioner import Captioner
 from sat.model.draws import Draws
 from sat.model.kernels import choose, torch_kernels, triton_kernels
+from sat.model.objectives import rollout
 from sat.model.objectives.teacher_forcing import TeacherForcing
 from sat.model.packing import pack
 from sat.model.recurrence import Loop, _Recurrence
@@ -117,6 +118,7 @@ def counted(monkeypatch):
         monkeypatch.setattr(triton_kernels, room, lambda: Programs(count))
     monkeypatch.setattr(choose, "_native_serves", lambda *_: False)
     monkeypatch.setattr(choose, "_triton_serves", lambda *_: True)
+    monkeypatch.setattr(rollout, "choose_player", lambda *_: None)  # a replay would hide what is counted
     return count
 
 

@@ -6,7 +6,8 @@ import torch
 from sat.model.kernels import native, torch_kernels
 from sat.model.loss import linear_cross_entropy
 from sat.model.packing import pack
-from sat.model.recurrence import Inputs, Loop, Weights, recur
+from sat.model.passage import Inputs, Weights
+from sat.model.recurrence import Loop, recur
 from tests.helpers_kernels import both_scores, every_kernels, needs_compiler
 
 LENGTHS = torch.tensor([[3, 1, 4], [0, 0, 0], [2, 2, 0], [1, 0, 3]])

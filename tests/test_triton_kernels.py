@@ -8,7 +8,8 @@ import torch
 from sat.model.kernels import torch_kernels, triton_kernels
 from sat.model.kernels.interface import Gate, Seen
 from sat.model.packing import pack
-from sat.model.recurrence import Inputs, Loop, Weights, recur
+from sat.model.passage import Inputs, Weights
+from sat.model.recurrence import Loop, recur
 from tests.helpers_kernels import both_scores
 
 pytest.importorskip("triton")

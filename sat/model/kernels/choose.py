@@ -1,10 +1,13 @@
 """Which kernels serve: native on CPUs, Triton's on GPUs, where they can be built; else, or on request, PyTorch's."""
 
+import functools
+
 import torch
 from torch import Tensor
 
 from sat.model.kernels import native, torch_kernels, triton_kernels
 from sat.model.kernels.interface import BeamKernels, Kernels
+from sat.model.replay import Player, record_on_gpu
 
 
 def choose_kernels(kernels: str, like: Tensor) -> Kernels:
@@ -22,6 +25,18 @@ def choose_beam_kernels(kernels: str, like: Tensor) -> BeamKernels | None:
     if _native_serves(kernels, like):
         return native
     return triton_kernels if _triton_serves(kernels, like) else None
+
+
+def choose_player(kernels: Kernels) -> Player | None:
+    """Who replays the time loop of `kernels`: on a GPU Triton's are recorded, the others' launches are not its own."""
+    return _player(torch.cuda.current_device()) if kernels is triton_kernels else None
+
+
+@functools.cache
+def _player(device: int) -> Player:
+    """Of the current `device`; its memory is shared by all models of a process."""
+    del device
+    return Player(record_on_gpu())
 
 
 def _native_serves(kernels: str, like: Tensor) -> bool:

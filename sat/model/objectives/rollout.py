@@ -13,10 +13,11 @@ from torch.nn.functional import embedding
 from sat.model.attention import Attended, Attention, attend_for_inference, attend_hard
 from sat.model.captioner import Captioner, Memory
 from sat.model.draws import Draws, Site, uniform
-from sat.model.kernels.choose import choose_kernels
+from sat.model.kernels.choose import choose_kernels, choose_player
 from sat.model.loss import WordLoss, linear_cross_entropy
 from sat.model.packing import Packing
-from sat.model.recurrence import Inputs, Loop, Weights, recur
+from sat.model.passage import Inputs, Weights
+from sat.model.recurrence import Loop, recur
 
 
 class Rollout(NamedTuple):
@@ -72,7 +73,8 @@ def fast(model: Captioner, memory: Memory, draws: Draws) -> Rollout:
     )
     h, c = (state[:, 0][packing.row_image] for state in model.init_state(memory, draws.of_images))
     inputs = Inputs(memory.grid, memory.projection, embedding(place, model.word_gates(vectors)), h.to(dtype), c)
-    loop = Loop(choose_kernels(model.kernels, memory.grid), packing, model.attention.tanh, memory.regions)
+    kernels = choose_kernels(model.kernels, memory.grid)
+    loop = Loop(kernels, packing, model.attention.tanh, memory.regions, choose_player(kernels))
     hidden, context, alpha_sum, alpha = recur(loop, inputs, weights)
     return Rollout(embedding(place, vectors), hidden, context, alpha_sum, alpha, None)
 

@@ -1,0 +1,187 @@
+"""One pass through the fast time loop, word by word: what enters it, what it leaves, and both directions.
+
+It writes into tensors that it is given, asks nothing of the host but the number of rows of each step, and allocates
+only what a step needs for itself: so a GPU can record it (`sat.model.replay`). The formulas: `sat.model.recurrence`. N
+rows, n of them running at step t, M packed words, L locations; H LSTM, A attention, D feature width, G width of the
+gate (0, 1 or D).
+"""
+
+from typing import NamedTuple, Self
+
+import torch
+from torch import Tensor
+
+from sat.model.kernels.interface import Gate, Kernels, Seen
+from sat.model.packing import Packing
+
+
+class Inputs(NamedTuple):
+    """What enters it: c in float32 or wider, all else in the type of the matrix products."""
+
+    grid: Tensor
+    """[B, L, D]"""
+    projection: Tensor
+    """[B, L, A]"""
+    word_gates: Tensor
+    """[M, 4H], the words' share of the gates."""
+    h: Tensor
+    """[N, H] from before the first step."""
+    c: Tensor
+    """[N, H]"""
+
+
+class Weights(NamedTuple):
+    """The weights inside the loop, in the type of the matrix products."""
+
+    state: Tensor
+    """[4H + A + G, H] applied to h_{t-1}: recurrent gates, attention query, context gate."""
+    gate_bias: Tensor
+    """[G]"""
+    context: Tensor
+    """[4H, D] applied to the gated context."""
+    score: Tensor
+    """[A]"""
+
+
+class Words(NamedTuple):
+    """What the loop leaves of every word, packed."""
+
+    states: Tensor
+    """[M, 4H + A + G] activations of the LSTM's gates, query, activation of the context gate."""
+    hidden: Tensor
+    """[M, H]"""
+    cells: Tensor
+    """[M, H] wide"""
+    contexts: Tensor
+    """[M, D]"""
+    gated: Tensor
+    """[M, D]; the contexts themselves where there is no gate."""
+    alphas: Tensor
+    """[M, L] wide"""
+
+    @classmethod
+    def empty(cls, inputs: Inputs, weights: Weights) -> Self:
+        """Room for the words of `inputs`."""
+        M, H = len(inputs.word_gates), inputs.h.shape[1]
+        contexts = inputs.word_gates.new_empty(M, inputs.grid.shape[2])
+        return cls(
+            states=inputs.word_gates.new_empty(M, len(weights.state)),
+            hidden=inputs.word_gates.new_empty(M, H),
+            cells=inputs.c.new_empty(M, H),
+            contexts=contexts,
+            gated=torch.empty_like(contexts) if len(weights.gate_bias) else contexts,
+            alphas=inputs.c.new_empty(M, inputs.grid.shape[1]),
+        )
+
+
+class Asked(NamedTuple):
+    """The gradients that reach the loop."""
+
+    hidden: Tensor | None
+    """[M, H]"""
+    gated: Tensor | None
+    """[M, D]"""
+    alpha_sum: Tensor
+    """[N, L] wide"""
+
+    @classmethod
+    def of(cls, hidden: Tensor | None, gated: Tensor | None, alpha_sum: Tensor | None, words: Words, rows: int) -> Self:
+        """As autograd gives them to a loop of so many `rows` that left `words`."""
+        if alpha_sum is None:
+            alpha_sum = torch.zeros_like(words.alphas[:rows])
+        if gated is not None:
+            gated = gated.contiguous()  # that of a sum is one number, expanded
+        return cls(hidden, gated, alpha_sum.contiguous())
+
+
+class Gradients(NamedTuple):
+    """What the loop's backward direction leaves: d loss / d (states, scores, contexts) of every word, d h_0 and c_0."""
+
+    states: Tensor
+    """[M, 4H + A + G] of the gates before their non-linearities, of the query, of the context gate's argument."""
+    scores: Tensor
+    """[M, L] wide"""
+    contexts: Tensor
+    """[M, D]"""
+    h: Tensor
+    """[N, H] wide"""
+    c: Tensor
+    """[N, H] wide"""
+
+    @classmethod
+    def empty(cls, words: Words, c: Tensor) -> Self:
+        """Room for those of `words`, in a loop that begins with `c` [N, H]."""
+        like = (words.states, words.alphas, words.contexts, c, c)
+        return cls(*(torch.empty_like(each) for each in like))
+
+
+class Passage(NamedTuple):
+    """All that a pass reads and writes."""
+
+    kernels: Kernels
+    seen: Seen
+    h: Tensor
+    """[N, H], as the input's."""
+    c: Tensor
+    """[N, H]"""
+    weights: Weights
+    words: Words
+
+    def forward(self, word_gates: Tensor) -> None:
+        """Fill `words`; `word_gates` [M, 4H] as the input's."""
+        kernels, seen, h, c, weights, words = self
+        H, A = h.shape[1], len(weights.score)
+        for t, step in enumerate(seen.packing.steps):
+            n, s = seen.packing.rows[t], words.states[step]
+            torch.mm(h[:n], weights.state.t(), out=s)
+            gate = Gate(s[:, 4 * H + A :], weights.gate_bias)
+            query, gated = s[:, 4 * H : 4 * H + A], words.gated[step]
+            kernels.look(seen, t, query, gate, words.alphas[step], words.contexts[step], gated)
+            context_gates = gated @ weights.context.t()
+            h_now, c_now = words.hidden[step], words.cells[step]
+            kernels.cell(s[:, : 4 * H], word_gates[step], context_gates, c[:n], c_now, h_now)
+            h, c = h_now, c_now
+
+    def backward(self, asked: Asked, grads: Gradients) -> None:
+        """Fill `grads`, after `forward`."""
+        kernels, seen, h_first, c_first, weights, words = self
+        packing, H, A = seen.packing, h_first.shape[1], len(weights.score)
+        query = slice(4 * H, 4 * H + A)
+        grads.h.zero_()
+        grads.c.zero_()
+        for t in reversed(range(len(packing.rows))):
+            step, n = packing.steps[t], packing.rows[t]
+            s, grad_s = words.states[step], grads.states[step]
+            c_before = words.cells[packing.steps[t - 1]][:n] if t else c_first
+            if asked.hidden is not None:
+                grads.h[:n] += asked.hidden[step]
+            kernels.cell_backward(
+                s[:, : 4 * H], c_before, words.cells[step], grads.h[:n], grads.c[:n], grad_s[:, : 4 * H]
+            )
+            grad, wanted = grad_s[:, : 4 * H] @ weights.context, None if asked.gated is None else asked.gated[step]
+            gate, of_context = Gate(s[:, 4 * H + A :], weights.gate_bias), grads.contexts[step]
+            kernels.gate_backward(gate, grad, wanted, words.contexts[step], grad_s[:, 4 * H + A :], of_context)
+            of_step = (of_context, asked.alpha_sum[:n], grads.scores[step], grad_s[:, query])
+            kernels.attend_backward(seen, t, s[:, query], words.alphas[step], *of_step)
+            grads.h[:n] = grad_s @ weights.state
+
+    def shared(self, grads: Gradients) -> tuple[Tensor, Weights]:
+        """Gradients of the projection [B, L, A] and of the weights, from all words at once, after `backward`."""
+        kernels, seen, h_first, _, weights, words = self
+        H, A = h_first.shape[1], len(weights.score)
+        before = torch.cat([h_first, words.hidden])[seen.packing.previous]
+        query = words.states[:, 4 * H : 4 * H + A]
+        grad_projection, grad_score = kernels.attend_backward_shared(seen, query, grads.scores)
+        of_weights = Weights(
+            state=grads.states.t() @ before,
+            gate_bias=grads.states[:, 4 * H + A :].sum(0),
+            context=grads.states[:, : 4 * H].t() @ words.gated,
+            score=grad_score.to(weights.score.dtype),
+        )
+        return grad_projection, of_weights
+
+
+def grad_of_grid(packing: Packing, alphas: Tensor, grad_contexts: Tensor) -> Tensor:
+    """d a_i = sum_t alpha_ti dz_t, one product per image: [B, L, D] of `alphas` [M, L], `grad_contexts` [M, D]."""
+    parts = packing.image_words.split(packing.words_per_image)
+    return torch.stack([alphas[part].to(grad_contexts.dtype).t() @ grad_contexts[part] for part in parts])
