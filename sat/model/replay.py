@@ -279,19 +279,28 @@ class Player:
 
 def record_on_gpu() -> Record:
     """Records CUDA graphs whose passing memory is shared, on the current device."""
-    pool, side = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+    side, one = torch.cuda.Stream(), torch.ones(1, device="cuda")
+    with torch.cuda.stream(side):
+        keeper = _captured(one.clone, None)  # shared memory goes with its last graph and is not to be had again
 
     def record(work: Callable[[], None]) -> Play:
-        current, graph = torch.cuda.current_stream(), torch.cuda.CUDAGraph()
+        current = torch.cuda.current_stream()
         side.wait_stream(current)
         with torch.cuda.stream(side):
             work()  # programs are compiled and libraries loaded, which a recording does not allow
-            graph.capture_begin(pool=pool, capture_error_mode="thread_local")  # other threads pin batches meanwhile
-            try:
-                work()
-            finally:
-                graph.capture_end()
+            graph = _captured(work, keeper)
         current.wait_stream(side)
         return graph.replay
 
     return record
+
+
+def _captured(work: Callable[[], object], beside: torch.cuda.CUDAGraph | None) -> torch.cuda.CUDAGraph:
+    graph = torch.cuda.CUDAGraph()
+    # Other threads pin batches meanwhile, which is none of this one's business.
+    graph.capture_begin(pool=beside.pool() if beside else None, capture_error_mode="thread_local")
+    try:
+        work()
+    finally:
+        graph.capture_end()
+    return graph
