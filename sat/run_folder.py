@@ -28,6 +28,7 @@ STOP_FILE = "STOP"
 STATUS_FILE = "status.json"
 CONFIG_FILE = "config.yaml"
 BEST = "best"
+CHECKPOINTS = "checkpoints"
 FAILED_SAVES_ALLOWED = 2
 """In a row."""
 STATES = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
@@ -75,7 +76,7 @@ class Run:
     @property
     def checkpoints(self) -> Path:
         """Folder of the checkpoints."""
-        return self.folder / "checkpoints"
+        return self.folder / CHECKPOINTS
 
     @property
     def best(self) -> Path:
@@ -166,6 +167,16 @@ def forget_stop(folder: Path) -> None:
     (folder / STOP_FILE).unlink(missing_ok=True)
 
 
+def _prepare(folder: Path, config: Config) -> None:
+    """Make the folder, or remove what a kill has left half done in it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files.recover_folder(folder / BEST)
+    files.sweep(folder / CHECKPOINTS, "step-*")
+    for names in (f"{BEST}*", "*.json", "*.yaml"):
+        files.sweep(folder, names)
+    save_config(config, folder / CONFIG_FILE)
+
+
 @contextlib.contextmanager
 def open_run(
     config: Config,
@@ -184,13 +195,7 @@ def open_run(
     """
     folder, processes = Path(config.train.run_dir), engine.processes
 
-    def prepare() -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        save_config(config, folder / CONFIG_FILE)
-        files.recover_folder(folder / BEST)
-        files.sweep(folder, f"{BEST}*")
-
-    processes.run_on_main(prepare)
+    processes.run_on_main(lambda: _prepare(folder, config))
     tracker = None
     if processes.is_main:
         about, spread = about or About(), {"world_size": processes.world_size, "engine": engine.name}

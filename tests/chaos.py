@@ -90,6 +90,7 @@ def arguments_of(path: Path, folder: Path, *more: str) -> list[str]:
 
 def result_of(folder: Path) -> tuple[dict[str, str], list[dict]]:
     """Digests of the last checkpoint's tensors and of the best model's, and the journal without what is measured."""
+    assert not (left := [*folder.rglob("*.tmp-*")]), f"left half done: {left}"
     newest = sorted((folder / "checkpoints").iterdir())[-1]
     kept = [*newest.glob("*.safetensors"), folder / "best/model.safetensors"]
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

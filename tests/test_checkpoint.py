@@ -12,10 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sat import checkpoint
+from sat import checkpoint, files
 from sat.checkpoint import Saver, SaveResult
+from sat.config import load_config
 from sat.data.plan import CURSOR_VERSION, Cursor
 from sat.engine.processes import Processes
+from sat.run_folder import open_run
+from sat.stopping import Wish
 from sat.train_state import Identity, Progress, TrainState
 
 ROOT = Path(__file__).parents[1]
@@ -230,3 +233,15 @@ def test_killed_at_any_system_call_that_matters_the_newest_committed_one_is_whol
                 break
         server.stdin.close()
     assert code == 0 and outcomes == {1.0, 2.0} and deadline > 15
+
+
+def test_a_life_begins_by_removing_what_a_kill_has_left_half_done(tmp_path, alone):
+    folder = tmp_path / "run"
+    for name in ("checkpoints/step-00000024", "best", "status.json", "config.yaml"):
+        path = files.temporary_name(folder / name, (folder / name).parent)
+        path.mkdir(parents=True) if "." not in name else path.write_text("")
+    theirs = folder / "best.tmp-mine"
+    theirs.mkdir()
+    config = load_config(None, [f"train.run_dir={folder}", "tracking.mlflow_uri=none"])
+    with open_run(config, alone, Progress(Cursor(1, "digest", 0, 0, 0)), Wish()):
+        assert [*folder.rglob("*.tmp-*")] == [theirs]
