@@ -88,7 +88,7 @@ def estimates(preset: dict, monkeypatch, **settings) -> torch.Tensor:
         monkeypatch.setattr(
             attention,
             "drawn_location",
-            lambda *_, steps=steps: torch.tensor([[place for place in next(steps) if place is not None]]),
+            lambda *_, steps=steps: torch.tensor([place for place in next(steps) if place is not None]),
         )
         model.zero_grad()
         sums = TeacherForcing(model)(features(), CAPTIONS, LENGTHS)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sat.model.kernels.interface import Gate, Kernels, Seen
+from sat.model.locations import Locations, Sight, open_gate
 from sat.model.packing import Packing
 
 
@@ -83,15 +84,30 @@ class Asked(NamedTuple):
     """[M, D]"""
     alpha_sum: Tensor
     """[N, L] wide"""
+    alphas: Tensor | None = None
+    """[M, L] wide, of hard attention."""
 
     @classmethod
-    def of(cls, hidden: Tensor | None, gated: Tensor | None, alpha_sum: Tensor | None, words: Words, rows: int) -> Self:
+    def of(
+        cls,
+        hidden: Tensor | None,
+        gated: Tensor | None,
+        alpha_sum: Tensor | None,
+        alphas: Tensor | None,
+        words: Words,
+        rows: int,
+    ) -> Self:
         """As autograd gives them to a loop of so many `rows` that left `words`."""
         if alpha_sum is None:
             alpha_sum = torch.zeros_like(words.alphas[:rows])
         if gated is not None:
             gated = gated.contiguous()  # that of a sum is one number, expanded
-        return cls(hidden, gated, alpha_sum.contiguous())
+        return cls(hidden, gated, alpha_sum.contiguous(), alphas)
+
+    def of_alpha(self, step: slice, rows: int) -> Tensor:
+        """[n, L] that reaches alpha at a `step` of so many `rows` without a way through the contexts."""
+        of_rows = self.alpha_sum[:rows]
+        return of_rows if self.alphas is None else of_rows + self.alphas[step]
 
 
 class Gradients(NamedTuple):
@@ -126,25 +142,30 @@ class Passage(NamedTuple):
     """[N, H]"""
     weights: Weights
     words: Words
+    locations: Locations | None = None
+    """Where hard attention looks; None: soft attention."""
 
     def forward(self, word_gates: Tensor) -> None:
         """Fill `words`; `word_gates` [M, 4H] as the input's."""
-        kernels, seen, h, c, weights, words = self
+        kernels, seen, h, c, weights, words, locations = self
         H, A = h.shape[1], len(weights.score)
         for t, step in enumerate(seen.packing.steps):
             n, s = seen.packing.rows[t], words.states[step]
             torch.mm(h[:n], weights.state.t(), out=s)
             gate = Gate(s[:, 4 * H + A :], weights.gate_bias)
-            query, gated = s[:, 4 * H : 4 * H + A], words.gated[step]
-            kernels.look(seen, t, query, gate, words.alphas[step], words.contexts[step], gated)
-            context_gates = gated @ weights.context.t()
+            query, sight = s[:, 4 * H : 4 * H + A], Sight(words.alphas[step], words.contexts[step], words.gated[step])
+            opened = open_gate(gate) if locations else None
+            kernels.look(seen, t, query, gate, *sight)
+            if locations:
+                locations.look(seen, t, opened, sight)
+            context_gates = sight.gated @ weights.context.t()
             h_now, c_now = words.hidden[step], words.cells[step]
             kernels.cell(s[:, : 4 * H], word_gates[step], context_gates, c[:n], c_now, h_now)
             h, c = h_now, c_now
 
     def backward(self, asked: Asked, grads: Gradients) -> None:
         """Fill `grads`, after `forward`."""
-        kernels, seen, h_first, c_first, weights, words = self
+        kernels, seen, h_first, c_first, weights, words, locations = self
         packing, H, A = seen.packing, h_first.shape[1], len(weights.score)
         query = slice(4 * H, 4 * H + A)
         grads.h.zero_()
@@ -161,13 +182,14 @@ class Passage(NamedTuple):
             grad, wanted = grad_s[:, : 4 * H] @ weights.context, None if asked.gated is None else asked.gated[step]
             gate, of_context = Gate(s[:, 4 * H + A :], weights.gate_bias), grads.contexts[step]
             kernels.gate_backward(gate, grad, wanted, words.contexts[step], grad_s[:, 4 * H + A :], of_context)
-            of_step = (of_context, asked.alpha_sum[:n], grads.scores[step], grad_s[:, query])
+            through_alpha = locations.through_alpha(of_context) if locations else of_context
+            of_step = (through_alpha, asked.of_alpha(step, n), grads.scores[step], grad_s[:, query])
             kernels.attend_backward(seen, t, s[:, query], words.alphas[step], *of_step)
             grads.h[:n] = grad_s @ weights.state
 
     def shared(self, grads: Gradients) -> tuple[Tensor, Weights]:
         """Gradients of the projection [B, L, A] and of the weights, from all words at once, after `backward`."""
-        kernels, seen, h_first, _, weights, words = self
+        kernels, seen, h_first, _, weights, words, _ = self
         H, A = h_first.shape[1], len(weights.score)
         before = torch.cat([h_first, words.hidden])[seen.packing.previous]
         query = words.states[:, 4 * H : 4 * H + A]
@@ -182,6 +204,9 @@ class Passage(NamedTuple):
 
 
 def grad_of_grid(packing: Packing, alphas: Tensor, grad_contexts: Tensor) -> Tensor:
-    """d a_i = sum_t alpha_ti dz_t, one product per image: [B, L, D] of `alphas` [M, L], `grad_contexts` [M, D]."""
+    """d a_i = sum_t alpha_ti dz_t, one product per image: [B, L, D] of `alphas` [M, L], `grad_contexts` [M, D].
+
+    `alphas` are what the locations weighed, of hard attention `Locations.weights`.
+    """
     parts = packing.image_words.split(packing.words_per_image)
     return torch.stack([alphas[part].to(grad_contexts.dtype).t() @ grad_contexts[part] for part in parts])

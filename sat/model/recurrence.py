@@ -1,4 +1,4 @@
-"""The fast time loop: soft attention and LSTM over packed rows, with a backward pass derived by hand.
+"""The fast time loop: attention and LSTM over packed rows, with a backward pass derived by hand.
 
 Surprising: the whole loop is one autograd function. Autograd would keep every intermediate [rows, L, A] and compute
 each weight gradient once per step; here a step keeps little, and each weight gradient is one matrix product after the
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sat.model.kernels.interface import Kernels, Seen
+from sat.model.locations import Locations
 from sat.model.packing import Packing
 from sat.model.passage import Asked, Gradients, Inputs, Passage, Weights, Words, grad_of_grid
 from sat.model.replay import Player
@@ -27,12 +28,14 @@ class Loop(NamedTuple):
     """int64 [B] locations that are real, the first ones of each image; None: all."""
     player: Player | None = None
     """Who replays it where it was recorded; None: every launch comes from Python."""
+    locations: Locations | None = None
+    """Where hard attention looks; None: soft attention."""
 
 
 def recur(loop: Loop, inputs: Inputs, weights: Weights) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Run the loop; returns hidden states [M, H], gated contexts [M, D], alpha summed per row [N, L], and alpha [M, L].
 
-    Both alphas are wide; the latter is to be looked at and passes no gradient.
+    Both alphas are wide; the latter, of soft attention, is to be looked at and passes no gradient.
     """
     hidden, gated, alpha_sum, alphas = _Recurrence.apply(loop, *inputs, *weights)
     return hidden, gated, alpha_sum, alphas
@@ -62,38 +65,45 @@ class _Recurrence(torch.autograd.Function):
 
         dW_h = sum_t (d gates, dq_t, db_t) h_{t-1}^T,   dW_z = sum_t (d gates) y_t^T,   db = sum_t db_t
         dp_i = u * sum_t de_ti act'(p_i + q_t),   du = sum_ti de_ti act(p_i + q_t),   da_i = sum_t alpha_ti dz_t
+
+    Where hard attention has chosen a location s for a word, z_t = a_s: dz_t reaches a_s and not alpha. The gradient of
+    alpha is then what the objective makes of it by itself.
     """
 
     @staticmethod
     def forward(ctx: Any, loop: Loop, *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         inputs, weights = Inputs(*tensors[:5]), Weights(*tensors[5:])
-        kernels, packing, tanh, regions, player = loop
+        kernels, packing, tanh, regions, player, locations = loop
         projection = kernels.prepare(inputs.projection, tanh)
         seen = Seen(packing, inputs.grid.contiguous(), projection, weights.score, tanh, regions)
-        ctx.loop, ctx.played = loop, player.play(kernels, seen, inputs, weights) if player else None
+        ctx.loop, ctx.played = loop, None
+        if player and not locations:
+            ctx.played = player.play(kernels, seen, inputs, weights)
         ctx.set_materialize_grads(False)
         if ctx.played:
             hidden, gated, alphas = ctx.played.outputs()
         else:
             words = Words.empty(inputs, weights)
-            Passage(kernels, seen, inputs.h, inputs.c, weights, words).forward(inputs.word_gates)
+            Passage(kernels, seen, inputs.h, inputs.c, weights, words, locations).forward(inputs.word_gates)
             ctx.save_for_backward(seen.grid, projection, inputs.h, inputs.c, *weights, *words)
             hidden, gated, alphas = words.hidden, words.gated, words.alphas
-        ctx.mark_non_differentiable(alphas)
+        if not locations:
+            ctx.mark_non_differentiable(alphas)
         return hidden, gated, kernels.alpha_sums(packing, alphas), alphas
 
     @staticmethod
     def backward(ctx: Any, *asks: Tensor | None) -> tuple[Tensor | None, ...]:
-        hidden, gated, alpha_sum, _ = asks
+        hidden, gated, alpha_sum, alphas = asks
         of_grid: bool = ctx.needs_input_grad[1]
         if ctx.played:
             return None, *ctx.played.gradients(hidden, gated, alpha_sum, of_grid)
         grid, projection, h, c, *kept = ctx.saved_tensors
-        (kernels, packing, tanh, regions, _), weights, words = ctx.loop, Weights(*kept[:4]), Words(*kept[4:])
+        (kernels, packing, tanh, regions, _, locations), weights, words = ctx.loop, Weights(*kept[:4]), Words(*kept[4:])
         seen = Seen(packing, grid, projection, weights.score, tanh, regions)
-        passage, grads = Passage(kernels, seen, h, c, weights, words), Gradients.empty(words, c)
-        passage.backward(Asked.of(hidden, gated, alpha_sum, words, len(c)), grads)
+        passage, grads = Passage(kernels, seen, h, c, weights, words, locations), Gradients.empty(words, c)
+        passage.backward(Asked.of(hidden, gated, alpha_sum, alphas, words, len(c)), grads)
         grad_projection, of_weights = passage.shared(grads)
-        grad_grid = grad_of_grid(packing, words.alphas, grads.contexts) if of_grid else None
+        weighed = locations.weights(words.alphas) if locations and of_grid else words.alphas
+        grad_grid = grad_of_grid(packing, weighed, grads.contexts) if of_grid else None
         of_words = grads.states[:, : 4 * h.shape[1]]
         return None, grad_grid, grad_projection, of_words, grads.h.to(h.dtype), grads.c, *of_weights

@@ -126,7 +126,7 @@ class Recording:
     def cut(self, shape: Shape) -> "Recording":
         """One of a `shape` that this one covers, in the same memory."""
         (B, rows), M = shape, shape.words
-        kernels, seen, h, c, weights, words = self.passage
+        kernels, seen, h, c, weights, words, _ = self.passage
         ends = [0, *accumulate(rows)]
         before = [torch.arange(n) + (rows[0] + ends[t - 1] if t else 0) for t, n in enumerate(rows)]
         whole, N = seen.packing, rows[0]
@@ -142,7 +142,7 @@ class Recording:
         )
         regions = None if seen.regions is None else seen.regions[:B]
         seen = seen._replace(packing=packing, grid=seen.grid[:B], projection=seen.projection[:B], regions=regions)
-        hidden, gated, alpha_sum = self.asked
+        hidden, gated, alpha_sum, _ = self.asked
         assert hidden is not None and gated is not None
         states, scores, contexts, grad_h, grad_c = self.grads
         return Recording(
@@ -158,7 +158,7 @@ class Recording:
         """Bring in a batch whose words belong at `place` int64 [M]."""
         packing, there = seen.packing, self.passage.seen.packing
         (B, N), (M,) = (len(seen.grid), len(inputs.h)), place.shape
-        _, own, h, c, still, _ = self.passage
+        _, own, h, c, still, *_ = self.passage
         given = [seen.grid, seen.projection, inputs.h, inputs.c, *weights]
         kept = [own.grid[:B], own.projection[:B], h[:N], c[:N], *still]
         if own.regions is not None and seen.regions is not None:
@@ -209,7 +209,7 @@ class Played:
         recording, place = self._recording, self._place
         passage, grads = recording.passage, recording.grads
         images, rows = len(self._packing.images), self._packing.rows[0]
-        recording.ask(Asked.of(hidden, gated, alpha_sum, passage.words, rows), place)
+        recording.ask(Asked.of(hidden, gated, alpha_sum, None, passage.words, rows), place)
         self._player.backward(recording, hidden is not None, gated is not None)
         grad_projection, of_weights = passage.shared(grads)
         grad_grid = None
@@ -255,7 +255,7 @@ class Player:
         if play := recording.backward.get((hidden, gated)):
             play()
             return
-        of_hidden, of_gated, of_alpha_sum = recording.asked
+        of_hidden, of_gated, of_alpha_sum, _ = recording.asked
         asked = Asked(of_hidden if hidden else None, of_gated if gated else None, of_alpha_sum)
         recording.backward[hidden, gated] = self._record(lambda: recording.passage.backward(asked, recording.grads))
 

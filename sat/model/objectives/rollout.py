@@ -1,7 +1,7 @@
 """The time loop of training, over packed rows.
 
-Surprising: there are two. `step_by_step` is readable, differentiated by autograd and serves every setting; soft
-attention fed with the true words takes `fast`, which computes the same.
+Surprising: there are two. `step_by_step` is readable, differentiated by autograd and serves every setting; captions
+that are fed with their true words take `fast`, which computes the same.
 """
 
 from typing import NamedTuple
@@ -14,9 +14,11 @@ from sat.model.attention import Attended, Attention, attend_for_inference, atten
 from sat.model.captioner import Captioner, Memory
 from sat.model.draws import Draws, Site, uniform
 from sat.model.kernels.choose import choose_kernels, choose_player
+from sat.model.locations import Locations
 from sat.model.loss import WordLoss, linear_cross_entropy
 from sat.model.packing import Packing
 from sat.model.passage import Inputs, Weights
+from sat.model.plain_recurrence import recur_plain
 from sat.model.recurrence import Loop, recur
 
 
@@ -32,16 +34,16 @@ class Rollout(NamedTuple):
     alpha_sum: Tensor | None
     """[N, L] attention of each caption summed over its words; None without attention."""
     alpha: Tensor | None
-    """[M, L] attention of each word, without gradient where `fast` served; None without attention."""
+    """[M, L] attention of each word; soft attention's is without gradient where `fast` served. None without any."""
     chosen: Tensor | None
     """[M] locations drawn by hard attention (-1: alpha itself was used), else None."""
 
 
 def roll_out(model: Captioner, memory: Memory, draws: Draws, sampling_probability: float) -> Rollout:
     """Run `model` over the captions that `draws` are of; `memory` holds the images in the order of their packing."""
-    if model.spec.attention == "soft" and not sampling_probability:
-        return fast(model, memory, draws)
-    return step_by_step(model, memory, draws, sampling_probability)
+    if sampling_probability:
+        return step_by_step(model, memory, draws, sampling_probability)
+    return fast(model, memory, draws) if model.attention else fast_without_attention(model, memory, draws)
 
 
 def word_losses(
@@ -55,7 +57,7 @@ def word_losses(
 
 
 def fast(model: Captioner, memory: Memory, draws: Draws) -> Rollout:
-    """Soft attention, the true words fed, through the hand-derived loop; each distinct word meets the gates once."""
+    """The true words fed, through the hand-derived loop; each distinct word meets the gates once."""
     packing = draws.packing
     assert model.attention and model.context_gates
     dtype = memory.grid.dtype
@@ -74,23 +76,29 @@ def fast(model: Captioner, memory: Memory, draws: Draws) -> Rollout:
     h, c = (state[:, 0][packing.row_image] for state in model.init_state(memory, draws.of_images))
     inputs = Inputs(memory.grid, memory.projection, embedding(place, model.word_gates(vectors)), h.to(dtype), c)
     kernels = choose_kernels(model.kernels, memory.grid)
-    loop = Loop(kernels, packing, model.attention.tanh, memory.regions, choose_player(kernels))
-    hidden, context, alpha_sum, alpha = recur(loop, inputs, weights)
-    return Rollout(embedding(place, vectors), hidden, context, alpha_sum, alpha, None)
+    locations = locations_of(model, draws)
+    loop = Loop(kernels, packing, model.attention.tanh, memory.regions, choose_player(kernels), locations)
+    return Rollout(embedding(place, vectors), *recur(loop, inputs, weights), locations.chosen if locations else None)
 
 
-class _Locations(NamedTuple):
-    """What decides where hard attention looks."""
+def fast_without_attention(model: Captioner, memory: Memory, draws: Draws) -> Rollout:
+    """The same for a model without attention."""
+    packing, dtype = draws.packing, memory.grid.dtype
+    place, vectors = packing.input_place, model.embed(packing.distinct)
+    h, c = (state[:, 0][packing.row_image] for state in model.init_state(memory, draws.of_images))
+    word_gates, weight = embedding(place, model.word_gates(vectors)), model.state_gates.weight.to(dtype)
+    hidden = recur_plain(choose_kernels(model.kernels, memory.grid), packing, word_gates, h.to(dtype), c, weight)
+    return Rollout(embedding(place, vectors), hidden, None, None, None, None)
 
-    exact: Tensor
-    """bool [N]: captions that see alpha itself."""
-    uniform: Tensor
-    """float64 [M]: of each word, which share of alpha it falls to."""
 
-    @classmethod
-    def of(cls, draws: Draws, exact_share: float) -> "_Locations":
-        exact = uniform(draws.of_captions(Site.EXACT)) < exact_share
-        return cls(exact, uniform(draws.of_words(Site.LOCATION)))
+def locations_of(model: Captioner, draws: Draws) -> Locations | None:
+    """Where hard attention looks: in train mode, or by `model.hard_inference`. None: as alpha says."""
+    spec, chosen = model.spec, torch.empty_like(draws.packing.targets)
+    if spec.attention != "hard" or (model.expects and not model.training):
+        return None
+    exact = uniform(draws.of_captions(Site.EXACT)) < (spec.hard_exact if model.training else 0.0)
+    drawn = model.training or model.draws_locations
+    return Locations(exact, uniform(draws.of_words(Site.LOCATION)) if drawn else None, chosen)
 
 
 class _Step(NamedTuple):
@@ -104,7 +112,7 @@ def step_by_step(model: Captioner, memory: Memory, draws: Draws, sampling_probab
     """Any attention, any words fed: one word after another."""
     packing = draws.packing
     h, c = (state[:, 0][packing.row_image] for state in model.init_state(memory, draws.of_images))
-    locations = _Locations.of(draws, model.spec.hard_exact) if model.spec.attention == "hard" else None
+    locations = locations_of(model, draws)
     fed_own = uniform(draws.of_words(Site.OWN_WORD)) < sampling_probability
     steps: list[_Step] = []
     for t, words in enumerate(model.embed(packing.inputs).split(packing.rows)):
@@ -141,13 +149,15 @@ def _attend_rows(
     packing: Packing,
     t: int,
     query: Tensor,
-    locations: _Locations | None,
+    locations: Locations | None,
 ) -> Attended:
     """Attend for the rows running at step t: `query` [n, A]. Rows of one image share its grid as slots [B_t, K_t]."""
     slots, B = packing.slots(t), packing.images_running[t]
     grid, projection, queries = memory.grid[:B], memory.projection[:B], slots.spread(query)
     regions = None if memory.regions is None else memory.regions[:B]
-    numbers = slots.spread(locations.uniform[packing.steps[t]]) if locations else None
+    numbers = None
+    if locations and locations.uniform is not None:
+        numbers = slots.spread(locations.uniform[packing.steps[t]])
     if locations and numbers is not None and model.training:
         exact = slots.spread(locations.exact[: len(query)])
         attended = attend_hard(attention, grid, projection, queries, exact, numbers, regions)

@@ -1,0 +1,63 @@
+"""The fast time loop without attention: the LSTM over packed rows, with a backward pass derived by hand.
+
+As in `sat.model.recurrence`: one autograd function, so that the weight gradient is one matrix product after the loop.
+N rows, n of them running at step t, M packed words, H LSTM width.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sat.model.kernels.interface import Kernels
+from sat.model.packing import Packing
+
+
+def recur_plain(
+    kernels: Kernels, packing: Packing, word_gates: Tensor, h: Tensor, c: Tensor, state_weight: Tensor
+) -> Tensor:
+    """Hidden states [M, H] of the words' share of the gates [M, 4H], from `h` and `c` [N, H] before the first step.
+
+    `state_weight` [4H, H] is applied to h_{t-1}. `c` is float32 or wider, all else in the type of the matrix products.
+    """
+    hidden = _PlainRecurrence.apply(kernels, packing, word_gates, h, c, state_weight)
+    assert isinstance(hidden, Tensor)
+    return hidden
+
+
+class _PlainRecurrence(torch.autograd.Function):
+    """(i, f, g, o) = activations of (word gates + W h_{t-1});  c_t = f c_{t-1} + i g;  h_t = o tanh(c_t).
+
+    Backward as in `sat.model.recurrence`, without all that concerns the context.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, kernels: Kernels, packing: Packing, word_gates: Tensor, h: Tensor, c: Tensor, state_weight: Tensor
+    ) -> Tensor:
+        M, (N, H) = len(word_gates), h.shape
+        states, hidden, cells = torch.empty_like(word_gates), word_gates.new_empty(M, H), c.new_empty(M, H)
+        no_context, before = word_gates.new_zeros(N, 4 * H), (h, c)
+        for step, n in zip(packing.steps, packing.rows, strict=True):
+            torch.mm(before[0][:n], state_weight.t(), out=states[step])
+            now = hidden[step], cells[step]
+            kernels.cell(states[step], word_gates[step], no_context[:n], before[1][:n], now[1], now[0])
+            before = now
+        ctx.save_for_backward(h, c, state_weight, states, hidden, cells)
+        ctx.loop = kernels, packing
+        return hidden
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        h_first, c_first, state_weight, states, hidden, cells = ctx.saved_tensors
+        kernels, packing = ctx.loop
+        grad_gates = torch.empty_like(states)
+        grad_h, grad_c = torch.zeros_like(c_first), torch.zeros_like(c_first)
+        for t in reversed(range(len(packing.rows))):
+            step, n = packing.steps[t], packing.rows[t]
+            c_before = cells[packing.steps[t - 1]][:n] if t else c_first
+            grad_h[:n] += grads[0][step]
+            kernels.cell_backward(states[step], c_before, cells[step], grad_h[:n], grad_c[:n], grad_gates[step])
+            grad_h[:n] = grad_gates[step] @ state_weight
+        before = torch.cat([h_first, hidden])[packing.previous]
+        return None, None, grad_gates, grad_h.to(h_first.dtype), grad_c, grad_gates.t() @ before
