@@ -1,6 +1,7 @@
 """Four trainings at once on MLflow as a team runs it: its server, PostgreSQL, passwords, and what goes wrong there."""
 
 import contextlib
+import json
 import os
 import time
 from pathlib import Path
@@ -12,11 +13,13 @@ from sat.config import TrackingConfig
 from sat.tracking.journal import Tracker, read_journal
 from sat.tracking.mlflow import anew, main, sync
 from sat.tracking.placing import Deleted
+from tests import helpers_browser
 from tests.helpers_server import ADMIN, PASSWORD, Gate, missing, server
 from tests.helpers_tracking import client, points_of_journal, points_of_mlflow, wait_for
 
 RUNS = ("one", "two", "three", "four")
 USER, SECRET = "trainer", "another-password-of-the-test"
+CAPTIONS = '[{"image_id": 7, "caption": "a dog in the snow"}]'
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +73,11 @@ def known(training: Training, uri: str) -> bool:
     return bool(run_id) and points_of_mlflow(uri, run_id) == points_of_journal(training.folder)
 
 
+def best_cider(training: Training) -> str:
+    """As MLflow writes it: that of the last evaluation, since each is better than the one before."""
+    return f"{points_of_journal(training.folder)['val/CIDEr', 120]:.2f}"
+
+
 @contextlib.contextmanager
 def stderr_to(path: Path):
     """What processes that start here say goes to the file."""
@@ -112,7 +120,7 @@ def trainings(team, tmp_path_factory):
     wait_for(lambda: said.read_text().count("was deleted in MLflow") == 2, 900)
     for each in found:
         each.steps(5)
-        (each.folder / "captions.json").write_text("[]")
+        (each.folder / "captions.json").write_text(CAPTIONS)
         each.tracker.artifact(each.folder / "captions.json", "captions of the test")
         each.tracker.close()
     return found, direct
@@ -157,3 +165,21 @@ def test_a_wrong_password_is_a_sentence_of_sync_without_the_password(trainings, 
     with pytest.raises(ValueError, match="401|not authenticated") as refused:
         main(first.folder)
     assert "wrong-and-secret" not in str(refused.value)
+
+
+@pytest.mark.end_to_end
+def test_a_browser_compares_two_runs_by_cider_draws_both_and_shows_their_captions(trainings, tmp_path):
+    if lacking := helpers_browser.missing():
+        pytest.skip(f"no browser: {lacking} is not installed")
+    (one, two, *_), direct = trainings
+    experiment = client(direct).get_run(one.run_id).info.experiment_id
+    runs = f"runs={json.dumps([one.run_id, two.run_id])}&experiments={json.dumps([experiment])}"
+    cider = json.dumps("val/CIDEr")
+    with helpers_browser.browser(tmp_path, USER, SECRET) as page:
+        page.open(f"{direct}/#/metric?{runs}&metric={cider}&plot_metric_keys=[{cider}]")
+        page.read("val/CIDEr", *(f"{each.folder.name}\t{best_cider(each)} (step=120)" for each in (one, two)))
+        page.find(".js-plotly-plot .scatterlayer .trace path.js-line", 2)
+        page.open(f"{direct}/#/experiments/{experiment}/runs/{two.run_id}/artifacts")
+        page.click("captions of the test")
+        page.click("captions.json")
+        page.read("a dog in the snow")
