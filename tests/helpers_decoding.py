@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sat.evaluation.decoding import Hypothesis
+from sat.evaluation.beams import Hypothesis
 from sat.evaluation.options import DecodeOptions
 from sat.text import END, PAD, START, UNK
 

@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from sat.evaluation.decoding import Hypothesis
+from sat.evaluation.beams import Hypothesis
 from sat.text import CaptionTokenizer
 
 

@@ -12,7 +12,8 @@ from sat.data.loader import Reading, evaluation_batches, read_references
 from sat.data.options import CacheOptions
 from sat.data.plan import Share
 from sat.engine.processes import Interrupted, Processes
-from sat.evaluation.decoding import Decodable, Hypothesis, decode
+from sat.evaluation.beams import Hypothesis
+from sat.evaluation.decoding import Decodable, decode
 from sat.evaluation.metrics import Scores, get_ready, score
 from sat.evaluation.options import EvaluationOptions
 from sat.evaluation.prediction import Prediction, predict

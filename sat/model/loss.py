@@ -12,8 +12,8 @@ from torch import Tensor
 
 from sat.model.kernels.interface import Kernels
 
-CHUNK_BYTES = 24 << 20
-"""Memory of one chunk of logits; about a CPU's last-level cache."""
+CHUNK_BYTES, ON_GPU = 24 << 20, 512 << 20
+"""Memory of one chunk of logits: about a CPU's last-level cache; on a GPU what is small beside its memory."""
 
 
 class LossSums(NamedTuple):
@@ -81,7 +81,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         wide = torch.promote_types(hidden.dtype, torch.float32)
         dtypes = (hidden.dtype, weight.dtype, bias.dtype)
         weight, bias = weight.to(hidden.dtype), bias.to(wide)
-        rows = max(1, CHUNK_BYTES // (len(weight) * hidden.element_size()))
+        chunk = CHUNK_BYTES if hidden.device.type == "cpu" else ON_GPU
+        rows = max(1, chunk // (len(weight) * hidden.element_size()))
         nll, correct = hidden.new_empty(len(hidden), dtype=wide), targets.new_zeros(())
         objective = nll.new_zeros(())
         gradients = None
