@@ -9,7 +9,7 @@ import xxhash
 
 from sat.data.captions import caption_keys
 from sat.data.order import derive_key, derive_keys
-from sat.data.reader import Rows
+from sat.data.rows import Rows
 from sat.model.draws import Draws, Site, derive, dropout, mix, uniform
 from sat.model.kernels import native, torch_kernels
 from sat.model.objectives.teacher_forcing import TeacherForcing
@@ -82,7 +82,7 @@ def test_dropout_keeps_the_mean_and_its_gradient_meets_the_same_elements(kernels
 
 
 def rows_of(image_ids: list[str], data_set: int = 7) -> Rows:
-    return Rows("shard", data_set, image_ids, image_ids, [], [], [], None)
+    return Rows(0, data_set, image_ids, image_ids, [], [], [], None)
 
 
 def keys_of(seed: int = 1, epoch: int = 0, images: int = 1, captions: int = 1, data_set: int = 7) -> np.ndarray:

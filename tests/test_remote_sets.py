@@ -15,6 +15,7 @@ from helpers_shards import loader_arguments, make_feature_dataset, self_describi
 from preprocessing.build_vocab import captions_of
 from sat.config import config_to_dict, flatten, load_config, save_config
 from sat.credentials import masked, shown
+from sat.data import reader as reader_module
 from sat.data.loader import training_batches
 from sat.data.plan import Cursor
 from sat.shards import download, retry
@@ -157,6 +158,15 @@ def test_ranks_ask_for_whole_runs(server, epochs, tmp_path, world):
         epochs(server.url, tmp_path, limit=1, rank=rank, world_size=world, global_batch=4 * world)
     runs = of_shards(server.gets) - of_shards(before)
     assert runs <= 1.4 * SAMPLES / 4, "6 shards of 10 samples are 12 runs of 4 and 6 pairs, that runs of 4 may tear"
+
+
+def test_samples_whose_rows_are_not_kept_are_read_by_the_same_ranges(root, server, epochs, tmp_path, monkeypatch):
+    expected = epochs(root, epochs=3)
+    epochs(server.url, tmp_path, limit=1, epochs=3)
+    asked = server.gets.copy()
+    monkeypatch.setattr(reader_module, "CACHED_ROWS", 1)
+    assert_same(epochs(server.url, tmp_path, limit=1, epochs=3), expected)
+    assert of_shards(server.gets) == 2 * of_shards(asked)
 
 
 @pytest.mark.faults

@@ -18,7 +18,8 @@ from torch import Tensor
 from sat.data.buffers import Ring, attach
 from sat.data.captions import CaptionOptions, captions_of, references_of
 from sat.data.plan import Slots
-from sat.data.reader import BadSample, Rows, SampleReader
+from sat.data.reader import BadSample, SampleReader
+from sat.data.rows import Rows
 from sat.shards.features import FeatureSpec
 
 
@@ -336,7 +337,7 @@ class BatchReader:
 
     def _store_picture(self, reader: SampleReader, shard: int, sample: int, target: "_Target", row: int) -> Rows:
         assert self.decode is not None
-        rows, blob = reader.rows(shard), reader.read_picture(shard, sample)
+        rows, blob = reader.read_picture(shard, sample)
         try:
             picture = self.decode(blob)
         except (ValueError, OSError) as error:

@@ -11,7 +11,7 @@ import xxhash
 from torch import Tensor
 
 from sat.data.order import Ints, choose_captions, derive_key, derive_keys
-from sat.data.reader import Rows
+from sat.data.rows import Rows
 from sat.text import END, PAD, START, CaptionTokenizer
 
 Encoded = tuple[npt.NDArray[np.int32], int]
@@ -69,7 +69,7 @@ def references_of(found: Sequence[tuple[Rows | None, int]], options: CaptionOpti
     """All captions of these samples as they were given, where `options` ask for them."""
     if options is None or not options.keep_references:
         return None
-    return [rows.captions[sample].as_py() if rows else [] for rows, sample in found]
+    return [rows.texts(sample) if rows else [] for rows, sample in found]
 
 
 def caption_keys(found: Sequence[tuple[Rows | None, int]], which: Ints, seed: int, epoch: int) -> Ints:
@@ -94,7 +94,7 @@ def _shown(rows: Rows, sample: int, epoch: int, options: CaptionOptions) -> _Sho
     """The captions of an image that this epoch shows."""
     found = rows.encoded.get(sample)
     if found is None:
-        texts = rows.captions[sample].as_py()
+        texts = rows.texts(sample)
         found = rows.encoded[sample] = _encode(texts, options.tokenizer, options.max_words)
     ids, width = found
     if len(ids) <= options.per_image:

@@ -172,7 +172,7 @@ def read_references(manifest: Manifest, split: str, cache: CacheOptions = CacheO
     references: dict[str, list[str]] = {}
     for shard in choose_shards(manifest, [split], run_length=1, main=True).shards.tolist():
         rows = reader.rows(shard)
-        references.update(zip(rows.image_ids, rows.captions.to_pylist(), strict=True))
+        references.update((rows.image_ids[sample], rows.texts(sample)) for sample in range(len(rows.keys)))
     return references
 
 

@@ -6,49 +6,34 @@ process. Nothing of a tar is interpreted: the manifest says where a sample lies,
 they must be.
 """
 
+import logging
 import math
 import os
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 import xxhash
 
+from sat.data.rows import Places, Rows
 from sat.shards.features import NPY_HEADER, npy_header
 from sat.shards.manifest import Manifest
 from sat.shards.ranges import Range
 from sat.shards.retry import Result, io_error, retrying
 from sat.shards.store import RemoteStore, ShardStore
-from sat.shards.tar import TAR_BLOCK
+from sat.shards.tar import TAR_BLOCK, content_of, name_in, read_members, size_in
+
+logger = logging.getLogger(__name__)
 
 PAYLOAD = TAR_BLOCK + NPY_HEADER
 CACHED_ROWS = 200_000
-"""Samples whose manifest rows and encoded captions are kept per process (about 1 kB each)."""
+"""Samples whose manifest rows and encoded captions are kept per process (about 1 kB each); of others, see `rows`."""
 
 
 class BadSample(ValueError):
     """A sample whose bytes are not those that were written; the message names shard and key."""
-
-
-@dataclass(frozen=True)
-class Rows:
-    """The manifest's rows of one shard, made quick to index."""
-
-    name: str
-    data_set: int
-    """The first 64 bits of the data set's digest."""
-    keys: list[str]
-    image_ids: list[str]
-    offsets: list[int]
-    nbytes: list[int]
-    xxh3: list[int]
-    captions: pa.ListArray
-    encoded: dict[int, tuple[npt.NDArray[np.int32], int]] = field(default_factory=dict)
-    """Filled by `batch`: token ids of a sample's captions and the longest one's length, once they were encoded."""
 
 
 class SampleReader:
@@ -60,9 +45,11 @@ class SampleReader:
         self._retries = 0
         self._rows: OrderedDict[int, Rows] = OrderedDict()
         self._cached_rows = 0
+        self._places = _places_of(manifest) if manifest.shards.samples.sum() > CACHED_ROWS else None
         self._files: dict[int, int] = {}
         self._head = memoryview(bytearray(PAYLOAD))
         self._tail = memoryview(bytearray(1 << 16))
+        self._data_set = int(manifest.digest[:16], 16)
         self.spec = manifest.spec
         self._npy_header = b"" if self.spec is None else self.spec.npy_header
         """Comparing it spares parsing it (24 us a sample)."""
@@ -87,21 +74,36 @@ class SampleReader:
         if found is not None:
             self._rows.move_to_end(shard)
             return found
-        what = f"{self.manifest.root}: rows of shard {shard}"
-        table = self._retrying(lambda: self.store.rows(self.manifest, shard), what)
-        info = self.manifest.shards[shard]
-        columns = {"keys": "key", "image_ids": "image_id", "offsets": "offset", "nbytes": "nbytes", "xxh3": "xxh3"}
-        listed = {field: table[name].to_pylist() for field, name in columns.items()}
-        data_set, captions = int(self.manifest.digest[:16], 16), table["captions"].combine_chunks()
-        rows = Rows(info.name, data_set, captions=captions, **listed)
-        ends = [offset + nbytes for offset, nbytes in zip(rows.offsets, rows.nbytes, strict=True)]
-        if min(rows.offsets) < 0 or min(rows.nbytes) < TAR_BLOCK or max(ends) > info.bytes:
-            raise ValueError(f"{self.manifest.root}: {info.name}: the manifest places samples outside the shard")
+        rows = self._load_rows(shard)
+        if self._places is not None:
+            self._places.keep(shard, rows)
         self._rows[shard] = rows
         self._cached_rows += len(rows.keys)
         while self._cached_rows > CACHED_ROWS and len(self._rows) > 1:
             self._cached_rows -= len(self._rows.popitem(last=False)[1].keys)
         return rows
+
+    def _load_rows(self, shard: int) -> Rows:
+        what = f"{self.manifest.root}: rows of shard {shard}"
+        table = self._retrying(lambda: self.store.rows(self.manifest, shard), what)
+        info = self.manifest.shards[shard]
+        columns = {"keys": "key", "image_ids": "image_id", "offsets": "offset", "nbytes": "nbytes", "xxh3": "xxh3"}
+        listed = {field: table[name].to_pylist() for field, name in columns.items()}
+        rows = Rows(shard, self._data_set, captions=table["captions"].combine_chunks(), **listed)
+        ends = [offset + nbytes for offset, nbytes in zip(listed["offsets"], listed["nbytes"], strict=True)]
+        if min(listed["offsets"]) < 0 or min(listed["nbytes"]) < TAR_BLOCK or max(ends) > info.bytes:
+            raise ValueError(f"{self.manifest.root}: {info.name}: the manifest places samples outside the shard")
+        return rows
+
+    def _rows_of(self, shard: int, sample: int) -> Rows:
+        """Rows of a shard that hold at least the place of this sample. Raises as `rows` does."""
+        if shard in self._rows or self._places is None:
+            return self.rows(shard)
+        place = self._places.find(shard, sample)
+        if place is None:
+            return self.rows(shard)
+        offset, nbytes, xxh3 = ({sample: value} for value in place)
+        return Rows(shard, self._data_set, {}, {}, offset, nbytes, xxh3, {})
 
     def read_grid(self, shard: int, sample: int, out: memoryview) -> Rows:
         """Read and verify one feature sample; its grid's bytes (as stored) go to `out`, which they fill exactly.
@@ -109,7 +111,7 @@ class SampleReader:
         Returns the rows of its shard. Raises BadSample for damage and OSError where reading fails for good; `out` is
         then not to be used.
         """
-        rows = self.rows(shard)
+        rows = self._rows_of(shard, sample)
         rest = rows.nbytes[sample] - PAYLOAD - len(out)
         if rest < 0:
             raise self.bad(rows, sample, f"{rows.nbytes[sample]} bytes cannot hold a grid of {len(out)} and its .json")
@@ -117,6 +119,8 @@ class SampleReader:
             self._tail = memoryview(bytearray(rest))
         head, tail = self._head, self._tail[:rest]
         self._read(shard, rows, sample, [head, out, tail])
+        if not rows.whole:
+            self._meet(rows, sample, head, content_of(tail[-(NPY_HEADER + len(out)) % TAR_BLOCK :]))
         self._check_member(rows, sample, f"{rows.keys[sample]}.npy".encode(), head, len(out) + NPY_HEADER)
         if head[TAR_BLOCK:] != self._npy_header:
             assert self.spec is not None, "images have no grid"
@@ -131,14 +135,14 @@ class SampleReader:
         Their bytes (as stored) go to the beginning of `out`, the boxes to that of `boxes` [L, 4], zeros behind them.
         Raises as `read_grid` does.
         """
-        rows, spec = self.rows(shard), self.spec
+        rows, spec = self._rows_of(shard, sample), self.spec
         assert spec is not None and spec.kind == "regions"
         if len(self._whole) < rows.nbytes[sample]:
             self._whole = bytearray(rows.nbytes[sample])
         blob = memoryview(self._whole)[: rows.nbytes[sample]]
         self._read(shard, rows, sample, [blob])
-        digits = bytes(blob[124:135])
-        size = int(digits, 8) if digits.isdigit() else 0
+        self._meet_members(rows, sample, blob)
+        size = size_in(blob) or 0
         count = (size - NPY_HEADER) // (spec.dim * spec.stored.itemsize)
         if not 0 < count <= spec.max_regions:
             raise self.bad(rows, sample, f"an array of {size} bytes; expected 1 to {spec.max_regions} regions")
@@ -170,31 +174,49 @@ class SampleReader:
             raise self.bad(rows, sample, f"its .{extension} is not a {dtype} array of shape {shape}")
         return TAR_BLOCK + size
 
-    def read_picture(self, shard: int, sample: int) -> bytes:
-        """Read and verify one image sample; the bytes of its picture file. Raises as `read_grid` does."""
-        rows = self.rows(shard)
-        blob = bytearray(rows.nbytes[sample])
-        self._read(shard, rows, sample, [memoryview(blob)])
-        name = bytes(blob[:100]).partition(b"\0")[0]
-        digits = bytes(blob[124:135])
-        size = int(digits, 8) if digits.isdigit() else -1
-        if not name.startswith(f"{rows.keys[sample]}.".encode()) or not 0 <= size <= len(blob) - TAR_BLOCK:
+    def read_picture(self, shard: int, sample: int) -> tuple[Rows, bytes]:
+        """Read and verify one image sample; its rows and the bytes of its picture file. Raises as `read_grid` does."""
+        rows = self._rows_of(shard, sample)
+        blob = memoryview(bytearray(rows.nbytes[sample]))
+        self._read(shard, rows, sample, [blob])
+        self._meet_members(rows, sample, blob)
+        name, size = name_in(blob), size_in(blob)
+        if not name.startswith(f"{rows.keys[sample]}.".encode()) or size is None or size > len(blob) - TAR_BLOCK:
             raise self.bad(rows, sample, f"its place in the shard holds {name!r} of {size} bytes")
         self._check_member(rows, sample, name, blob, size)
-        return bytes(memoryview(blob)[TAR_BLOCK : TAR_BLOCK + size])
+        return rows, bytes(blob[TAR_BLOCK : TAR_BLOCK + size])
+
+    def _meet_members(self, rows: Rows, sample: int, blob: memoryview) -> None:
+        """Learn what a sample is, where only its place was known, from its verified members."""
+        if not rows.whole:
+            try:
+                text = read_members(blob, "its bytes").get("json", b"")
+            except ValueError as error:
+                raise self.bad(rows, sample, str(error)) from error
+            self._meet(rows, sample, blob, text)
+
+    def _meet(self, rows: Rows, sample: int, head: memoryview, text: bytes) -> None:
+        key = name_in(head).decode(errors="replace").partition(".")[0]
+        try:
+            rows.meet(sample, key, text)
+        except (ValueError, LookupError, TypeError) as error:
+            raise self.bad(rows, sample, f"its .json does not say what it is: {error!r}") from error
 
     def expect(self, shard: int, first: int, last: int) -> None:
         """Say that these samples are needed soon: the kernel or the cache of a remote source fetches them meanwhile."""
         if isinstance(self.store, RemoteStore):
             if shard not in self._files and not self.store.expect(self.manifest.shards[shard]):
-                rows = self.rows(shard)
-                end = rows.offsets[last] + rows.nbytes[last]
-                self.store.ranges.expect(Range(rows.name, rows.offsets[first], end))
-        elif shard in self._files and shard in self._rows:
-            rows, descriptor = self._rows[shard], self._files[shard]
-            begin, end = rows.offsets[first], rows.offsets[last] + rows.nbytes[last]
+                begin, end = self._span(shard, first, last)
+                self.store.ranges.expect(Range(self.manifest.shards[shard].name, begin, end))
+        elif shard in self._files and (shard in self._rows or self._places is not None):
+            descriptor, (begin, end) = self._files[shard], self._span(shard, first, last)
             if not _is_in_memory(descriptor, end - 1):
                 os.posix_fadvise(descriptor, begin, end - begin, os.POSIX_FADV_WILLNEED)
+
+    def _span(self, shard: int, first: int, last: int) -> tuple[int, int]:
+        """Where consecutive samples begin and end in their shard."""
+        end = self._rows_of(shard, last)
+        return self._rows_of(shard, first).offsets[first], end.offsets[last] + end.nbytes[last]
 
     def _read(self, shard: int, rows: Rows, sample: int, buffers: list[memoryview]) -> None:
         """Fill the buffers with the sample's verified bytes. Damage of a remote shard is fetched again, once."""
@@ -214,7 +236,7 @@ class SampleReader:
         """Drop what was fetched of a shard; where it was."""
         if shard in self._files:
             return store.forget(self.manifest.shards[shard], self._files[shard])
-        store.ranges.forget_file(rows.name)
+        store.ranges.forget_file(self.manifest.shards[shard].name)
         return "a byte range"
 
     def _read_verified(self, shard: int, rows: Rows, sample: int, buffers: list[memoryview]) -> None:
@@ -237,7 +259,8 @@ class SampleReader:
             if not io_error(error):
                 raise
             self._give_up_file(shard)
-        where = f"{rows.name}: key {rows.keys[sample]}"
+        name = self.manifest.shards[shard].name
+        where = f"{name}: key {rows.keys[sample]}" if rows.whole else f"{name}: sample {sample}"
         # A read may stop short for other reasons than the end of the file; reading on tells them apart.
         got = self._retrying(lambda: self._read_in_pieces(shard, buffers, offset), where, shard)
         if got != expected:
@@ -307,7 +330,8 @@ class SampleReader:
 
     def bad(self, rows: Rows, sample: int, problem: str) -> BadSample:
         """The error for one sample of a shard."""
-        return BadSample(f"{self.manifest.root}: {rows.name}: key {rows.keys[sample]}: {problem}")
+        key = (rows if rows.whole else self.rows(rows.shard)).keys[sample]
+        return BadSample(f"{self.manifest.root}: {self.manifest.shards[rows.shard].name}: key {key}: {problem}")
 
 
 def _is_in_memory(descriptor: int, offset: int) -> bool:
@@ -316,3 +340,12 @@ def _is_in_memory(descriptor: int, offset: int) -> bool:
         return os.preadv(descriptor, [bytearray(1)], offset, os.RWF_NOWAIT) == 1
     except OSError:
         return False
+
+
+def _places_of(manifest: Manifest) -> Places | None:
+    """Room for the places of all its samples; None where this machine has none."""
+    try:
+        return Places(manifest.shards.samples)
+    except OSError as error:
+        logger.warning("no temporary file can be made (%s): rows of samples are read again and again", error)
+        return None

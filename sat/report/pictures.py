@@ -68,6 +68,10 @@ def _shards_of(data: str) -> Manifest:
     raise ValueError(f"the image shards that {data} was made of do not lie beside it; give --pictures FOLDER")
 
 
+def _picture_of(reader: SampleReader, shard: int, row: int) -> bytes:
+    return reader.read_picture(shard, row)[1]
+
+
 def _of_shards(manifest: Manifest, split: str, image_ids: Collection[str]) -> dict[str, Source]:
     reader = SampleReader(manifest, make_store(manifest.root))
     shards = manifest.shards.of_split(split) if split in manifest.splits else range(len(manifest.shards))
@@ -75,5 +79,5 @@ def _of_shards(manifest: Manifest, split: str, image_ids: Collection[str]) -> di
     for shard in shards:
         for row, image in enumerate(reader.rows(shard).image_ids):
             if image in wanted:
-                found[image] = Source(image, partial(reader.read_picture, shard, row))
+                found[image] = Source(image, partial(_picture_of, reader, shard, row))
     return found

@@ -31,6 +31,10 @@ KEPT_GROUPS = 64
 """Decoded row groups of shards.parquet kept in memory."""
 
 
+KEPT_INFOS = 16_384
+"""Rows of shards.parquet kept in memory, at most 10 MB."""
+
+
 class ShardTable(Sequence[ShardInfo]):
     """The rows of `shards.parquet`: samples and splits in memory, the rest decoded by the row group when asked for.
 
@@ -41,6 +45,7 @@ class ShardTable(Sequence[ShardInfo]):
         """blob: the bytes of the table; without them it is read from the folder `root`."""
         self.root, self.blob = root, blob
         self._groups: dict[int, pa.Table] = {}
+        self._info = lru_cache(maxsize=KEPT_INFOS)(self._find_info)  # finding one takes 30 us
         self._metadata: Any = None  # pq.FileMetaData
         self._metadata = self._parquet(lambda table: table.metadata)
         self.samples, self._splits = self._parquet(_samples_and_splits)
@@ -75,7 +80,7 @@ class ShardTable(Sequence[ShardInfo]):
     def __iter__(self) -> Iterator[ShardInfo]:
         return (self[index] for index in range(len(self)))
 
-    def _info(self, index: int) -> ShardInfo:
+    def _find_info(self, index: int) -> ShardInfo:
         number, row = divmod(index, self._metadata.row_group(0).num_rows)
         group = self._groups.get(number)
         if group is None:

@@ -30,6 +30,22 @@ def sample_bytes(
     return b"".join(parts)
 
 
+def name_in(header: bytes | memoryview) -> bytes:
+    """The name that a tar header gives to its member."""
+    return bytes(header[:100]).partition(b"\0")[0]
+
+
+def size_in(header: bytes | memoryview) -> int | None:
+    """The size that a tar header gives to its member; None where it is no number."""
+    digits = bytes(header[124:135])
+    return int(digits, 8) if digits.isdigit() else None
+
+
+def content_of(member: memoryview) -> bytes:
+    """What a member holds that begins with its header; nothing where that gives no size."""
+    return bytes(member[TAR_BLOCK : TAR_BLOCK + (size_in(member) or 0)])
+
+
 def read_members(blob: bytes | memoryview, where: str) -> dict[str, bytes]:
     """Members of a sample by extension, from its bytes in the tar. Raises ValueError naming `where` on anything odd."""
     members: dict[str, bytes] = {}
