@@ -8,7 +8,7 @@ under way.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import pairwise
@@ -27,7 +27,9 @@ from preprocessing.features.statistics import merge_statistics, scale_of
 from preprocessing.features.weights import WEIGHTS_DIR, find_weights
 from preprocessing.sharding.finalize import finalize
 from preprocessing.sharding.jobs import Summary, in_process, parse_stripe, process_pool, run_shards, work_on
+from preprocessing.sharding.made_on import Machines
 from preprocessing.sharding.plan import Plan, PlannedShard, load_plan
+from preprocessing.sharding.rebuild import Before
 from preprocessing.sharding.write import is_finished
 from sat.machine import available_cores, keep_all_freed_memory
 from sat.shards.manifest import Manifest
@@ -40,7 +42,14 @@ _extractor: Extractor | None = None
 """Of a worker process; made by `_start_worker`."""
 
 
-def extract_stripe(plan: Plan, *, stripe: str = "0/1", num_workers: int = 0, decode_threads: int = 0) -> Summary:
+def extract_stripe(
+    plan: Plan,
+    *,
+    stripe: str = "0/1",
+    num_workers: int = 0,
+    decode_threads: int = 0,
+    before: Mapping[str, Before] | None = None,
+) -> Summary:
     """Write the shards of a stripe on this machine; 0 workers: two per GPU, or one on a CPU; 0 threads: by cores.
 
     torch is not even imported when all shards stand. Raises ValueError where this machine cannot compute as planned,
@@ -56,7 +65,7 @@ def extract_stripe(plan: Plan, *, stripe: str = "0/1", num_workers: int = 0, dec
     threads = decode_threads or max(1, available_cores() // len(devices))
     with progress_line(sum(shard.samples for shard in shards), "feature shards") as advance:
         if len(devices) == 1:
-            return _extract_here(plan, stripe, devices[0], threads, advance)
+            return _extract_here(plan, stripe, devices[0], threads, advance, before)
 
         def told(images: int, built: bool) -> None:
             advance(images)
@@ -64,17 +73,34 @@ def extract_stripe(plan: Plan, *, stripe: str = "0/1", num_workers: int = 0, dec
         places = get_context("spawn").Queue()
         for place in zip(devices, _core_groups(len(devices)), strict=True):
             places.put(place)
-        with process_pool(len(devices), plan, _build, _start_worker, (plan, places, threads)) as pool:
+        with process_pool(len(devices), plan, _build, _start_worker, (plan, places, threads, before)) as pool:
             return run_shards(plan, in_process, pool, stripe=stripe, slots=len(devices), progress=told)
 
 
 def finalize_features(plan: Plan) -> Manifest:
-    """Publish the feature data set with its statistics; raises as `finalize`."""
-    recipe, scale = recipe_of(plan), scale_of(plan)
-    return finalize(plan, lambda sidecars: merge_statistics(sidecars, recipe.statistics_splits, recipe.spec.dim, scale))
+    """Publish the feature data set with its statistics, and say where its shards were computed on several machines.
+
+    Raises as `finalize`.
+    """
+    recipe, scale, machines = recipe_of(plan), scale_of(plan), Machines()
+
+    def statistics(sidecars: Iterable[Sidecar]) -> bytes:
+        return merge_statistics(machines.counted(sidecars), recipe.statistics_splits, recipe.spec.dim, scale)
+
+    manifest = finalize(plan, statistics)
+    for line in machines.lines():
+        print(f"note: {plan.root}: {line}")
+    return manifest
 
 
-def _extract_here(plan: Plan, stripe: str, device: str, threads: int, advance: Callable[[int], None]) -> Summary:
+def _extract_here(
+    plan: Plan,
+    stripe: str,
+    device: str,
+    threads: int,
+    advance: Callable[[int], None],
+    before: Mapping[str, Before] | None,
+) -> Summary:
     def reused(images: int, built: bool) -> None:
         advance(0 if built else images)  # the extractor has told of the built ones, batch by batch
 
@@ -83,7 +109,7 @@ def _extract_here(plan: Plan, stripe: str, device: str, threads: int, advance: C
         _extractor_of(plan, device, threads) as extractor,
         ThreadPoolExecutor(SHARDS_UNDER_WAY, thread_name_prefix="shard") as pool,
     ):
-        extractor.progress = advance
+        extractor.progress, extractor.before = advance, before
         work = partial(work_on, plan, extractor.build)
         return run_shards(plan, work, pool, stripe=stripe, slots=SHARDS_UNDER_WAY, progress=reused)
 
@@ -92,7 +118,9 @@ def _extractor_of(plan: Plan, device: str, threads: int) -> Extractor:
     return Extractor(plan, recipe_of(plan), source_of(plan), scale_of(plan), device, threads)
 
 
-def _start_worker(plan: Plan, places: "Queue[tuple[str, list[int]]]", threads: int) -> None:
+def _start_worker(
+    plan: Plan, places: "Queue[tuple[str, list[int]]]", threads: int, before: Mapping[str, Before] | None
+) -> None:
     """Take a device and a group of cores (before torch counts them), in a worker process."""
     global _extractor
     keep_all_freed_memory()
@@ -100,6 +128,7 @@ def _start_worker(plan: Plan, places: "Queue[tuple[str, list[int]]]", threads: i
     if device == "cpu":
         os.sched_setaffinity(0, cores)
     _extractor = _extractor_of(plan, device, threads)
+    _extractor.before = before
 
 
 def _build(plan: Plan, shard: PlannedShard) -> Sidecar:

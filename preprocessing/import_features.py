@@ -26,7 +26,7 @@ from preprocessing.importing.sources import open_source
 from preprocessing.sharding.finalize import finalize
 from preprocessing.sharding.jobs import Summary, run_stripe
 from preprocessing.sharding.plan import ImportSettings, Plan, PlannedShard, load_plan
-from preprocessing.sharding.records import at_most_bad
+from preprocessing.sharding.rebuild import Before, as_before
 from preprocessing.sharding.write import Sample, write_shard
 from sat.machine import available_cores
 from sat.shards.features import FeatureSpec
@@ -34,14 +34,14 @@ from sat.shards.manifest import Manifest
 from sat.shards.schema import LeftOut, Sidecar
 
 
-def build_imported_shard(plan: Plan, shard: PlannedShard, most_bad: Mapping[str, int] | None = None) -> Sidecar:
+def build_imported_shard(plan: Plan, shard: PlannedShard, before: Mapping[str, Before] | None = None) -> Sidecar:
     """Write one shard of imported features; returns its sidecar.
 
-    Raises ValueError or OSError, and publishes nothing, when the files are not the planned ones or more are bad than
-    `most_bad` allows for this shard.
+    Raises ValueError or OSError, and publishes nothing, when the files are not the planned ones or not as the shard was
+    `before`.
     """
     sums = ChannelSums(spec_of(plan).dim)
-    samples = at_most_bad(_samples(plan, shard, sums), most_bad, plan.root / shard.name)
+    samples = as_before(_samples(plan, shard, sums), before, plan.root / shard.name)
     return write_shard(plan.root, shard, plan.digest, samples, extra=lambda: sums.extra(shard.name))
 
 
@@ -51,10 +51,10 @@ def import_stripe(
     stripe: str = "0/1",
     num_workers: int = 1,
     max_bad_fraction: float = 1.0,
-    most_bad: Mapping[str, int] | None = None,
+    before: Mapping[str, Before] | None = None,
 ) -> Summary:
     """Write the shards of a stripe in `num_workers` processes; raises as `run_shards` and `build_imported_shard` do."""
-    build = partial(build_imported_shard, most_bad=most_bad)
+    build = partial(build_imported_shard, before=before)
     return run_stripe(plan, build, "feature shards", stripe, num_workers, max_bad_fraction)
 
 
@@ -91,7 +91,7 @@ def _samples(plan: Plan, shard: PlannedShard, sums: ChannelSums) -> Iterator[Sam
         sums.add(fitted.values)
         width, height = (record.width, record.height) if record.width else found.size
         more = {} if fitted.boxes is None else {"boxes.npy": FeatureSpec.boxes_bytes(fitted.boxes)}
-        yield Sample(record, spec.npy_bytes(fitted.stored), "npy", width, height, more)
+        yield Sample(record, spec.npy_bytes(fitted.stored), "npy", width, height, more, spec.about_values)
 
 
 def _about(plan: Plan) -> str:

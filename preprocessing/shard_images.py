@@ -22,8 +22,9 @@ from preprocessing.console import Step, refuse_urls, run
 from preprocessing.sharding.finalize import finalize
 from preprocessing.sharding.jobs import Summary, run_stripe
 from preprocessing.sharding.ownership import publish_plan
-from preprocessing.sharding.plan import ImageSettings, Plan, PlannedShard, load_plan
-from preprocessing.sharding.records import at_most_bad, check_left_out, plan_records
+from preprocessing.sharding.plan import WRITER, ImageSettings, Plan, PlannedShard, load_plan
+from preprocessing.sharding.rebuild import Before, as_before
+from preprocessing.sharding.records import check_left_out, plan_records
 from preprocessing.sharding.write import Sample, write_shard
 from sat.machine import available_cores
 from sat.shards.location import read_retrying
@@ -34,8 +35,6 @@ UNPACKED = "unpacked"
 """Folder, inside that of the shards, for the pictures of containers (Parquet, tar)."""
 GONE = "file gone since the plan"
 """Reason to leave a picture out."""
-WRITER = 1
-"""Version of what is written for given inputs; part of the fingerprint."""
 
 
 def plan_images(
@@ -60,15 +59,15 @@ def plan_images(
     return publish_plan(plan, groups, overwrite)
 
 
-def build_image_shard(plan: Plan, shard: PlannedShard, most_bad: Mapping[str, int] | None = None) -> Sidecar:
+def build_image_shard(plan: Plan, shard: PlannedShard, before: Mapping[str, Before] | None = None) -> Sidecar:
     """Write one shard of pictures; returns its sidecar.
 
     Raises ValueError or OSError, and publishes nothing, when the pictures are not the planned ones (a folder that is
-    not mounted must not become a finished shard of nothing) or more are bad than `most_bad` allows for this shard.
+    not mounted must not become a finished shard of nothing) or not as the shard was `before`.
     """
     check_pictures(plan)
     notes: Counter[str] = Counter()
-    samples = at_most_bad(_samples(plan, shard, notes), most_bad, plan.root / shard.name)
+    samples = as_before(_samples(plan, shard, notes), before, plan.root / shard.name)
     return write_shard(
         plan.root, shard, plan.digest, samples, lambda: {"notes": dict(sorted(notes.items()))} if notes else {}
     )
@@ -87,10 +86,10 @@ def shard_stripe(
     stripe: str = "0/1",
     num_workers: int = 1,
     max_bad_fraction: float = 1.0,
-    most_bad: Mapping[str, int] | None = None,
+    before: Mapping[str, Before] | None = None,
 ) -> Summary:
     """Write the shards of a stripe with `num_workers` processes; raises as `run_shards` and `build_image_shard` do."""
-    build = partial(build_image_shard, most_bad=most_bad)
+    build = partial(build_image_shard, before=before)
     return run_stripe(plan, build, "image shards", stripe, num_workers, max_bad_fraction)
 
 

@@ -2,10 +2,11 @@
 
     python -m preprocessing.verify_shards data/coco/images data/coco/features --repair
 
-The surprising decision: a rebuilt shard goes through the very job that wrote it. Where it comes out with the recorded
-bytes, as it does from the same pictures on the same kind of machine, the manifest does not change; else a new one is
-published and the data set has a new digest. A damaged tar stays until its successor is whole: where the pictures are
-gone, its sound samples are all there is. Files that are no part of the data set are told, never touched.
+The surprising decision: a rebuilt shard goes through the very job that wrote it. It has to come out with the recorded
+bytes, as it does from the same pictures on the same kind of machine; else it is refused, unless --allow-new-bytes says
+otherwise: then a new manifest is published, and the data set has a new digest. A damaged tar stays until its successor
+is whole: where the pictures are gone, its sound samples are all there is. Files that are no part of the data set are
+told, never touched.
 """
 
 import json
@@ -24,6 +25,7 @@ from preprocessing.features.weights import check_planned
 from preprocessing.import_features import check_source, finalize_import, import_stripe
 from preprocessing.shard_images import check_pictures, shard_stripe
 from preprocessing.sharding.finalize import check_same_set, finalize, withdraw_manifest
+from preprocessing.sharding.made_on import MADE_ON
 from preprocessing.sharding.ownership import check_stands, exclusive
 from preprocessing.sharding.plan import (
     LEFT_OUT,
@@ -35,6 +37,7 @@ from preprocessing.sharding.plan import (
     PlannedShard,
     load_plan,
 )
+from preprocessing.sharding.rebuild import ALLOW, Before
 from preprocessing.sharding.verify import (
     Fault,
     RecordedShard,
@@ -53,13 +56,20 @@ from sat.shards.sealed import seal
 
 
 def repair(
-    root: Path, report: Report, *, images: Path | None = None, weights: Path | None = None, num_workers: int = 1
+    root: Path,
+    report: Report,
+    *,
+    images: Path | None = None,
+    weights: Path | None = None,
+    num_workers: int = 1,
+    new_bytes: bool = False,
 ) -> None:
     """Build the shards that the report names again, and the tables where they or the shards' bytes have changed.
 
-    `images` and `weights` replace the paths the plan remembers. Raises ValueError when the plan is lost, when the
-    sources are missing, are not the planned ones or would give fewer samples than before, and what the jobs raise: then
-    nothing is lost that was there.
+    `images` and `weights` replace the paths the plan remembers; with `new_bytes` samples may come out with other bytes
+    than were recorded. Raises ValueError when the plan is lost, when the sources are missing, are not the planned ones
+    or would give fewer samples or (without `new_bytes`) other ones, and what the jobs raise: then nothing is lost that
+    was there.
     """
     plan = load_plan(root)
     check_same_set(plan)
@@ -74,8 +84,8 @@ def repair(
         sound = recorded.keys() - damaged
         shards = [s for s in shards if s.name not in sound or not _restore_sidecar(plan, s, manifest, recorded[s.name])]
     if shards:
-        most_bad = {shard.name: _recorded_bad(plan, shard, manifest, recorded) for shard in shards}
-        _rebuild(plan, shards, most_bad, num_workers)
+        before = {shard.name: _before(plan, shard, manifest, recorded, new_bytes) for shard in shards}
+        _rebuild(plan, shards, before, num_workers)
     if faults:
         withdraw_manifest(plan)
     {"images": finalize, "features": finalize_features, "imported": finalize_import}[plan.kind](plan)
@@ -150,17 +160,25 @@ def _restore_sidecar(plan: Plan, shard: PlannedShard, manifest: Manifest, index:
     return True
 
 
-def _recorded_bad(plan: Plan, shard: PlannedShard, manifest: Manifest | None, recorded: dict[str, int]) -> int:
-    """How many pictures were left out of a shard, by its sidecar or else by the manifest; 0 when both are lost."""
-    sidecar = _sidecar_of(plan, shard)
-    if sidecar is not None:
-        return len(sidecar.left_out)
-    if manifest is None:
-        return 0
-    return shard.samples - (manifest.shards[recorded[shard.name]].samples if shard.name in recorded else 0)
+def _before(
+    plan: Plan, shard: PlannedShard, manifest: Manifest | None, recorded: dict[str, int], new_bytes: bool
+) -> Before:
+    """What a shard was, by the manifest and by its sidecar; where both are lost, nothing was left out."""
+    sidecar, index = _sidecar_of(plan, shard), recorded.get(shard.name)
+    try:
+        rows = sample_rows(manifest.rows(index)) if manifest is not None and index is not None else None
+    except ValueError:  # its table is damaged
+        rows = None
+    if rows is None and sidecar is not None:
+        rows = list(sidecar.rows)
+    kept = 0 if index is None or manifest is None else manifest.shards[index].samples
+    left_out = len(sidecar.left_out) if sidecar is not None else 0 if manifest is None else shard.samples - kept
+    samples = {} if new_bytes or rows is None else {row.key: row.xxh3 for row in rows}
+    unknown = "a machine that is not known any more" if plan.kind == "features" else ""
+    return Before(left_out, samples, unknown if sidecar is None else sidecar.extra.get(MADE_ON, unknown))
 
 
-def _rebuild(plan: Plan, shards: list[PlannedShard], most_bad: dict[str, int], num_workers: int) -> None:
+def _rebuild(plan: Plan, shards: list[PlannedShard], before: dict[str, Before], num_workers: int) -> None:
     """Build shards again. Only their sidecars are taken away before, and put back where the job fails.
 
     Both are done as the owner of the folder: not where another plan stands by now.
@@ -176,11 +194,11 @@ def _rebuild(plan: Plan, shards: list[PlannedShard], most_bad: dict[str, int], n
     sidecars = _take_sidecars(plan, shards)
     try:
         if plan.kind == "images":
-            shard_stripe(plan, num_workers=num_workers, most_bad=most_bad)
+            shard_stripe(plan, num_workers=num_workers, before=before)
         elif plan.kind == "imported":
-            import_stripe(plan, num_workers=num_workers, most_bad=most_bad)
+            import_stripe(plan, num_workers=num_workers, before=before)
         else:
-            extract_stripe(plan)
+            extract_stripe(plan, before=before)
     except Exception:
         with exclusive(plan.root):
             check_stands(plan.root, plan.digest)
@@ -212,6 +230,8 @@ def _check(root: Path, num_workers: int) -> Report:
         print(f"FAULT {root}/{fault}")
     for name in report.foreign:
         print(f"note: {root}/{name} is not part of the data set")
+    for note in report.notes:
+        print(f"note: {root}: {note}")
     state = f"{len(report.faults)} faults" if report.faults else "sound"
     print(f"{root}: {state}, {report.shards} shards, {report.bytes / 1e6:.1f} MB")
     return report
@@ -224,6 +244,10 @@ def main(
         Path | None, typer.Option(help="with --repair: where the pictures, image shards or imported features are now")
     ] = None,
     weights: Annotated[Path | None, typer.Option(help="with --repair: where the encoder weights are now")] = None,
+    new_bytes: Annotated[
+        bool,
+        typer.Option(ALLOW, help="with --repair: take what comes out with other bytes; the set has a new digest"),
+    ] = False,
     num_workers: Annotated[
         int, typer.Option(min=0, help="hashing threads, and processes of a repair; 0: by cores")
     ] = 0,
@@ -234,7 +258,7 @@ def main(
     for root in folders:
         report = _check(root, num_workers)
         if report.faults and repair_faults:
-            repair(root, report, images=images, weights=weights, num_workers=num_workers)
+            repair(root, report, images=images, weights=weights, num_workers=num_workers, new_bytes=new_bytes)
             report = _check(root, num_workers)
         left += len(report.faults)
     if left:

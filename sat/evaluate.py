@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated
@@ -12,7 +12,7 @@ import typer
 from sat import files
 from sat.cli import run_program
 from sat.config import Config
-from sat.data.loader import read_references
+from sat.data.loader import read_number_ids, read_references
 from sat.engine import losses
 from sat.engine.processes import Interrupted, Processes
 from sat.engine.start import start
@@ -180,7 +180,8 @@ def report(job: Job, result: Evaluation) -> None:
         search=search | {"precision": job.precision},
     )
     print(json.dumps(found.to_document(), indent=1), flush=True)  # first: whatever becomes of the files
-    written = keep(job.out, found, {"model": result.captions} | blind)
+    number_ids = read_number_ids(job.manifest, job.split, job.config.data)
+    written = keep(job.out, found, {"model": result.captions} | blind, number_ids)
     write_table(table_file(job.out, job.split), result.table)
     if job.search.keep_attention:
         write_attention(job.out / f"attention-{job.split}.npz", result.predictions, job.trained[0].features)
@@ -230,13 +231,15 @@ def score_baselines(
     return found, {REFERENCE: dict(human.captions)}
 
 
-def keep(folder: Path, report: Report, captions: Mapping[str, Mapping[str, str]]) -> list[Path]:
+def keep(
+    folder: Path, report: Report, captions: Mapping[str, Mapping[str, str]], number_ids: Collection[str]
+) -> list[Path]:
     """Write scores and captions into the folder; the files of the scores and of the model's captions.
 
-    `captions`: those of `model` and of each baseline, by image.
+    `captions`: those of `model` and of each baseline, by image; `number_ids`: the images whose id is a whole number.
     """
     for name, each in captions.items():
-        write_captions(captions_file(folder, report.split, name), each)
+        write_captions(captions_file(folder, report.split, name), each, number_ids)
     scores = folder / f"evaluation-{report.split}.json"
     files.write_json(scores, report.to_document())
     return [scores, captions_file(folder, report.split)]

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from sat import files
 from sat.config import Config
+from sat.data.loader import read_number_ids
 from sat.engine.beside import Beside
 from sat.engine.processes import Interrupted
 from sat.evaluation.metrics import Scores, score
@@ -136,7 +137,8 @@ class Evaluations:
         run, data = self.run, self.data
         with kept_if_possible(f"the captions of step {done.step}"):
             captions = run.folder / "captions" / f"step-{done.step:08d}.json"
-            write_captions(captions, done.captions)
+            number_ids = read_number_ids(data.main, done.split, data.reading.options)
+            write_captions(captions, done.captions, number_ids)
             run.keep_artifact(captions, "captions")
         exported = not better
         if better:

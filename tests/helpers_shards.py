@@ -65,7 +65,7 @@ def make_feature_dataset(
             members.append(indices)
     spec = FeatureSpec("grid", grid, dim, dtype, encoder=None, transform=None)
     fingerprint = {"name": name} | spec.to_fingerprint()
-    plan = publish_plan(Plan(root, fingerprint, FeatureSettings("", "", 1), tuple(shards)))
+    plan = publish_plan(Plan(root, fingerprint, FeatureSettings("", ""), tuple(shards)))
     for shard, indices in zip(shards, members, strict=True):
         sums = ChannelSums(dim)
         samples = []
@@ -74,7 +74,7 @@ def make_feature_dataset(
             sums.add(restore(stored, dtype, scale))
             key = f"{shard.split}-{index}"
             record = ImageRecord(key, f"{key}.jpg", shard.split, tuple(captions(shard.split, index)), key)
-            samples.append(Sample(record, spec.npy_bytes(stored), "npy", 64, 48))
+            samples.append(Sample(record, spec.npy_bytes(stored), "npy", 64, 48, about=spec.about_values))
         write_shard(root, shard, plan.digest, samples, extra=sums.to_json)
     return finalize(plan, lambda sidecars: merge_statistics(sidecars, ["train"], dim, scale))
 

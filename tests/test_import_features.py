@@ -289,9 +289,8 @@ def test_regions_keep_their_number_and_their_boxes(tmp_path):
     for sample in webdataset.WebDataset(urls, shardshuffle=False):
         about = json.loads(sample["json"])
         found[about["image_id"]] = (read_npy(sample["npy"]), read_npy(sample["boxes.npy"]), about)
-    assert sorted(found) == sorted(str(number) for number, name in ids_of({"train": tmp_path / "captions_train.json"}))
-    for image_id, (values, boxes, about) in found.items():
-        number = int(image_id)
+    assert sorted(found) == sorted(number for number, name in ids_of({"train": tmp_path / "captions_train.json"}))
+    for number, (values, boxes, about) in found.items():
         assert np.array_equal(values, values_of(number, regions_of(number)))
         assert boxes.dtype == np.float32 and np.allclose(boxes, boxes_of(number, regions_of(number)), atol=1e-6)
         assert (about["width"], about["height"]) == (WIDTH, HEIGHT)

@@ -168,10 +168,13 @@ def test_what_is_read_at_the_start_is_tried_again_too(root, monkeypatch, code, c
 
 def test_every_value_of_a_row_is_covered_by_the_digest():
     row = {"key": "a", "image_id": "b", "file_name": "c", "split": "d", "shard": "e", "offset": 0, "nbytes": 1}
-    row |= {"xxh3": 2, "captions": ["f", "gh"], "width": 3, "height": 4}
+    row |= {"xxh3": 2, "captions": ["f", "gh"], "width": 3, "height": 4, "id_is_number": False}
     variants = [row] + [
-        {**row, name: row[name] + ("x" if isinstance(row[name], str) else 1)} for name in row if name != "captions"
+        {**row, name: row[name] + ("x" if isinstance(row[name], str) else 1)}
+        for name in row
+        if name not in ("captions", "id_is_number")
     ]
+    variants.append({**row, "id_is_number": True})
     variants += [{**row, "captions": texts} for texts in ([], ["f"], ["fg", "h"], ["f", "gh", ""])]
     digests = {rows_digest(pa.Table.from_pylist([variant], SAMPLES_SCHEMA)) for variant in variants}
     assert len(digests) == len(variants)

@@ -289,12 +289,12 @@ def test_planning_again_writes_nothing_while_workers_and_finalize_are_busy(coco,
     assert snapshot(tmp_path / "images") == snapshot(undisturbed)
 
 
-def features_plan(root: Path, value: int = 1, batch_size: int = 1) -> Plan:
-    return Plan(root, {"a": value}, FeatureSettings("", "", batch_size), ())
+def features_plan(root: Path, value: int = 1, weights: str = "1") -> Plan:
+    return Plan(root, {"a": value}, FeatureSettings("", weights), ())
 
 
 def test_a_plan_published_by_another_run_meanwhile_is_kept(tmp_path, monkeypatch):
-    ours, theirs = (features_plan(tmp_path, batch_size=size) for size in (1, 2))
+    ours, theirs = (features_plan(tmp_path, weights=file) for file in "12")
     path, published = tmp_path / "work" / "plan.json", []
 
     def publish_theirs(*_: object) -> None:
@@ -314,12 +314,12 @@ def assert_not(wrong: bool) -> None:
 
 
 def test_a_plan_that_is_replaced_is_synced_first(tmp_path, monkeypatch):
-    publish_plan(features_plan(tmp_path, batch_size=1))
+    publish_plan(features_plan(tmp_path, weights="1"))
     synced, replaced, replace = [], [], os.replace
     monkeypatch.setattr(files, "sync", synced.append)
     monkeypatch.setattr(os, "replace", lambda old, new: (replaced.append(old), replace(old, new)))
-    publish_plan(features_plan(tmp_path, batch_size=2))
-    assert load_plan(tmp_path).settings.batch_size == 2 and len(replaced) == 1 and replaced[0] in synced
+    publish_plan(features_plan(tmp_path, weights="2"))
+    assert load_plan(tmp_path).settings.weights == "2" and len(replaced) == 1 and replaced[0] in synced
 
 
 def test_a_full_disk_ends_the_job_cleanly_and_a_later_run_goes_on(coco, undisturbed, tmp_path):

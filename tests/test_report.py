@@ -102,7 +102,7 @@ def make_run(folder: Path, data: Path, gain: float = 0.0, rate: float = 0.001, d
         ids, tuple(captions), sure, np.ones(COUNT, bool), {"CIDEr": cider}, counts, values, digest, {"CIDEr": NASTY}
     )
     write_table(folder / f"scores-{SPLIT}.parquet", table)
-    write_captions(folder / f"captions-{SPLIT}.json", dict(zip(ids, captions)))
+    write_captions(folder / f"captions-{SPLIT}.json", dict(zip(ids, captions)), ())
     document = {
         "split": SPLIT,
         "images": COUNT,
@@ -380,7 +380,7 @@ def test_a_users_mistake_is_named(root, tmp_path):
     with pytest.raises(ValueError, match=r"attention-val\.npz is of another evaluation than"):
         main([run], split=SPLIT)
     (run / f"attention-{SPLIT}.npz").unlink()
-    write_captions(run / f"captions-{SPLIT}.json", {f"{SPLIT}-0": "something else"})
+    write_captions(run / f"captions-{SPLIT}.json", {f"{SPLIT}-0": "something else"}, ())
     with pytest.raises(ValueError, match=r"scores-val\.parquet is of another evaluation than .*captions-val\.json"):
         main([run], split=SPLIT)
     (run / f"captions-{SPLIT}.json").write_text("{}]")

@@ -40,6 +40,7 @@ ROW = st.builds(
     captions=st.lists(TEXT, max_size=3).map(tuple),
     width=st.integers(0, 2**31 - 1),
     height=st.integers(0, 2**31 - 1),
+    id_is_number=st.booleans(),
 )
 SIDECAR = st.builds(
     Sidecar,
@@ -62,7 +63,7 @@ def test_a_sidecar_survives_its_file(sidecar):
 
 
 def test_the_document_of_a_sidecar_is_the_one_on_disk():
-    row = SampleRow("k", "i", "f.jpg", "train", "train-000000.tar", 0, 1536, 7, ("a b",), 3, 4)
+    row = SampleRow("k", "i", "f.jpg", "train", "train-000000.tar", 0, 1536, 7, ("a b",), 3, 4, True)
     sidecar = Sidecar("train-000000.tar", "train", "p", 1, 2560, "s", (row,), (LeftOut("j", "g.jpg", "empty file"),))
     assert sidecar.to_document() == {
         "shard": "train-000000.tar",
@@ -73,7 +74,15 @@ def test_the_document_of_a_sidecar_is_the_one_on_disk():
         "sha256": "s",
         "rows": [
             {"key": "k", "image_id": "i", "file_name": "f.jpg", "split": "train", "shard": "train-000000.tar"}
-            | {"offset": 0, "nbytes": 1536, "xxh3": 7, "captions": ["a b"], "width": 3, "height": 4}
+            | {
+                "offset": 0,
+                "nbytes": 1536,
+                "xxh3": 7,
+                "captions": ["a b"],
+                "width": 3,
+                "height": 4,
+                "id_is_number": True,
+            }
         ],
         "left_out": [{"image_id": "j", "file_name": "g.jpg", "reason": "empty file", "detail": ""}],
         "extra": {},
@@ -100,7 +109,7 @@ def digest_value_by_value(rows):
             blobs = [text.encode() for text in values]
             digest.update(struct.pack(f"<{len(blobs)}q", *map(len, blobs)) + b"".join(blobs))
         else:
-            code = {pa.int32(): "i", pa.int64(): "q", pa.uint64(): "Q"}[column.type]
+            code = {pa.int32(): "i", pa.int64(): "q", pa.uint64(): "Q", pa.bool_(): "?"}[column.type]
             digest.update(struct.pack(f"<{len(values)}{code}", *values))
     return digest.digest()
 

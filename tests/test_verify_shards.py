@@ -14,6 +14,7 @@ from preprocessing.features.recipe import FeatureOptions
 from preprocessing.shard_images import shard_stripe
 from preprocessing.sharding import verify as verify_module
 from preprocessing.sharding.finalize import finalize
+from preprocessing.sharding.made_on import Machines
 from preprocessing.sharding.plan import load_plan
 from preprocessing.sharding.verify import check_shard, recorded_bytes, verify
 from preprocessing.verify_shards import repair
@@ -147,14 +148,18 @@ def test_feature_shards_and_statistics_are_repaired_from_the_image_shards(made, 
 
 
 @pytest.mark.faults
-def test_rebuilding_from_other_pictures_publishes_another_data_set(made, images, tmp_path):
+def test_rebuilding_from_other_pictures_publishes_another_data_set_only_where_that_is_wanted(made, images, tmp_path):
     digest = load_manifest(images).digest
     shutil.copytree(made / "coco" / "images", tmp_path / "pictures")
     row = one_row(images, shard=0, row=0)
     path = tmp_path / "pictures" / row["file_name"]
     flip_bit(path, 8 * 15)  # the density of its pixels: another file of the same size that decodes
     (images / row["shard"]).unlink()
-    repair(images, verify(images), images=tmp_path / "pictures")
+    before = snapshot(images)
+    with pytest.raises(ValueError, match=rf"{row['shard']}: key {row['key']} .* other bytes .* --allow-new-bytes"):
+        repair(images, verify(images), images=tmp_path / "pictures")
+    assert snapshot(images) == before
+    repair(images, verify(images), images=tmp_path / "pictures", new_bytes=True)
     assert not verify(images).faults and load_manifest(images).digest != digest
 
 
@@ -236,7 +241,7 @@ def test_what_a_progress_line_needs_is_had_without_hashing_the_tables(images, mo
 
 
 def test_the_rows_of_sidecars_are_read_when_asked_for_and_not_kept(images):
-    (shard, *_), faults = verify_module._check_sidecars(load_plan(images), {})
+    (shard, *_), faults = verify_module._check_sidecars(load_plan(images), {}, Machines())
     assert not faults and len(shard.rows()) == 5
     shutil.rmtree(images / "work")
     with pytest.raises(ValueError, match="vanished"):

@@ -23,14 +23,16 @@ def is_coco(source: Source) -> str:
 def read_coco(source: Source) -> Iterator[Entry]:
     """Captions in the order of their annotation ids; the same id with the same text counts once."""
     path, captions = source.path, _captions_by_image(source)
-    images = [(id_of(image["id"], f"{path}: an image"), image) for image in source.document["images"]]
+    images = [
+        (id_of(image["id"], f"{path}: an image", source.number_ids), image) for image in source.document["images"]
+    ]
     unknown = captions.keys() - {image_id for image_id, _ in images}
     if unknown:
         raise ValueError(f"{path}: captions of image {min(unknown)}, which is not among its images")
     for image_id, image in images:
         name = file_name_of(image["file_name"], f"{path}: image {image_id}")
         about = (image_id, name, source.split or "train", captions.get(image_id, ()), _folders(source))
-        yield Entry(*about, size=_size_of(image))
+        yield Entry(*about, size=_size_of(image), id_is_number=source.number_ids[image_id])
 
 
 def _size_of(image: Mapping[str, Any]) -> tuple[int, int]:
@@ -45,7 +47,7 @@ def _captions_by_image(source: Source) -> dict[str, tuple[str, ...]]:
     found: dict[str, list[tuple[tuple[bool, Any], str]]] = {}
     seen = set()
     for annotation in source.document["annotations"]:
-        image_id = id_of(annotation["image_id"], f"{source.path}: a caption")
+        image_id = id_of(annotation["image_id"], f"{source.path}: a caption", source.number_ids)
         captions = found.setdefault(image_id, [])
         if _is_rejected(annotation, source):
             continue
@@ -86,9 +88,10 @@ def is_image_info(source: Source) -> str:
 def read_image_info(source: Source) -> Iterator[Entry]:
     """Pictures to be captioned."""
     for image in source.document["images"]:
-        image_id = id_of(image["id"], f"{source.path}: an image")
+        image_id = id_of(image["id"], f"{source.path}: an image", source.number_ids)
         name = file_name_of(image["file_name"], f"{source.path}: image {image_id}")
-        yield Entry(image_id, name, source.split or "test", (), _folders(source), captioned=False)
+        about = (image_id, name, source.split or "test", (), _folders(source))
+        yield Entry(*about, captioned=False, id_is_number=source.number_ids[image_id])
 
 
 def _folders(source: Source) -> tuple[str, ...]:
@@ -108,10 +111,12 @@ def read_karpathy(source: Source) -> Iterator[Entry]:
     for image in source.document["images"]:
         name = file_name_of(image["filename"], f"{source.path}: an image")
         where = f"{source.path}: image {name}"
-        image_id = id_of(image["cocoid"], where) if "cocoid" in image else PurePosixPath(name).stem
+        cocoid = image.get("cocoid")
+        image_id = PurePosixPath(name).stem if "cocoid" not in image else id_of(cocoid, where, source.number_ids)
         path = str(PurePosixPath(image.get("filepath") or "") / name)
         texts = (caption for each in image["sentences"] for caption in captions_of(each["raw"], where, source.notes))
-        yield Entry(image_id, path, file_name_of(image["split"], f"{where}, its split"), tuple(texts), ("",))
+        split, is_number = file_name_of(image["split"], f"{where}, its split"), source.number_ids.get(image_id, False)
+        yield Entry(image_id, path, split, tuple(texts), ("",), id_is_number=is_number)
 
 
 def _list(source: Source, key: str) -> list[Any]:

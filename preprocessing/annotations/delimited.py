@@ -2,9 +2,9 @@
 
 import csv
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
-from preprocessing.annotations.entry import Entry, Source, parse
+from preprocessing.annotations.entry import Entry, Source, is_number, parse
 from preprocessing.annotations.rows import Columns, columns_of, entries_of
 
 DELIMITERS = {",": "commas", "\t": "tabs", "|": "|", ";": "semicolons"}
@@ -17,12 +17,15 @@ def is_table(source: Source) -> str:
 
 
 def read_table(source: Source) -> Iterator[Entry]:
-    """A row per picture or per caption; raises ValueError naming the line."""
+    """A row per picture or per caption; a column of ids is one of whole numbers where all are. ValueError by line."""
     found = _header(source)
     if found is None:
         raise ValueError(f"{source.path}: its first line is no header that names a picture and a caption")
     delimiter, columns = found
-    yield from entries_of(_rows(source, delimiter, columns), source, "line")
+    rows = list(_rows(source, delimiter, columns))
+    if columns.image_id and all(is_number(str(row[columns.image_id])) for _, row in rows):
+        rows = [(number, row | {columns.image_id: int(str(row[columns.image_id]))}) for number, row in rows]
+    yield from entries_of(rows, source, "line")
 
 
 def _header(source: Source) -> tuple[str, Columns] | None:
@@ -40,7 +43,7 @@ def _names(line: str, delimiter: str) -> list[str]:
     return [name.strip().strip('"').strip() for name in line.split(delimiter)]
 
 
-def _rows(source: Source, delimiter: str, columns: Columns) -> Iterator[tuple[int, Mapping[str, object]]]:
+def _rows(source: Source, delimiter: str, columns: Columns) -> Iterator[tuple[int, dict[str, object]]]:
     header: list[str] = []
     for number, values in _lines(source, delimiter):
         if not header:

@@ -45,6 +45,8 @@ class Entry:
     """Its bytes are in the annotation file, which is a container of pictures; unpacked, it lies below `unpack_to`."""
     size: tuple[int, int] = (0, 0)
     """Width and height in pixels, where the file says them."""
+    id_is_number: bool = False
+    """The file has the image id as a whole number, not as text."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,8 @@ class Source:
     """Keep the captions that the makers of VizWiz rejected or wrote beforehand."""
     notes: Counter[str] = field(default_factory=Counter)
     """Counts worth telling, of what was left out or changed."""
+    number_ids: dict[str, bool] = field(default_factory=dict)
+    """Whether an image id that was met is a whole number in its file, else text."""
 
     @cached_property
     def text(self) -> str:
@@ -118,13 +122,28 @@ def file_name_of(value: object, where: str) -> str:
     return value.strip()
 
 
-def id_of(value: object, where: str) -> str:
-    """An image id, text or a whole number; ValueError for anything else."""
+def id_of(value: object, where: str, number_ids: dict[str, bool]) -> str:
+    """An image id, text or a whole number, which `number_ids` is told.
+
+    ValueError for anything else, and for a number that was text before, or the other way round.
+    """
     if isinstance(value, float) and value.is_integer():  # a table with one missing id has made them all floats
         value = int(value)
     if isinstance(value, bool) or not isinstance(value, int | str) or value == "":
         raise ValueError(f"{where}: the image id is {shown(value)}, expected text or a whole number")
-    return str(value)
+    image_id, is_number = str(value), isinstance(value, int)
+    if number_ids.setdefault(image_id, is_number) != is_number:
+        kinds = ("a whole number", "text") if is_number else ("text", "a whole number")
+        raise ValueError(
+            f"{where}: the image id is {shown(value)}, {kinds[0]}, and elsewhere it is {kinds[1]}; write it in one way"
+        )
+    return image_id
+
+
+def is_number(image_id: str) -> bool:
+    """Whether an id is a whole number of 64 bits, written as one would write it."""
+    digits = image_id.removeprefix("-")
+    return digits.isascii() and digits.isdecimal() and len(digits) < 19 and str(int(image_id)) == image_id
 
 
 def caption_of(value: object, where: str, notes: Counter[str]) -> tuple[str, ...]:

@@ -84,7 +84,7 @@ def read_textcaps(source: Source) -> Iterator[Entry]:
     found: dict[str, tuple[str, str, dict[str, None]]] = {}
     captioned = False
     for row in source.document["data"]:
-        image_id = id_of(row["image_id"], f"{source.path}: a caption")
+        image_id = id_of(row["image_id"], f"{source.path}: a caption", source.number_ids)
         where = f"{source.path}: image {image_id}"
         name = file_name_of(row.get("image_path") or f"{image_id}.jpg", where)
         split = source.split or split_named(str(row.get("set_name", ""))) or "train"
@@ -93,7 +93,8 @@ def read_textcaps(source: Source) -> Iterator[Entry]:
         captioned = captioned or "caption_str" in row or "reference_strs" in row
         captions.update(dict.fromkeys(captions_of(value, where, source.notes)))
     for image_id, (name, split, captions) in found.items():
-        yield Entry(image_id, name, split, tuple(captions), captioned=captioned)
+        is_number = source.number_ids[image_id]
+        yield Entry(image_id, name, split, tuple(captions), captioned=captioned, id_is_number=is_number)
 
 
 def is_captions_by_file(source: Source) -> str:

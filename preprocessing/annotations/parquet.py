@@ -90,7 +90,10 @@ def _pictures(source: Source, table: pq.ParquetFile, columns: Columns) -> Iterat
         name = name or f"{number:09d}{_suffix(data)}"
         name = f"{number:09d}-{name}" if name in taken else name
         taken.add(name)
-        entry = Entry(id_in(row, columns, where), name, split_in(row, columns, source), tuple(captions))
+        image_id = id_in(row, columns, where, source)
+        is_number = source.number_ids.get(image_id, False)
+        about = (image_id, name, split_in(row, columns, source), tuple(captions))
+        entry = Entry(*about, id_is_number=is_number)
         last = (digest, Embedded(entry, data))
     if last is not None:
         yield last[1]

@@ -85,7 +85,10 @@ def read_annotations(
     left_out = sorted(left_out + more + without, key=lambda item: item.image_id)
     keys = _keys([entry.image_id for entry in usable])
     images = [
-        ImageRecord(e.image_id, e.file_name, e.split, e.captions, keys[e.image_id], e.file_bytes, *e.size)
+        ImageRecord(
+            *(e.image_id, e.file_name, e.split, e.captions, keys[e.image_id], e.file_bytes, *e.size),
+            id_is_number=e.id_is_number,
+        )
         for e in usable
     ]
     images.sort(key=lambda record: (record.split, record.image_id))
@@ -200,8 +203,8 @@ def _merge(entries: Iterable[Entry], notes: Counter[str]) -> list[Entry]:
             )
         notes["images listed twice"] += 1
         new = tuple(text for text in entry.captions if text not in first.captions)
-        captioned = first.captioned or entry.captioned
-        merged[entry.image_id] = replace(first, captions=first.captions + new, captioned=captioned)
+        either = {name: getattr(first, name) or getattr(entry, name) for name in ("captioned", "id_is_number")}
+        merged[entry.image_id] = replace(first, captions=first.captions + new, **either)
     return list(merged.values())
 
 

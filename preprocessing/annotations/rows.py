@@ -95,7 +95,7 @@ def entries_of(rows: Iterable[tuple[int, Mapping[str, object]]], source: Source,
         elif picture.split != split:
             place = f"{source.path}, {unit} {number}"
             raise ValueError(f"{place}: {name} is in the splits {picture.split} and {split}")
-        if image_id := id_in(row, columns, f"{source.path}, {unit} {number}"):
+        if image_id := id_in(row, columns, f"{source.path}, {unit} {number}", source):
             picture.ids.add(image_id)
         for column in columns.captions:
             value = row.get(column)
@@ -105,7 +105,9 @@ def entries_of(rows: Iterable[tuple[int, Mapping[str, object]]], source: Source,
                 picture.captions += _captions(value, f"{source.path}, {unit} {number}: image {name}", source)
     trusted = _are_one_to_one(pictures.values(), source)
     for name, picture in pictures.items():
-        yield Entry(min(picture.ids) if trusted else "", name.strip(), picture.split, tuple(picture.captions))
+        image_id = min(picture.ids) if trusted else ""
+        is_number = source.number_ids.get(image_id, False)
+        yield Entry(image_id, name.strip(), picture.split, tuple(picture.captions), id_is_number=is_number)
 
 
 def _are_one_to_one(pictures: Iterable[_Picture], source: Source) -> bool:
@@ -135,10 +137,10 @@ def _text(value: object) -> object:
     return value.get("path") if isinstance(value, Mapping) else value
 
 
-def id_in(row: Mapping[str, object], columns: Columns, where: str) -> str:
+def id_in(row: Mapping[str, object], columns: Columns, where: str, source: Source) -> str:
     """The image id that a row says, empty where it says none; ValueError as `id_of`."""
     value = row.get(columns.image_id) if columns.image_id else None
-    return "" if is_missing(value) or value == "" else id_of(value, where)
+    return "" if is_missing(value) or value == "" else id_of(value, where, source.number_ids)
 
 
 def split_in(row: Mapping[str, object], columns: Columns, source: Source) -> str:

@@ -7,7 +7,7 @@ when the first picture is there.
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,9 @@ import xxhash
 from preprocessing.features.recipe import FeatureRecipe
 from preprocessing.features.statistics import ChannelSums, restore, store
 from preprocessing.features.weights import check_planned
+from preprocessing.sharding.made_on import MADE_ON, made_on
 from preprocessing.sharding.plan import FeatureSettings, ImageRecord, Plan, PlannedShard
+from preprocessing.sharding.rebuild import Before, as_before
 from preprocessing.sharding.write import Sample, write_shard
 from sat.shards.location import read_retrying
 from sat.shards.manifest import Manifest
@@ -53,6 +55,8 @@ class Extractor:
         self.decoding = ThreadPoolExecutor(decode_threads, thread_name_prefix="decode")
         self.computing = ThreadPoolExecutor(1, thread_name_prefix="network")
         self.room = PixelBudget()
+        self.before: Mapping[str, Before] | None = None
+        """Of shards that are built again."""
         self.progress: Callable[[int], None] = lambda images: None
         self.network: Callable[[Pixels], Grids] | None = None
 
@@ -64,10 +68,14 @@ class Extractor:
         self.computing.shutdown(cancel_futures=True)
 
     def build(self, plan: Plan, shard: PlannedShard) -> Sidecar:
-        """Write one feature shard; returns its sidecar. Raises ValueError naming shard and key of a damaged picture."""
-        sums = ChannelSums(self.recipe.spec.dim)
+        """Write one feature shard; returns its sidecar.
+
+        Raises ValueError naming shard and key of a damaged picture, and of one that is not as it was `before`.
+        """
+        sums, here = ChannelSums(self.recipe.spec.dim), partial(made_on, self.device)
+        samples = as_before(self._samples(shard, sums), self.before, plan.root / shard.name, here)
         return write_shard(
-            plan.root, shard, plan.digest, self._samples(shard, sums), extra=lambda: sums.extra(shard.name)
+            plan.root, shard, plan.digest, samples, extra=lambda: sums.extra(shard.name) | {MADE_ON: here()}
         )
 
     def first_grids(self, split: str, count: int) -> Iterator[npt.NDArray[np.float32]]:
@@ -90,8 +98,7 @@ class Extractor:
             self._refuse_infinite(shard, rows, values)
             sums.add(values)
             for row, grid in zip(rows, grids, strict=True):
-                record = ImageRecord(row.image_id, row.file_name, row.split, row.captions, row.key)
-                yield Sample(record, spec.npy_bytes(grid), "npy", row.width, row.height)
+                yield Sample(_record(row), spec.npy_bytes(grid), "npy", row.width, row.height, about=spec.about_values)
             self.progress(len(rows))
 
     def _refuse_infinite(self, shard: PlannedShard, rows: Sequence[SampleRow], values: Grids) -> None:
@@ -117,7 +124,7 @@ class Extractor:
 
     def _grids(self, rows: Sequence[SampleRow]) -> Iterator[tuple[Sequence[SampleRow], Grids]]:
         """(rows, grids [B, L, D]) batch by batch; pictures are decoded two batches ahead, computed one ahead."""
-        size = self.settings.batch_size
+        size = self.recipe.batch_size
         groups = [rows[start : start + size] for start in range(0, len(rows), size)]
         pictures = in_flight(self.decoding, self._picture, rows, ahead=2 * size)
         stacked: Iterator[Pixels] = (np.stack([next(pictures) for _ in group]) for group in groups)
@@ -150,6 +157,12 @@ class Extractor:
             options = (self.recipe.transform.size, self.recipe.compute, self.device, self.plan.samples)
             self.network = load_network(weights, encoder.stage, *options)
         return self.network(pictures)
+
+
+def _record(row: SampleRow) -> ImageRecord:
+    """The picture of a row, as it goes into the shard of its features."""
+    about = (row.image_id, row.file_name, row.split, row.captions, row.key)
+    return ImageRecord(*about, id_is_number=row.id_is_number)
 
 
 def in_flight(

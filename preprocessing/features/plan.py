@@ -34,8 +34,8 @@ def plan_features(images: Path, out: Path, weights: Path, options: FeatureOption
         raise ValueError(f"{images} holds {source.kind}, expected image shards")
     splits = _statistics_splits(source, options.statistics_splits)
     spec = _spec(out, weights, options)
-    recipe = FeatureRecipe(source.digest, spec, _resolve_compute(out, options.compute), splits)
-    settings = FeatureSettings(os.path.abspath(images), os.path.abspath(weights), options.batch_size)
+    recipe = FeatureRecipe(source.digest, spec, _resolve_compute(out, options.compute), options.batch_size, splits)
+    settings = FeatureSettings(os.path.abspath(images), os.path.abspath(weights))
     shards = tuple(PlannedShard(s.name, s.split, s.samples, s.sha256) for s in source.shards)
     plan = Plan(out, recipe.to_fingerprint(), settings, shards)
     if spec.dtype == "int8":

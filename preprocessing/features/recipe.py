@@ -4,12 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from preprocessing.sharding.plan import WRITER
 from sat.settings import check, setting
 from sat.shards.features import STORAGE, EncoderSpec, FeatureSpec, Transform
 from sat.shards.pictures import GEOMETRIES
-
-WRITER = 2
-"""Version of what is written for given inputs; part of the fingerprint."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +25,7 @@ class FeatureOptions:
     compute: str = setting("auto", choices=("auto", "bf16", "fp32"))
     """Arithmetic of the network; auto: what this machine is best at, or what the plan that stands says."""
     batch_size: int = setting(32, at_least=1)
-    """Pictures per pass through the network."""
+    """Pictures per pass through the network, of which the last bits of a product may depend."""
     statistics_splits: tuple[str, ...] = ()
     """Splits the statistics are taken from; none named: train, or all of a data set without it."""
     scale_from: str = ""
@@ -48,6 +46,8 @@ class FeatureRecipe:
     spec: FeatureSpec
     compute: str
     """Arithmetic of the network: bf16 or fp32."""
+    batch_size: int
+    """Pictures per pass through the network; a library may add up in another order for another number."""
     statistics_splits: tuple[str, ...]
     writer: int = WRITER
 
@@ -71,6 +71,7 @@ class FeatureRecipe:
     def to_fingerprint(self) -> dict[str, Any]:
         """The document on disk."""
         document = {"writer": self.writer, "source": self.source, "compute": self.compute}
+        document["batch_size"] = self.batch_size
         return document | {"statistics_splits": list(self.statistics_splits)} | self.spec.to_fingerprint()
 
     @classmethod
@@ -80,6 +81,7 @@ class FeatureRecipe:
             source=fingerprint["source"],
             spec=FeatureSpec.from_fingerprint(fingerprint),
             compute=fingerprint["compute"],
+            batch_size=fingerprint["batch_size"],
             statistics_splits=tuple(fingerprint["statistics_splits"]),
             writer=fingerprint["writer"],
         )

@@ -22,14 +22,12 @@ from preprocessing.importing.arrays import BadFeatures
 from preprocessing.importing.fitting import Rows, fit, grid_of, rows_of
 from preprocessing.importing.sources import Found, Source, open_source, places_of
 from preprocessing.sharding.ownership import publish_plan
-from preprocessing.sharding.plan import ImageRecord, ImportSettings, Plan
+from preprocessing.sharding.plan import WRITER, ImageRecord, ImportSettings, Plan
 from preprocessing.sharding.records import check_left_out, plan_records
 from sat.settings import check, setting
 from sat.shards.features import STORAGE, FeatureSpec
 from sat.shards.schema import LeftOut
 
-WRITER = 1
-"""Version of what is written for given inputs; part of the fingerprint."""
 LOOKED_AT = 64
 """Pictures whose features tell what all are."""
 MOST_REGIONS = 100

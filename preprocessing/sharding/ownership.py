@@ -25,8 +25,8 @@ from preprocessing.sharding.plan import (
     WORK,
     ImageRecord,
     Plan,
-    load_plan,
     plan_bytes,
+    read_plan,
     standing_plan,
     table_fault,
     write_records,
@@ -65,7 +65,7 @@ def check_stands(root: Path, digest: str) -> None:
 
 @lru_cache(maxsize=4)
 def _digest_of(path: Path, identity: tuple[int, ...]) -> str:
-    return load_plan(path.parent.parent).digest
+    return read_plan(path.parent.parent).digest
 
 
 def publish_plan(plan: Plan, groups: Iterable[Sequence[ImageRecord]] = (), overwrite: bool = False) -> Plan:
@@ -81,7 +81,7 @@ def publish_plan(plan: Plan, groups: Iterable[Sequence[ImageRecord]] = (), overw
             if path.exists():
                 path.unlink()
         elif overwrite and _difference(plan):
-            delete_data_set(plan.root, [shard.name for shard in load_plan(plan.root).shards])
+            delete_data_set(plan.root, [shard.name for shard in read_plan(plan.root).shards])
         if not path.exists() or not _difference(plan):
             if table_fault(plan) is not None:
                 write_records(plan, groups)
@@ -104,7 +104,7 @@ def _planned_otherwise(plan: Plan, difference: Sequence[str]) -> ValueError:
 
 def _difference(plan: Plan) -> list[str]:
     """Names of the entries in which the fingerprint of the plan that stands differs from this one."""
-    standing = load_plan(plan.root)
+    standing = read_plan(plan.root)
     names = sorted(standing.fingerprint.keys() | plan.fingerprint.keys())
     different = [name for name in names if standing.fingerprint.get(name) != plan.fingerprint.get(name)]
     return different + (["kind"] if standing.kind != plan.kind else [])

@@ -37,8 +37,11 @@ PLAN_SCHEMA = pa.schema(
         ("captions", pa.list_(pa.string())),
         ("width", pa.int32()),
         ("height", pa.int32()),
+        ("id_is_number", pa.bool_()),
     ]
 )
+WRITER = 3
+"""Version of what is written for given inputs, of every kind of plan; part of its fingerprint."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,8 @@ class ImageRecord:
     width: int = 0
     height: int = 0
     """Of the picture in pixels, where the annotations say them, else 0."""
+    id_is_number: bool = False
+    """The annotations have the image id as a whole number, not as text."""
 
 
 @dataclass(frozen=True)
@@ -90,8 +95,6 @@ class FeatureSettings:
     """Folder of the image shards, absolute."""
     weights: str
     """File of the encoder's weights, absolute."""
-    batch_size: int
-    """Pictures per pass through the network."""
     scale: str = ""
     """int8 only: the scales per channel (little-endian float32 in base64), whose digest the fingerprint has."""
 
@@ -215,9 +218,9 @@ def records_digest(records: Iterable[ImageRecord]) -> str:
 
 
 def standing_plan(root: Path) -> Plan | None:
-    """The plan of a folder, None when there is none or it is damaged. Raises ValueError as `load_plan` else."""
+    """The plan of a folder, None when there is none or it is damaged. Raises ValueError as `read_plan` else."""
     try:
-        return load_plan(root) if (root / WORK / PLAN).exists() else None
+        return read_plan(root) if (root / WORK / PLAN).exists() else None
     except Damaged:
         return None
 
@@ -239,6 +242,17 @@ def plan_bytes(plan: Plan) -> bytes:
 
 
 def load_plan(root: Path) -> Plan:
+    """The plan of a folder, to be worked on. Raises ValueError as `read_plan`, and for one of another version."""
+    plan = read_plan(root)
+    if plan.fingerprint.get("writer", WRITER) != WRITER:
+        raise ValueError(
+            f"{root} was planned by another version of this program (writer {plan.fingerprint['writer']}, this one is "
+            f"{WRITER}); make it again: run the plan step with --overwrite"
+        )
+    return plan
+
+
+def read_plan(root: Path) -> Plan:
     """The plan of a folder. Raises ValueError when there is none, it is damaged or of a kind unknown here."""
     path = root / WORK / PLAN
     try:

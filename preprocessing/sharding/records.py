@@ -4,16 +4,14 @@ The surprising decision: the order inside the shards is random once and for ever
 that later readers may read sequential runs and still see mixed samples.
 """
 
-import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import xxhash
 
 from preprocessing.sharding.finalize import reasons_of
 from preprocessing.sharding.plan import ImageRecord, PlannedShard, records_digest
-from preprocessing.sharding.write import Sample
 from sat import files
 from sat.shards.schema import LeftOut
 
@@ -58,17 +56,3 @@ def check_left_out(kept: int, left_out: Sequence[LeftOut], where: Path, max_bad_
         )
     if not kept:
         raise ValueError("the annotations list no picture")
-
-
-def at_most_bad(
-    samples: Iterator[Sample | LeftOut], most_bad: Mapping[str, int] | None, path: Path
-) -> Iterator[Sample | LeftOut]:
-    """The same samples; ValueError naming the shard `path` when more are left out than `most_bad` says, if it does."""
-    bad, limit = 0, math.inf if most_bad is None else most_bad.get(path.name, 0)
-    for sample in samples:
-        if isinstance(sample, LeftOut):
-            bad += 1
-            if bad > limit:
-                what = f"{sample.file_name} would be left out ({sample.reason})"
-                raise ValueError(f"{path}: {what}; before, {limit} were")
-        yield sample

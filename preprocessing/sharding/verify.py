@@ -15,6 +15,7 @@ from pathlib import Path
 import xxhash
 
 from preprocessing.sharding.finalize import check_same_set
+from preprocessing.sharding.made_on import Machines
 from preprocessing.sharding.plan import (
     LEFT_OUT,
     LOCK,
@@ -59,6 +60,8 @@ class Report:
     shards: int
     bytes: int
     """Shards checked and their recorded bytes."""
+    notes: tuple[str, ...] = ()
+    """What is worth telling and no fault: machines that differ."""
 
 
 @dataclass(frozen=True)
@@ -85,13 +88,15 @@ def verify(root: Path, num_workers: int = 4, progress: Callable[[int], None] = l
         plan, plan_faults = None, (fault,)
     recorded = [] if manifest is None else list(_recorded(manifest))
     known = {shard.name: shard for shard in recorded}
-    sidecars, sidecar_faults = ([], []) if plan is None else _check_sidecars(plan, known)
+    machines = Machines()
+    sidecars, sidecar_faults = ([], []) if plan is None else _check_sidecars(plan, known, machines)
     if manifest is None:
         recorded = sidecars
     with ThreadPoolExecutor(num_workers) as pool:
         shard_faults = [f for found in pool.map(partial(check_shard, root, progress=progress), recorded) for f in found]
     faults = (*faults, *plan_faults, *sidecar_faults, *shard_faults)
-    return Report(faults, tuple(_foreign(root, recorded, plan)), len(recorded), sum(shard.bytes for shard in recorded))
+    size, notes = sum(shard.bytes for shard in recorded), tuple(machines.lines())
+    return Report(faults, tuple(_foreign(root, recorded, plan)), len(recorded), size, notes)
 
 
 def recorded_bytes(root: Path) -> int:
@@ -202,8 +207,13 @@ def _of_another_set(plan: Plan) -> Fault | None:
     return None
 
 
-def _check_sidecars(plan: Plan, recorded: dict[str, RecordedShard]) -> tuple[list[RecordedShard], list[Fault]]:
-    """The shards as their sidecars record them, and the faults of sidecars, beside what the manifest recorded."""
+def _check_sidecars(
+    plan: Plan, recorded: dict[str, RecordedShard], machines: Machines
+) -> tuple[list[RecordedShard], list[Fault]]:
+    """The shards as their sidecars record them, and the faults of sidecars, beside what the manifest recorded.
+
+    `machines` counts on what the shards were computed.
+    """
     shards: list[RecordedShard] = []
     faults: list[Fault] = []
     for shard in plan.shards:
@@ -219,6 +229,7 @@ def _check_sidecars(plan: Plan, recorded: dict[str, RecordedShard]) -> tuple[lis
         elif problem := _problem(plan, sidecar, recorded):
             faults.append(Fault(file, problem, shard=shard.name))
         elif sidecar.samples:
+            machines.add(sidecar)
             rows = partial(_sidecar_rows, plan, shard)  # read again when asked for: all of them fill the memory
             shards.append(RecordedShard(shard.name, sidecar.bytes, sidecar.sha256, rows))
     return shards, faults

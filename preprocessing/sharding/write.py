@@ -42,6 +42,8 @@ class Sample:
     """Of the picture, in pixels; 0 where that is not known."""
     more: Mapping[str, bytes] = field(default_factory=dict)
     """Further members by extension: `boxes.npy` of region features."""
+    about: Mapping[str, str] = field(default_factory=dict)
+    """Further entries of the .json: what the numbers of features mean, `FeatureSpec.about_values`."""
 
 
 def sidecar_path(root: Path, shard: PlannedShard) -> Path:
@@ -199,7 +201,7 @@ def _write_tar(file: BinaryIO, shard: PlannedShard, samples: Iterable[Sample | L
         if isinstance(sample, LeftOut):
             left_out.append(sample)
             continue
-        blob = _members(sample)
+        blob = members_of(sample)
         file.write(blob)
         digest.update(blob)
         rows.append(_row(sample, shard, offset, blob))
@@ -224,19 +226,22 @@ def _row(sample: Sample, shard: PlannedShard, offset: int, blob: bytes) -> Sampl
         captions=record.captions,
         width=sample.width,
         height=sample.height,
+        id_is_number=record.id_is_number,
     )
 
 
-def _members(sample: Sample) -> bytes:
+def members_of(sample: Sample) -> bytes:
+    """A sample as the bytes it has in a shard."""
     record = sample.record
     return sample_bytes(
         record.key,
         {sample.extension: sample.data, **sample.more},
-        image_id=record.image_id,
+        image_id=int(record.image_id) if record.id_is_number else record.image_id,
         file_name=record.file_name,
         captions=record.captions,
         width=sample.width,
         height=sample.height,
+        **sample.about,
     )
 
 

@@ -98,6 +98,7 @@ def write_shard(
                 captions=next(captions),
                 width=224,
                 height=224,
+                id_is_number=False,
             )
             blob = sample_bytes(
                 row.key,
@@ -107,6 +108,7 @@ def write_shard(
                 captions=row.captions,
                 width=row.width,
                 height=row.height,
+                **spec.about_values,
             )
             rows.append(replace(row, nbytes=len(blob), xxh3=xxhash.xxh3_64_intdigest(blob)))
             digest.update(blob)

@@ -37,7 +37,9 @@ from sat.data.plan import (
     sources_digest,
 )
 from sat.data.reader import SampleReader
+from sat.shards.location import read_retrying
 from sat.shards.manifest import Manifest, check_files
+from sat.shards.schema import place_of_rows
 from sat.shards.store import FolderStore, make_store
 from sat.text import CaptionTokenizer
 
@@ -174,6 +176,15 @@ def read_references(manifest: Manifest, split: str, cache: CacheOptions = CacheO
         rows = reader.rows(shard)
         references.update((rows.image_ids[sample], rows.texts(sample)) for sample in range(len(rows.keys)))
     return references
+
+
+def read_number_ids(manifest: Manifest, split: str, cache: CacheOptions = CacheOptions()) -> set[str]:
+    """The image ids of a split that are whole numbers in its annotations. Raises as `read_references`."""
+    store, found = _open_reader(manifest, cache, check=False).store, set[str]()
+    for shard in choose_shards(manifest, [split], run_length=1, main=True).shards.tolist():
+        rows = read_retrying(manifest.root, place_of_rows(shard)[0], partial(store.rows, manifest, shard))
+        found.update(rows.filter(rows["id_is_number"])["image_id"].to_pylist())
+    return found
 
 
 def _make_ring(plan: TrainingPlan | EvaluationPlan, row: GridRow, num_workers: int) -> Ring:

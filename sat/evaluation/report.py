@@ -1,6 +1,6 @@
 """What is left of an evaluation: captions in COCO's format, the scores of the model and of what it is held against."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -61,20 +61,13 @@ def captions_file(run: Path, split: str, name: str = "model") -> Path:
     return run / f"captions-{split}{'' if name == 'model' else f'-{name}'}.json"
 
 
-def write_captions(path: Path, captions: Mapping[str, str]) -> None:
+def write_captions(path: Path, captions: Mapping[str, str], number_ids: Collection[str]) -> None:
     """Write captions by image as COCO's evaluation takes them: a list of {image_id, caption}.
 
-    Where all ids are whole numbers they are written as such, as `pycocotools` wants them.
+    The ids among `number_ids` are written as whole numbers: as the annotations have them, or `pycocotools` finds none.
     """
-    numbers = all(is_number(image_id) for image_id in captions)
     rows = [
-        {"image_id": int(image_id) if numbers else image_id, "caption": caption}
+        {"image_id": int(image_id) if image_id in number_ids else image_id, "caption": caption}
         for image_id, caption in captions.items()
     ]
     files.write_json(path, rows)
-
-
-def is_number(image_id: str) -> bool:
-    """Whether an id is a whole number of 64 bits, written as one would write it."""
-    digits = image_id.removeprefix("-")
-    return digits.isascii() and digits.isdecimal() and len(digits) < 19 and str(int(image_id)) == image_id

@@ -166,6 +166,11 @@ class FeatureSpec:
         assert fits and stored.dtype == self.stored, f"{stored.dtype} array {stored.shape}"
         return npy_header(self.stored, stored.shape) + np.ascontiguousarray(stored).tobytes()
 
+    @property
+    def about_values(self) -> dict[str, str]:
+        """What a sample's .json says of the numbers in its array: `dtype`, and of int8 the digest of the scales."""
+        return {"dtype": self.dtype} | ({"scale_sha256": self.scale_sha256} if self.scale_sha256 else {})
+
     @staticmethod
     def boxes_bytes(boxes: npt.NDArray[np.float32]) -> bytes:
         """The boxes of one picture's regions, float32 [L_i, 4], as an npy file, version 1."""

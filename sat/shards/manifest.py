@@ -95,7 +95,10 @@ def load_manifest(root: str | os.PathLike[str]) -> Manifest:
     except Damaged as error:
         raise ValueError(f"{root}/{MANIFEST}: damaged ({error}); {REPAIR}") from None
     if document["schema"] != SCHEMA:
-        raise ValueError(f"{root}/{MANIFEST}: schema {document['schema']}, this program reads {SCHEMA}")
+        raise ValueError(
+            f"{root} was written by another version of this program (format {document['schema']}, this one reads "
+            f"{SCHEMA}); make it again: run its preprocessing with --overwrite"
+        )
     shards = ShardTable(root, read_recorded(root, SHARDS, document["files"][SHARDS]["sha256"], keep=is_url(root)))
     fields = {name: document[name] for name in ("kind", "fingerprint", "digest", "files", "left_out")}
     return Manifest(root=root, shards=shards, **fields)

@@ -5,7 +5,9 @@ ROOT/shards.parquet         one row per shard, sorted by (split, name)
 ROOT/samples.parquet        one row group per shard, in the order of shards.parquet; from the 257th shard on
                             samples-000001.parquet and so on, because a reader parses the whole footer of a table
 ROOT/statistics.safetensors features only: mean, std and scale per channel
-ROOT/SPLIT-000000.tar       plain WebDataset tar; a sample is its data member, then its .json member
+ROOT/SPLIT-000000.tar       plain WebDataset tar; a sample is its data member, then its .json member: what the row says
+                            of the picture; of features also their `dtype` (bf16 is stored as uint16) and, of
+                            int8, `scale_sha256`, of the scales per channel, which are in the statistics
 ROOT/work                   preprocessing's own: the plan, and the sidecar of each shard
 """
 
@@ -16,7 +18,7 @@ from typing import Any
 
 import pyarrow as pa
 
-SCHEMA = 1
+SCHEMA = 2
 MANIFEST, SAMPLES, SHARDS, STATISTICS = "manifest.json", "samples.parquet", "shards.parquet", "statistics.safetensors"
 SHARDS_PER_TABLE = 256
 """Row groups of each table of samples, whose footer then takes 5 ms and 2 MB. Another number needs another SCHEMA."""
@@ -38,6 +40,7 @@ SAMPLES_SCHEMA = pa.schema(
         ("captions", pa.list_(pa.string())),
         ("width", pa.int32()),
         ("height", pa.int32()),
+        ("id_is_number", pa.bool_()),
     ]
 )
 SHARDS_SCHEMA = pa.schema(
@@ -71,6 +74,8 @@ class SampleRow:
     width: int
     height: int
     """Of the picture file, in pixels."""
+    id_is_number: bool
+    """The annotations have the image id as a whole number, not as text: so have the sample's .json and the results."""
 
 
 @dataclass(frozen=True)

@@ -201,7 +201,7 @@ def rows_digest(rows: pa.Table) -> bytes:
             for part in _string_parts(column) if len(column) else ():
                 digest.update(part)
         else:
-            values = column.to_numpy()
+            values = column.to_numpy(zero_copy_only=False)
             digest.update(values.astype(values.dtype.newbyteorder("<")))
     return digest.digest()
 

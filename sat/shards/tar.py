@@ -13,14 +13,19 @@ def sample_bytes(
     key: str,
     data: Mapping[str, bytes],
     *,
-    image_id: str,
+    image_id: str | int,
     file_name: str,
     captions: Sequence[str],
     width: int,
     height: int,
+    **more: str,
 ) -> bytes:
-    """The members KEY.EXTENSION of `data`, by extension, and KEY.json of the rest, with headers and padding."""
+    """The members KEY.EXTENSION of `data`, by extension, and KEY.json of the rest, with headers and padding.
+
+    `more`: what there is to say of the data.
+    """
     about = {"image_id": image_id, "file_name": file_name, "captions": list(captions), "width": width, "height": height}
+    about |= more
     text = json.dumps(about, ensure_ascii=False, sort_keys=True).encode()
     parts: list[bytes] = []
     for suffix, content in (*data.items(), ("json", text)):
