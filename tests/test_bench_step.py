@@ -2,6 +2,7 @@
 
 import json
 import re
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from sat.bench import limit, step
 from sat.bench.captions import CAPTIONS, caption_batches
 from sat.bench.harness import InOwnProcess
-from sat.bench.phases import phase_seconds
+from sat.bench.phases import gpu_seconds, phase_seconds
 from sat.bench.popular import PerCaptionLoop, popular_step
 from sat.model.captioner import Captioner
 from sat.model.loss import total_loss
@@ -106,6 +107,7 @@ class Event(NamedTuple):
     cpu_parent: "Event | None" = None
     sequence_nr: int = -1
     scope: int = 0
+    kernels: tuple = ()
 
 
 def test_what_is_undone_backwards_belongs_to_the_phase_that_did_it():
@@ -118,6 +120,21 @@ def test_what_is_undone_backwards_belongs_to_the_phase_that_did_it():
     ]
     expected = {"grid": 21, "attention": 130, "recurrence": 64, "vocabulary": 256, "rest": 40}
     assert phase_seconds(events, 2) == {name: seconds / 2 for name, seconds in expected.items()}
+
+
+def test_on_a_gpu_a_phase_takes_what_its_programs_take():
+    def ran(**seconds):
+        return tuple(SimpleNamespace(name=name, duration=1e6 * each) for name, each in seconds.items())
+
+    grid, loop = Event("phase: grid", 1e6, kernels=ran(copy=1)), Event("_Recurrence", 1e6)
+    replay = Event("cudaGraphLaunch", 1e6, loop, kernels=ran(look=2, nvjet_sm90_tst=4, cell=8, gemmSplitK=16))
+    back = Event("autograd::engine::evaluate_function: X", 0, None, 7, 1)
+    events = [
+        *(grid, loop, replay, back, Event("aten::addmm", 9e6, grid, 7, kernels=ran(nvjet=32))),
+        *(Event("aten::mm", 9e6, back, kernels=ran(cutlass=64)), Event("aten::cat", 9e6, kernels=ran(cat=128))),
+    ]
+    expected = {"grid": 97, "attention": 10, "recurrence": 20, "rest": 128}
+    assert gpu_seconds(events, 2) == {name: seconds / 2 for name, seconds in expected.items()}
 
 
 def test_every_step_is_over_captions_that_were_not_met_before():

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from sat.bench.harness import InOwnProcess, alternated_medians, peak_memory_mb, report, traffic
+from sat.evaluation.beams import Hypothesis
 from sat.evaluation.decoding import decode
 from sat.evaluation.options import DecodeOptions
 from sat.machine import speed_up
@@ -24,6 +25,7 @@ from sat.model.captioner import CLAMP, Captioner, Memory
 from sat.model.spec import PRESETS, CaptionerSpec, Sizes
 from sat.text import END, PAD, START
 
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 LOGITS_STD = 6.0
 """Makes the best of 10,000 random words about as probable as a trained model's."""
 
@@ -37,10 +39,15 @@ def run(
     preset: Annotated[str, typer.Option(help="Preset of the model, see `sat.config`.")] = "paper",
     width: Annotated[int, typer.Option(help="Width of embedding, LSTM and attention.")] = 512,
     vocab_size: Annotated[int, typer.Option(help="Words.")] = 10_000,
+    precisions: Annotated[
+        str, typer.Option(help="Of ours, comma-separated: fp32, bf16. The other's is fp32.")
+    ] = "fp32",
 ) -> list[dict[str, object]]:
-    """Measure both in turn, on a GPU where there is one, and compare their captions; one row per grid, float32."""
+    """Measure both in turn, on a GPU where there is one, and compare their captions; one row per grid and precision."""
     if preset not in PRESETS:
         raise ValueError(f"preset {preset!r} is unknown; choose from {', '.join(PRESETS)}")
+    if unknown := set(precisions.split(",")) - set(PRECISIONS):
+        raise ValueError(f"{', '.join(sorted(unknown))} is unknown; choose from {', '.join(PRECISIONS)}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     print(f"{preset} model, beam {beam_size}; {speed_up('auto', device)}", flush=True)
     options = DecodeOptions(beam_size=beam_size, max_length=30)
@@ -49,22 +56,28 @@ def run(
         cells = math.prod(map(int, name.split("x")))
         model = model_with_endings(preset, cells, width, vocab_size).to(device)
         grid = torch.randn(images, cells, len(model.feature_mean)).exp().to(device)  # positive, skewed: as after a ReLU
-        rows.append({"grid": name, "precision": "fp32", **_compare(model, grid, options, rounds)})
+        for precision in precisions.split(","):
+            row = _compare(model, grid, options, rounds, PRECISIONS[precision])
+            rows.append({"grid": name, "precision": precision, **row})
     report(rows, json_file)
     return rows
 
 
-def _compare(model: Captioner, grid: Tensor, options: DecodeOptions, rounds: int) -> dict[str, object]:
+def _compare(
+    model: Captioner, grid: Tensor, options: DecodeOptions, rounds: int, dtype: torch.dtype
+) -> dict[str, object]:
     here = copy.deepcopy(model).cpu(), grid.cpu()  # what crosses to another process lies on the host
     one_by_one = InOwnProcess(one_image_at_a_time, *here, options, grid.device.type, device=grid.device.type)
-    contenders: dict[str, Callable[[], object]] = {
-        "ours": lambda: decode(model, grid, options),
-        "baseline": one_by_one,
-    }
-    seconds = alternated_medians(contenders, rounds=rounds, device=grid.device.type)
-    memory = peak_memory_mb(lambda: decode(model, grid, options), grid.device.type)
-    asked = traffic(lambda: decode(model, grid, options), grid.device.type)
-    captions = [found[0].tokens for found in decode(model, grid, options)]
+    device = grid.device.type
+
+    def ours() -> list[list[Hypothesis]]:
+        with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+            return decode(model, grid, options)
+
+    contenders: dict[str, Callable[[], object]] = {"ours": ours, "baseline": one_by_one}
+    seconds = alternated_medians(contenders, rounds=rounds, device=device)
+    memory, asked = peak_memory_mb(ours, device), traffic(ours, device)
+    captions = [found[0].tokens for found in ours()]
     others = one_by_one()
     assert isinstance(others, list)
     same = sum(mine == theirs for mine, theirs in zip(captions, others, strict=True))

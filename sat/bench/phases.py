@@ -1,13 +1,16 @@
-"""What each phase of a step takes: a profile of steps on a CPU, whose operations are told apart by who called them.
+"""What each phase of a step takes: a profile of steps, whose operations are told apart by who called them.
 
 The phases are those of `sat.bench.limit`. What undoes an operation in the backward pass belongs to its phase, by
 autograd's sequence numbers. What is no matrix product in the time loop, the LSTM's cell included, counts as attention.
+On a GPU the times are those of the programs that an operation has launched there; what the host takes is not in them.
 """
 
+import re
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
@@ -22,6 +25,8 @@ CALLERS = {
     "aten::embedding_dense_backward": "words",
 }
 REST = "rest"
+PRODUCT = re.compile("gemm|nvjet|cutlass|splitk|xmma", re.IGNORECASE)
+"""Programs of cuBLAS."""
 
 
 def label(model: Captioner) -> None:
@@ -37,25 +42,50 @@ def labelled(phase: str) -> record_function:
     return record_function(PREFIX + phase)
 
 
-def measure_phases(step: Callable[[], object], steps: int) -> dict[str, float]:
+def measure_phases(step: Callable[[], object], steps: int, device: str) -> dict[str, float]:
     """Seconds of each phase of one step, and of the rest; means over so many steps of a labelled model."""
-    with profile(activities=[ProfilerActivity.CPU], acc_events=True) as found:
+    on_gpu = [ProfilerActivity.CUDA] if device == "cuda" else []
+    with profile(activities=[ProfilerActivity.CPU, *on_gpu], acc_events=True) as found:
         for _ in range(steps):
             step()
-    return phase_seconds(found.events() or (), steps)
+        if on_gpu:
+            torch.cuda.synchronize()
+    return (gpu_seconds if on_gpu else phase_seconds)(found.events() or (), steps)
 
 
 def phase_seconds(events: Any, steps: int) -> dict[str, float]:
     """From a profile of so many steps."""
-    undone = {
+    undone, seconds = _undone(events), defaultdict[str, float](float)
+    for event in events:
+        seconds[_phase_of(event, undone)] += event.self_cpu_time_total / 1e6 / steps
+    return dict(seconds)
+
+
+def _undone(events: Any) -> dict[int, str]:
+    """The phases of operations by their sequence numbers."""
+    return {
         event.sequence_nr: phase
         for event in events
         if event.sequence_nr >= 0 and not _is_backward(event) and (phase := _phase_of(event, {})) != REST
     }
-    seconds: dict[str, float] = defaultdict(float)
+
+
+def gpu_seconds(events: Any, steps: int) -> dict[str, float]:
+    """The same of what a GPU has run."""
+    undone, seconds = _undone(events), defaultdict[str, float](float)
     for event in events:
-        seconds[_phase_of(event, undone)] += event.self_cpu_time_total / 1e6 / steps
+        for program in event.kernels:
+            phase = _phase_of(event, undone)
+            if _in_loop(event):
+                phase = "recurrence" if PRODUCT.search(program.name) else "attention"
+            seconds[phase] += program.duration / 1e6 / steps
     return dict(seconds)
+
+
+def _in_loop(event: Any) -> bool:
+    while event is not None and event.name not in LOOP:
+        event = event.cpu_parent
+    return event is not None
 
 
 def _phase_of(event: Any, undone: dict[int, str]) -> str:

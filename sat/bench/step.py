@@ -44,7 +44,7 @@ def run(
     images: Annotated[int, typer.Option(help="Images of a step, five captions each.")] = 32,
     steps: Annotated[int, typer.Option(help="Our steps of a turn; 0: one on a CPU, ten on a GPU.")] = 0,
     kernels: Annotated[str, typer.Option(help="auto, or torch: without those written for this machine.")] = "auto",
-    phases: Annotated[bool, typer.Option(help="Measure each phase of a step too, on a CPU.")] = False,
+    phases: Annotated[bool, typer.Option(help="Measure each phase of a step too.")] = False,
 ) -> list[dict[str, object]]:
     """Measure both in turn, on a GPU where there is one; one row per precision and grid."""
     chosen = grids.split(","), precisions.split(",")
@@ -57,7 +57,7 @@ def run(
         raise ValueError(f"rounds {rounds} and images {images} must be at least 1, steps {steps} at least 0")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     steps = steps or (10 if device == "cuda" else 1)
-    profiled = PROFILED if phases and device == "cpu" else 0
+    profiled = PROFILED if phases else 0
     batches, source = caption_batches(BEFORE + (rounds + 1) * steps + profiled, images)
     print(f"{images} images x {CAPTIONS} captions a step, {source}; {speed_up(kernels, device)}", flush=True)
     rows = []
@@ -111,7 +111,7 @@ def measure(
     row: dict[str, object] = {"grid": grid, "precision": precision}
     row |= _speeds(per_step, images * CAPTIONS, precision) | _limits(per_step["ours"], timed, seconds, ceilings)
     if profiled:
-        row["measured_phases"] = {name: 1e3 * each for name, each in measure_phases(ours, profiled).items()}
+        row["measured_phases"] = {name: 1e3 * each for name, each in measure_phases(ours, profiled, device).items()}
     row["peak_memory_mb"] = memory
     if asked:
         row |= {"launches": asked.launches, "synchronisations": asked.synchronisations, "busy_ms": 1e3 * asked.busy_s}
