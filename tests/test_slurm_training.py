@@ -46,6 +46,22 @@ class Training:
     def status(self) -> dict[str, object]:
         return dict(json.loads((self.run / "status.json").read_text()))
 
+    def stopped_whole(self, least: int) -> int:
+        """The step at which it was stopped, which is what its newest checkpoint holds."""
+        status, newest = self.status(), latest(self.run / "checkpoints")
+        step = int(str(status["step"]))
+        assert status["state"] == "stopped" and step >= least, self.said()
+        assert newest is not None and newest.name.endswith(f"{step:08d}")
+        return step
+
+    def is_queued_again(self, job: str, times: int) -> None:
+        poll(lambda: self.slurm.job(job)["Restarts"] == str(times), 150, f"life {times + 1}", self.said)
+
+    def lives(self) -> list[str]:
+        """How each ended: `` for one that began."""
+        path = self.run / "lives.jsonl"
+        return [json.loads(line)["end"] for line in path.read_text().splitlines()] if path.exists() else []
+
     def said(self) -> str:
         logs = sorted(self.run.parent.glob(f"{self.run.name}-*.out"))
         return "\n".join(path.read_text() for path in logs) + self.slurm.logs()
@@ -88,8 +104,7 @@ def test_a_preempted_job_is_queued_again_and_ends_as_an_undisturbed_one(slurm, t
     assert training.status()["state"] == "finished" and training.step() == STEPS
     assert f"at step {first['step']} of {STEPS}" in training.said()
     assert (training.run / f"job-{job}.out").read_text() in training.said()
-    ends = [json.loads(line)["end"] for line in (training.run / "lives.jsonl").read_text().splitlines()]
-    assert ends == ["", "stopped", "", "finished"]
+    assert training.lives() == ["", "stopped", "", "finished"]
 
     undisturbed = of(slurm, data, tmp_path / "undisturbed")
     slurm.wait_for(undisturbed.submit(), "COMPLETED", timeout=180)
@@ -100,27 +115,31 @@ def test_a_preempted_job_is_queued_again_and_ends_as_an_undisturbed_one(slurm, t
     assert json.loads((training.run / "evaluation-val.json").read_text())["images"] == 3
 
 
-def test_a_cancelled_job_and_one_at_its_time_limit_leave_a_whole_checkpoint(slurm, data, tmp_path):
+def test_a_job_that_is_cancelled_at_its_time_limit_or_told_by_scancel_leaves_a_whole_checkpoint(slurm, data, tmp_path):
     """Slurm tells the batch script alone of a time limit, five minutes before; a new limit of five brings it about."""
     training = of(slurm, data, tmp_path / "run", "train.epochs=5000")
     job = training.submit()
     training.has_stepped(10)
     slurm.run("scontrol", "update", f"JobId={job}", "TimeLimit=5")
-    poll(lambda: slurm.job(job)["Restarts"] == "1", 150, "the second life", training.said)
-    stopped = training.status()
-    assert stopped["state"] == "stopped" and stopped["step"] >= 10
-    assert latest(training.run / "checkpoints").name.endswith(f"{stopped['step']:08d}")
+    training.is_queued_again(job, 1)
+    step = training.stopped_whole(10)
     slurm.run("scancel", job)
     slurm.wait_for(job, "CANCELLED", timeout=60)
 
-    job = training.submit()
-    training.has_stepped(stopped["step"] + 10)
+    job, lives = training.submit(), len(training.lives())
+    poll(lambda: len(training.lives()) > lives, 60, "the batch script to begin", training.said)
+    slurm.run("scancel", "--signal=USR1", "--batch", job)  # while the ranks start up
+    training.is_queued_again(job, 1)
+    step = training.stopped_whole(step)
+    training.has_stepped(step + 10)
+    slurm.run("scancel", "--signal=TERM", "--batch", job)
+    training.is_queued_again(job, 2)
+    step = training.stopped_whole(step + 10)
+    training.has_stepped(step + 10)
     slurm.run("scancel", job)
     slurm.wait_for(job, "CANCELLED", timeout=60)
     poll(lambda: not slurm.run("squeue", "-h"), 60, "the job to leave", training.said)
-    status = training.status()
-    assert status["state"] == "stopped" and stopped["step"] < status["step"]
-    assert latest(training.run / "checkpoints").name.endswith(f"{status['step']:08d}")
+    training.stopped_whole(step + 10)
     assert slurm.job(job)["JobState"] == "CANCELLED"  # and not queued again
 
 
