@@ -85,8 +85,11 @@ def start(
 
 
 def start_cold(python: list[object], accelerate: list[object]) -> tuple[int, str]:
-    """As `start`, in interpreters of their own: a GPU does not survive a fork."""
+    """As `start`, in interpreters of their own: a GPU does not survive a fork. For programs that score nothing: a
+    machine with a GPU that is lent for minutes has no METEOR.
+    """
     command = [sys.executable, "-m", "accelerate.commands.launch", *map(str, accelerate), *map(str, python)]
-    environment = environment_of_programs()
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     return done.returncode, done.stdout + done.stderr

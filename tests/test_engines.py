@@ -194,3 +194,21 @@ def test_fp16_on_a_gpu_scales_its_loss_under_every_engine(tmp_path):
         good = half["lines"][:, 3] == 0
         torch.testing.assert_close(half["lines"][good][:1, 0], whole["lines"][:1, 0], rtol=TOLERANCE, atol=0)
         assert half["weights"].isfinite().all()
+
+
+@pytest.mark.gpu
+def test_what_is_offloaded_from_a_gpu_to_the_cpu_learns_as_what_stays_there(tmp_path):
+    """Adam's rounding there is another one, and gradients are summed in no fixed order; DeepSpeed compiles nothing."""
+    config = small_config(tmp_path)
+    state = {engine: f"{tmp_path}/{engine}.safetensors" for engine in OFFLOADED}
+    chosen = [
+        ("engine=ddp", *BATCHES),
+        *((f"engine={engine}", *BATCHES, f"keep={state[engine]}") for engine in OFFLOADED),
+    ]
+    halves = [(f"engine={engine}", *BATCHES, f"go_on={state[of]}") for of in OFFLOADED for engine in (of, "ddp")]
+    found = launch_variants(config, "deepspeed_zero3_offload", 1, [*chosen, *halves])
+    whole = found[chosen[0]]
+    for variant in (*chosen[1:], *halves):
+        first = 2 if variant in halves else 0
+        torch.testing.assert_close(found[variant]["lines"], whole["lines"][first:], rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(found[variant]["weights"], whole["weights"][first:], rtol=0, atol=2e-3)
