@@ -352,8 +352,9 @@ def main(
         return
     with losses.named():
         engine = start(config.train.precision, config.train.timeout)
+        found = set(engine.processes.gather(config.train.precision))
     wish = listen()
-    if len(found := set(engine.processes.gather(config.train.precision))) > 1:
+    if len(found) > 1:
         raise ValueError(
             f"the machines differ: some are best at {' and others at '.join(sorted(found))}; set train.precision"
         )

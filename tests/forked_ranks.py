@@ -109,6 +109,19 @@ def absent() -> None:
     start_of_group.meet = comes_not
 
 
+def lost_after_meeting() -> None:
+    """The last rank is gone as soon as all have met."""
+    plain = train.start
+
+    def dies(*arguments):
+        engine = plain(*arguments)
+        if engine.processes.rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return engine
+
+    train.start = dies
+
+
 def slow_baselines() -> None:
     """To score the baselines takes for ever."""
 
@@ -135,6 +148,7 @@ HOW = {
     each.__name__: each
     for each in (
         *(slow_evaluation, failing_export, slow_steps, slow_saves, full_disk, out_of_memory, absent),
+        lost_after_meeting,
         *(slow_baselines, stopped_in_a_step),
     )
 }

@@ -69,9 +69,11 @@ class Run:
         return codes
 
     def workers(self, rank: int) -> list[int]:
-        """Processes that read batches for a rank."""
-        pid = self.ranks.pids["ranks"][rank]
-        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+        """Processes that read batches for a rank: there are some, but the kernel may leave out any while others end."""
+        pid, end = self.ranks.pids["ranks"][rank], time.monotonic() + GRACE_S
+        while not (found := Path(f"/proc/{pid}/task/{pid}/children").read_text().split()):
+            assert time.monotonic() < end, self.said()
+        return [int(child) for child in found]
 
 
 def is_stopped_in_a_save(run: Run) -> None:
@@ -149,6 +151,10 @@ def test_a_lost_process_ends_all_in_a_sentence_and_the_run_goes_on(tmp_path, ran
     os.kill(killed, signal.SIGKILL)
     codes = run.ended()
     assert codes[2] == START_AGAIN and f"its process {killed}, which reads batches" in run.said(), run.said()
+
+    run.begin("train.epochs=40", how=("lost_after_meeting",))
+    assert run.ended()[1:] == [START_AGAIN, -signal.SIGKILL], run.said()
+    assert "has lost another rank" in run.said() and "Traceback" not in run.said()
 
     run.begin("train.epochs=40", how=("slow_steps", "out_of_memory"))
     codes = run.ended()
