@@ -47,6 +47,7 @@ BENCHMARKS = {
     "decode": ("sat.bench.decode", "batched beam search against one image at a time"),
     "features": ("preprocessing.bench_features", "feature extraction against the bare network and a naive loop"),
     "loader": ("sat.bench.loader", "the reader against a raw sequential read and stock webdataset"),
+    "reads": ("sat.bench.reads", "bytes, runs and mixing of an epoch over disk and HTTP, by 1, 4 and 8 ranks"),
     "metrics": ("sat.bench.metrics", "the metrics against pycocoevalcap's own, to the last bit"),
     "plan": ("sat.bench.plan", "the sample order of 1e9 samples over 1,024 ranks"),
 }

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from preprocessing import bench_features
-from sat.bench import loader, plan, train
+from sat.bench import loader, plan, reads, train
 from sat.shards.manifest import load_manifest
 
 
@@ -46,6 +46,27 @@ def test_the_loader_benchmark_compares_three_readers_of_the_same_shards(tmp_path
     for row in rows:
         assert min(row[f"{name}samples_per_s"] for name in ("", "raw_", "webdataset_")) > 0
     assert list(tmp_path.iterdir()) == [tmp_path / "loader.json"], "the shards are removed"
+
+
+def test_the_benchmark_of_reads_counts_what_each_rank_and_the_server_saw(tmp_path):
+    rows = reads.run(samples=512, ranks="2", folder=tmp_path, json_file=tmp_path / "reads.json")
+    assert json.loads((tmp_path / "reads.json").read_text()) == rows
+    assert [(row["case"], row["ranks"]) for row in rows] == [(case.name, 2) for case in reads.CASES]
+    for row in rows:
+        assert 4 <= row["samples_per_run"] < 6 and abs(row["storage_correlation"]) < 0.8
+        assert min(row["cpu_us_per_sample"], row["samples_per_s"]) > 0
+    disk, few_rows, whole, half, windows = rows
+    assert 0.99 < disk["last_epoch_of_set"] < 1 < disk["first_epoch_of_set"] < 1.3, "tables once, tars but their ends"
+    assert disk["shards_per_batch"] == few_rows["shards_per_batch"] == 2 and windows["shards_per_batch"] == 1
+    assert whole["last_epoch_of_set"] == 0, "the cache holds the set"
+    assert 0.2 < half["last_epoch_of_set"] < half["first_epoch_of_set"] < 2, "and here half of it"
+    assert list(tmp_path.iterdir()) == [tmp_path / "reads.json"], "the set is removed"
+
+
+@pytest.mark.parametrize("ranks", ["", "1,two", "0", "1,,2"])
+def test_the_benchmark_of_reads_refuses_ranks_that_are_none(ranks):
+    with pytest.raises(ValueError, match="must be whole numbers from 1 on, separated by commas"):
+        reads.run(samples=512, ranks=ranks)
 
 
 def test_the_training_benchmark_splits_the_time_of_the_real_loop_on_one_process_and_on_two(tmp_path, monkeypatch):

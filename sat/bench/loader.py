@@ -61,9 +61,9 @@ def run(
     return rows
 
 
-def write_shards(root: Path, side: int, samples: int, shard_size: int = 256) -> None:
+def write_shards(root: Path, side: int, samples: int, shard_size: int = 256, dim: int = DIM) -> None:
     """A finished feature data set of random fp16 grids."""
-    spec = FeatureSpec("grid", (side, side), DIM, "fp16", encoder=None, transform=None)
+    spec = FeatureSpec("grid", (side, side), dim, "fp16", encoder=None, transform=None)
     random, fingerprint = np.random.default_rng(1), spec.to_fingerprint()
     numbers, captions = range(samples // shard_size), map(captions_of, itertools.cycle(range(shard_size)))
     sidecars = [write_shard(root, spec, number, shard_size, random, captions) for number in numbers]
