@@ -15,7 +15,7 @@ import numpy as np
 import typer
 
 from preprocessing.annotations.read import read_annotations
-from preprocessing.console import run
+from preprocessing.console import refuse_urls, run
 from sat import files
 from sat.shards.manifest import load_manifest
 from sat.shards.store import make_store
@@ -81,6 +81,7 @@ def main(
     statistics: Annotated[Path | None, typer.Option(help="write the statistics to this JSON file as well")] = None,
 ) -> None:
     """Build the vocabulary of the training captions; equal captions give an equal file."""
+    refuse_urls(out, statistics)
     if not (features or images or annotations):
         raise ValueError("name the captions with --features, --images or --annotations")
     splits = splits or ["train"]

@@ -23,7 +23,7 @@ import typer
 from preprocessing.annotations.formats import AUTO, FORMATS
 from preprocessing.annotations.read import Records, explain, read_annotations
 from preprocessing.build_vocab import caption_statistics, captions_of, warn_of_sentences
-from preprocessing.console import run
+from preprocessing.console import refuse_urls, run
 from preprocessing.extract_features import main as extract_features
 from preprocessing.lint import gather, lint
 from preprocessing.preparing.discover import Found, discover
@@ -198,6 +198,7 @@ def main(
     overwrite: Annotated[bool, typer.Option(help="make shards anew that were made of other data")] = False,
 ) -> None:
     """Pictures and captions of any layout -> shards, features, vocabulary, splits, settings; says what to type next."""
+    refuse_urls(out, data, images)
     normalise("", words)  # an unknown rule is refused before any work
     if explained:
         found = discover(data, format) if data.is_dir() else Found((str(data),), (), format, ())

@@ -3,9 +3,11 @@
 import errno
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 
+from preprocessing import build_vocab, prepare
 from preprocessing import shard_images as sharding
 from preprocessing.shard_images import build_image_shard, main, shard_stripe
 from preprocessing.sharding.finalize import finalize
@@ -174,6 +176,12 @@ def test_folders_that_are_urls_are_refused_at_once(coco, tmp_path, monkeypatch):
         assert "error: s3://bucket/x is a URL, and this needs a folder" in failed.stderr
     failed = run_program("verify_shards", "https://host/x", code=1)
     assert "https://host/x is a URL" in failed.stderr and not list(tmp_path.iterdir())
+    for program, arguments in ((prepare.main, (coco, Path("s3://bucket/x"))), (prepare.main, (Path("s3://bucket/x"),))):
+        with pytest.raises(ValueError, match="s3://bucket/x is a URL, and this needs a folder"):
+            program(*arguments)
+    with pytest.raises(ValueError, match="gs://bucket/words.json is a URL"):
+        build_vocab.main(Path("gs://bucket/words.json"))
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("times", [1, 99])

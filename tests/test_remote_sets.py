@@ -4,12 +4,15 @@ import errno
 import http.server
 import os
 import re
+import sys
 import threading
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
+from fsspec.implementations.local import LocalFileSystem
+from fsspec.registry import _registry
 from helpers_shards import loader_arguments, make_feature_dataset, self_describing_captions
 
 from preprocessing.build_vocab import captions_of
@@ -167,6 +170,37 @@ def test_samples_whose_rows_are_not_kept_are_read_by_the_same_ranges(root, serve
     monkeypatch.setattr(reader_module, "CACHED_ROWS", 1)
     assert_same(epochs(server.url, tmp_path, limit=1, epochs=3), expected)
     assert of_shards(server.gets) == 2 * of_shards(asked)
+
+
+@pytest.fixture
+def google(monkeypatch):
+    """Google's protocol by fsspec's registry, as its package registers it; a bucket is a folder here."""
+
+    class Google(LocalFileSystem):
+        protocol = ("gs", "gcs")
+        local_file = False
+
+        @classmethod
+        def _strip_protocol(cls, path):
+            return super()._strip_protocol(path.removeprefix("gs://"))
+
+    for name in Google.protocol:
+        monkeypatch.setitem(_registry, name, Google)
+
+
+@pytest.mark.parametrize("share", [2.0, 0.3])
+def test_a_set_behind_any_protocol_of_the_registry_is_read_as_the_folder_is(root, google, epochs, tmp_path, share):
+    size = sum(shard.bytes for shard in load_manifest(str(root)).shards)
+    assert_same(epochs(f"gs://{root}", tmp_path, limit=int(share * size), epochs=2), epochs(root, epochs=2))
+    assert 0 < sum(path.stat().st_size for path in tmp_path.glob("*.tar")) <= share * size
+
+
+@pytest.mark.faults
+def test_a_protocol_whose_package_is_missing_is_named_with_the_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    monkeypatch.delitem(_registry, "gs", raising=False)
+    with pytest.raises(ValueError, match=r"gs://bucket/set: .*gcsfs.*; give a folder or a URL that fsspec opens here"):
+        load_manifest("gs://bucket/set")
 
 
 @pytest.mark.faults

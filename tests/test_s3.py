@@ -2,9 +2,7 @@
 
 import json
 
-import fsspec
 import pytest
-from moto.server import ThreadedMotoServer
 
 from preprocessing.build_vocab import captions_of
 from sat import train
@@ -12,6 +10,7 @@ from sat.config import load_config
 from sat.data.loader import read_references
 from sat.shards.manifest import load_manifest
 from sat.shards.ranges import serves_ranges
+from tests.helpers_s3 import in_bucket
 from tests.helpers_shards import make_feature_dataset
 from tests.helpers_training import SMALL, with_tokenizer
 
@@ -25,24 +24,8 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def bucket(folder):
-    """The URL of the data set in a bucket; who reads it finds server and keys as with any S3, in the environment."""
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {
-            "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-            "AWS_ACCESS_KEY_ID": "ada",
-            "AWS_SECRET_ACCESS_KEY": "lovelace",
-            "AWS_DEFAULT_REGION": "us-east-1",
-        }.items():
-            patch.setenv(name, value)
-        filesystem = fsspec.filesystem("s3")
-        filesystem.mkdir("pictures")
-        filesystem.put(f"{folder}/data/", "pictures/coco/", recursive=True)
-        yield "s3://pictures/coco"
-        filesystem.clear_instance_cache()
-    server.stop()
+    with in_bucket(folder / "data") as url:
+        yield url
 
 
 def losses(run):

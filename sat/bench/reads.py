@@ -8,7 +8,8 @@ machine is; seconds do.
 
     disk            a folder; "few rows kept": as if the set had four times the samples whose rows a process keeps
     http            a server of byte ranges, and a cache that holds twice the set or half of it
-    http, windows   a server without byte ranges, a cache of half the set, data.window_shards at what it holds
+    http, windows   a server without byte ranges, a cache of half the set, data.window_shards at what it holds; where a
+                    window is not longer than what the ranks read ahead (4 steps), a shard is fetched twice
 """
 
 import http.server

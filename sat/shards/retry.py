@@ -62,9 +62,13 @@ def cause_of(error: BaseException) -> str:
     seen = error
     while seen.__cause__ is not None and not isinstance(error, StillFailing):
         seen = seen.__cause__
-    status = answer_of(seen)
+    status, said = answer_of(seen), getattr(seen, "message", "")
+    told = getattr(seen, "response", None)
+    if isinstance(told, dict) and "Error" in told:  # of botocore
+        status = told.get("ResponseMetadata", {}).get("HTTPStatusCode")
+        said = f"{told['Error'].get('Code')}: {told['Error'].get('Message')}"
     if status is not None:
-        what = f"the server answers {status} {getattr(seen, 'message', '')}".rstrip()
+        what = f"the server answers {status} {said}".rstrip()
         return f"{what}; does the URL need credentials?" if status in (401, 403) else what
     if isinstance(seen, TimeoutError):
         return "no answer in time"
@@ -92,8 +96,7 @@ def retrying(
             if attempt == ATTEMPTS - 1:
                 cause = io_error(error)
                 code = (cause.errno if cause else None) or errno.EIO
-                detail = os.strerror(code) if cause else cause_of(error)
-                raise StillFailing(code, f"{what}: {detail} (after {ATTEMPTS} attempts)") from error
+                raise StillFailing(code, f"{what}: {cause_of(error)} (after {ATTEMPTS} attempts)") from error
         before_retry()
         time.sleep(FIRST_PAUSE_S * 2**attempt)
     raise AssertionError("the last attempt returns or raises")
