@@ -161,6 +161,14 @@ def test_what_is_not_finite_is_never_saved(tmp_path, name, value):
     assert checkpoint.latest(tmp_path).name == "step-00000001"
 
 
+def test_numbers_whose_sum_is_too_large_for_their_type_are_saved(tmp_path):
+    saver, tensors = Saver(tmp_path, Processes(), 2), tensors_of(1.0)
+    tensors["exp_avg_sq/a.weight"][:] = 3e38
+    saver.begin(2, tensors, state_of(2))
+    assert saver.wait() == [SaveResult(2)]
+    assert checkpoint.read(checkpoint.latest(tmp_path))["exp_avg_sq/a.weight"].isfinite().all()
+
+
 def test_saving_goes_on_beside_training_and_the_next_save_waits_for_it(tmp_path, monkeypatch):
     allowed, plain, order = threading.Event(), checkpoint.save_file, []
 

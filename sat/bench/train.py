@@ -32,6 +32,7 @@ from sat.text import build_tokenizer
 ROUNDS_FILE = "rounds.json"
 """What the ranks leave in their folder: see `sat.bench.train_ranks.Round`."""
 SHARES = ("wait", "compute", "exchange", "rest")
+SAVES = ("save_stops_s", "save_takes_s", "save_costs_steps")
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,8 @@ def run(
     folder: Annotated[Path | None, typer.Option(help="Where to write 300 MB for a while.")] = None,
 ) -> list[dict[str, Any]]:
     """Captions/s of each process in the real loop and in the bare step, the loop's shares of the time, and what a
-    checkpoint costs: how long the loop stands still, and how many steps it loses until all is written.
+    checkpoint costs: how long the loop stands still, how long all is being written, and how many steps fewer it takes
+    in that time than it otherwise does.
     """
     chosen, numbers = shapes.split(","), processes.split(",")
     if unknown := set(chosen) - set(SHAPES):
@@ -162,6 +164,4 @@ def measure(config: Path, processes: int, steps: int, rounds: int) -> dict[str, 
         "of_bare": medians["captions_per_s"] / medians["bare_captions_per_s"],
         "captions_per_s_in_all": medians["captions_per_s"] * processes,
         "seconds_per_step": medians["seconds_per_step"],
-        "save_stops_s": medians["save_stops_s"],
-        "save_costs_steps": medians["seconds_with_save"] / medians["seconds_per_step"] - steps,
-    } | {f"{share}_share": medians[f"{share}_share"] for share in SHARES}
+    } | {name: medians[name] for name in (*SAVES, *(f"{share}_share" for share in SHARES))}

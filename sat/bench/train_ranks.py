@@ -1,6 +1,6 @@
 """One rank of `sat bench train`: usage: python -m sat.bench.train_ranks CONFIG STEPS ROUNDS
 
-Takes turns of STEPS steps: in the loop of `sat.train`, bare, and in the loop while a checkpoint is written. What each
+Takes turns of STEPS steps: in the loop of `sat.train`, bare, and in the loop until a checkpoint is written. What each
 part of a step takes is timed where the loop calls it; a GPU is waited for at the ends of the parts. Exchange is what a
 rank waits for the others: the sums of counts, and in the backward pass what comes after its own last gradient (the
 exchange that is hidden behind the pass costs nothing but computing power).
@@ -142,18 +142,21 @@ class Ranks:
         return shares | {"captions_per_s": rate, "seconds_per_step": seconds / steps}
 
     def saving(self, batches: Batches, first: int, steps: int, state: TrainState) -> dict[str, float]:
-        """One turn of the real loop that begins with a checkpoint, which is to be written at its end."""
-        processes = self.run.processes
-        saver = Saver(self.run.checkpoints, processes, keep=2)
-        processes.barrier()
-        began = self.clock.now()
-        saver.begin(first, self.learner.state(processes), state)
+        """Turns of the real loop while a checkpoint is written, and as many again without: what it has cost."""
+        saver = Saver(self.run.checkpoints, self.run.processes, keep=2)
+        self.run.processes.barrier()
+        began, turns, written = self.clock.now(), 0, []
+        saver.begin(first, self.learner.state(self.run.processes), state)
         stopped = self.clock.now() - began
-        self.loop(batches, first, steps)
-        (result,) = saver.wait()
-        if result.error:
-            raise ValueError(f"the checkpoint could not be written: {result.error}")
-        return {"save_stops_s": stopped, "seconds_with_save": self.clock.now() - began}
+        while not written:
+            self.loop(batches, first, steps)
+            turns, written = turns + 1, self.run.processes.broadcast(saver.poll())
+        seconds = self.clock.now() - began
+        if written[0].error:
+            raise ValueError(f"the checkpoint could not be written: {written[0].error}")
+        of_step = sum(self.loop(batches, first, steps)["seconds_per_step"] for _ in range(turns)) / turns
+        costs = seconds / of_step - turns * steps
+        return {"save_stops_s": stopped, "save_takes_s": seconds, "save_costs_steps": costs}
 
     def bare(self, batches: Batches, first: int, steps: int) -> dict[str, float]:
         """One turn of bare steps, over batches that are fetched beforehand."""
