@@ -61,7 +61,7 @@ class Rows:
         """Learn what a sample is from its verified .json. ValueError, KeyError or TypeError for another text."""
         assert isinstance(self.keys, dict) and isinstance(self.image_ids, dict) and isinstance(self.captions, dict)
         document = json.loads(text)
-        self.keys[sample], self.image_ids[sample] = key, document["image_id"]
+        self.keys[sample], self.image_ids[sample] = key, str(document["image_id"])  # a number, where it was one
         self.captions[sample] = document["captions"]
 
 
