@@ -83,6 +83,7 @@ def test_the_training_benchmark_splits_the_time_of_the_real_loop_on_one_process_
         assert sum(shares) == pytest.approx(1) and min(shares) > 0 and row["compute_share"] > 0.2
         assert row["of_bare"] == pytest.approx(row["captions_per_s"] / row["bare_captions_per_s"])
         assert row["captions_per_s"] * row["processes"] * row["seconds_per_step"] == pytest.approx(9 * 5, rel=0.01)
+        assert row["captions_per_cpu_s"] > 0 and row["of_bare_cpu"] > 0
         assert row["save_takes_s"] > row["save_stops_s"] > 0 and math.isfinite(row["save_costs_steps"])
     assert rows[1]["exchange_share"] > rows[0]["exchange_share"]
     assert list(tmp_path.iterdir()) == [out], "the shards are removed"

@@ -81,9 +81,9 @@ def run(
     rounds: Annotated[int, typer.Option(help="Turns of loop and bare step; medians count.")] = 3,
     folder: Annotated[Path | None, typer.Option(help="Where to write 300 MB for a while.")] = None,
 ) -> list[dict[str, Any]]:
-    """Captions/s of each process in the real loop and in the bare step, the loop's shares of the time, and what a
-    checkpoint costs: how long the loop stands still, how long all is being written, and how many steps fewer it takes
-    in that time than it otherwise does.
+    """Captions/s of each process in the real loop and in the bare step, by its CPU time too, which stays true on a
+    machine that others use; the loop's shares of the time; and what a checkpoint costs: how long the loop stands still,
+    how long all is being written, and how many steps fewer it takes in that time than it otherwise does.
     """
     chosen, numbers = shapes.split(","), processes.split(",")
     if unknown := set(chosen) - set(SHAPES):
@@ -162,6 +162,8 @@ def measure(config: Path, processes: int, steps: int, rounds: int) -> dict[str, 
         "captions_per_s": medians["captions_per_s"],
         "bare_captions_per_s": medians["bare_captions_per_s"],
         "of_bare": medians["captions_per_s"] / medians["bare_captions_per_s"],
+        "captions_per_cpu_s": medians["captions_per_cpu_s"],
+        "of_bare_cpu": medians["captions_per_cpu_s"] / medians["bare_captions_per_cpu_s"],
         "captions_per_s_in_all": medians["captions_per_s"] * processes,
         "seconds_per_step": medians["seconds_per_step"],
     } | {name: medians[name] for name in (*SAVES, *(f"{share}_share" for share in SHARES))}

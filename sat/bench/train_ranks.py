@@ -128,18 +128,19 @@ class Ranks:
         """One turn of the real loop, from step `first` on."""
         self.run.processes.barrier()
         self.clock.compute = self.clock.exchange = self.meter.waited = 0.0
-        began = self.clock.now()
+        began, cpu = self.clock.now(), time.process_time()
         for step in range(first, first + steps):
             take_step(self.config, self.learner, next(batches), step, self.run, self.meter)
         waited = self.meter.waited
         captions = sum(step.captions for step in self.meter.steps)
         self.meter.line(self.run.processes)
-        seconds = self.clock.now() - began
+        seconds, cpu = self.clock.now() - began, time.process_time() - cpu
         known = {"wait": waited, "compute": self.clock.compute, "exchange": self.clock.exchange}
         shares = {f"{name}_share": each / seconds for name, each in known.items()}
         shares["rest_share"] = 1 - sum(shares.values())
-        rate = captions / seconds / self.run.processes.world_size
-        return shares | {"captions_per_s": rate, "seconds_per_step": seconds / steps}
+        mine = captions / self.run.processes.world_size
+        rates = {"captions_per_s": mine / seconds, "captions_per_cpu_s": mine / cpu}
+        return shares | rates | {"seconds_per_step": seconds / steps}
 
     def saving(self, batches: Batches, first: int, steps: int, state: TrainState) -> dict[str, float]:
         """Turns of the real loop while a checkpoint is written, and as many again without: what it has cost."""
@@ -163,13 +164,14 @@ class Ranks:
         plain = replace(self.learner, stepper=self.learner.stepper.plain)  # type: ignore[attr-defined]  # it is timed
         kept = [next(batches) for _ in range(steps)]
         self.run.processes.barrier()
-        began, captions = self.clock.now(), 0.0
+        began, cpu, captions = self.clock.now(), time.process_time(), 0.0
         for step, (batch,) in enumerate(kept, first):
             tokens, of_batch = float(batch.tokens), float(batch.caption_count)
             plain.learn(batch, step, tokens, of_batch, last=False, processes=self.run.processes)
             plain.stepper.step()
             captions += of_batch
-        return {"bare_captions_per_s": captions / (self.clock.now() - began)}
+        seconds, cpu = self.clock.now() - began, time.process_time() - cpu
+        return {"bare_captions_per_s": captions / seconds, "bare_captions_per_cpu_s": captions / cpu}
 
 
 def measure(config: Config, steps: int, rounds: int) -> None:
