@@ -106,7 +106,10 @@ class TrainConfig:
     precision: str = setting("auto", choices=("auto", "fp32", "bf16", "fp16"))
     """`fp32`, or mixed precision `bf16` or `fp16`; auto: bf16 where the machine computes in it natively, else fp32."""
     kernels: str = setting("auto", choices=("auto", "native", "torch"), may_change=True)
-    """Kernels of the time loop: `native` (C++, built on first use), `torch`, or `auto`: native where they can be."""
+    """Kernels of the time loop: `native` (C++, built on first use), `torch`, or `auto`: native where they can be.
+
+    On a GPU `auto` takes Triton's and replays them as CUDA graphs.
+    """
     eval_every: int = setting(0, may_change=True)
     """Steps between evaluations; 0: once per epoch."""
     save_every: int = setting(0, may_change=True)

@@ -63,7 +63,7 @@ def _on_gpu(kernels: str) -> str:
 
     index = torch.cuda.current_device()
     reason = triton_kernels.usable(index) if kernels == "auto" else f"train.kernels={kernels}"
-    loop = f"PyTorch kernels ({reason})" if reason else "Triton kernels"
+    loop = f"PyTorch kernels ({reason})" if reason else "Triton kernels, replayed as CUDA graphs,"
     return f"soft attention in {loop} on {torch.cuda.get_device_name(index)}"
 
 
