@@ -162,3 +162,12 @@ def test_a_shard_that_is_never_given_is_one_sentence_with_its_url_and_cause(
     assert f"{bucket}/{shard.name}" in message and "lovelace" not in message and "\n" not in message
     assert sum(proxy.asked.values()) == asked
     assert not list(tmp_path.glob("*.part"))
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("name", ["manifest.json", "shards.parquet", "samples.parquet", ".tar"])
+def test_a_refused_file_of_any_kind_is_named_with_the_servers_answer(bucket, proxy, tmp_path, name):
+    proxy.faults = lambda path: "403" if path.endswith(name) else ""
+    said = rf"{bucket}/\S*{name}: the server answers 403 AccessDenied: said by the test; does the URL need credentials"
+    with pytest.raises(OSError, match=said):
+        read_epoch(bucket, cache_dir=str(tmp_path), cache_gb=1e-9)

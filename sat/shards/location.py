@@ -4,12 +4,14 @@ import hashlib
 import logging
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from io import BufferedIOBase
 from typing import cast
 
 import fsspec
 
-from sat.shards.retry import Result, StillFailing, io_error, remote_error, retrying
+from sat.credentials import shown
+from sat.shards.retry import Result, StillFailing, io_error, naming, remote_error, retrying
 from sat.shards.sealed import Damaged
 
 logger = logging.getLogger(__name__)
@@ -86,10 +88,11 @@ def read_retrying(root: str, name: str, operation: Callable[[], Result]) -> Resu
         return (isinstance(error, Damaged) or remote_error(error)) if is_url(root) else io_error(error)
 
     def report() -> None:
-        logger.warning("%s/%s: reading failed and is tried again", root, name)
+        logger.warning("%s: reading failed and is tried again", shown(f"{root}/{name}"))
 
     try:
-        return retrying(operation, f"{root}/{name}", report, is_transient)
+        with naming(shown(f"{root}/{name}")) if is_url(root) else nullcontext():
+            return retrying(operation, shown(f"{root}/{name}"), report, is_transient)
     except StillFailing as error:
         if isinstance(error.__cause__, Damaged):
             raise error.__cause__ from None

@@ -8,13 +8,14 @@ import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from functools import partial
 from queue import SimpleQueue
 from typing import NamedTuple
 
 import fsspec
 
 from sat.credentials import shown
-from sat.shards.retry import remote_error, retrying
+from sat.shards.retry import naming, remote_error, retrying
 
 THREADS = 8
 """Ranges that a process asks for at once: a store answers each after tens of milliseconds."""
@@ -87,7 +88,9 @@ class RangeReader:
 
     def _fetch(self, wanted: Range) -> bytes:
         url = f"{self.root}/{wanted.name}"
-        return retrying(lambda: fetch_range(url, wanted.begin, wanted.end), shown(url), self.count_retry, remote_error)
+        with naming(shown(url)):
+            fetch = partial(fetch_range, url, wanted.begin, wanted.end)
+            return retrying(fetch, shown(url), self.count_retry, remote_error)
 
 
 def fetch_range(url: str, begin: int, end: int) -> bytes:
@@ -107,4 +110,5 @@ def serves_ranges(root: str, name: str) -> bool:
         filesystem, path = fsspec.core.url_to_fs(url)
         return len(filesystem.cat_file(path, start=1, end=3))
 
-    return retrying(ask, shown(url), lambda: None, remote_error) == 2
+    with naming(shown(url)):
+        return retrying(ask, shown(url), lambda: None, remote_error) == 2

@@ -7,7 +7,8 @@ between us and the file (Parquet, HTTP) each wrap in their own way.
 import errno
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 Result = TypeVar("Result")
@@ -75,6 +76,21 @@ def cause_of(error: BaseException) -> str:
     if isinstance(seen, OSError) and seen.errno and type(seen).__module__ == "builtins":
         return os.strerror(seen.errno)
     return f"{type(seen).__name__}: {' '.join(str(seen).split())}"
+
+
+@contextmanager
+def naming(url: str) -> Iterator[None]:
+    """Errors of the network in the block name the URL and their cause; that a file is missing passes as it is."""
+    try:
+        yield
+    except StillFailing:
+        raise
+    except Exception as error:
+        of_network = isinstance(error, OSError) or type(error).__module__.startswith(("aiohttp", "botocore"))
+        missing = isinstance(error, FileNotFoundError) and answer_of(error) in (None, 404, 410)
+        if missing or not of_network:
+            raise
+        raise StillFailing(errno.EIO, f"{url}: {cause_of(error)}") from error
 
 
 def retrying(
