@@ -97,10 +97,12 @@ def test_copies_that_would_each_train_on_their_own_are_refused_with_the_right_co
     refuse_a_lonely_process()
 
 
-def test_a_launch_for_gpus_does_not_train_on_processors_in_silence(monkeypatch):
+@pytest.mark.parametrize(("name", "value"), [("LOCAL_RANK", "0"), ("ACCELERATE_USE_CPU", "False")])
+def test_a_launch_for_gpus_does_not_train_on_processors_in_silence(monkeypatch, name, value):
+    """Of several processes, and of one, as launch/gpu.yaml starts it."""
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv(name, value)
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     with pytest.raises(ValueError, match=r"is for GPUs, and PyTorch finds none on .*launch/deepspeed_\*_cpu.yaml"):
         start("fp32", 60)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from sat import files
 from sat.bench.train import ROUNDS_FILE
-from sat.checkpoint import Saver
+from sat.checkpoint import Saver, SaveResult
 from sat.config import Config, load_config
 from sat.data.batch import CaptionBatch
 from sat.data.plan import Cursor
@@ -146,7 +146,7 @@ class Ranks:
         """Turns of the real loop while a checkpoint is written, and as many again without: what it has cost."""
         saver = Saver(self.run.checkpoints, self.run.processes, keep=2)
         self.run.processes.barrier()
-        began, turns, written = self.clock.now(), 0, []
+        began, turns, written = self.clock.now(), 0, list[SaveResult]()
         saver.begin(first, self.learner.state(self.run.processes), state)
         stopped = self.clock.now() - began
         while not written:

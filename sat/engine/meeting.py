@@ -4,8 +4,10 @@ The surprise: each rank writes its name into the launcher's store first. A proce
 its whole time-out and then names nobody.
 """
 
+import contextlib
 import os
 import socket
+import threading
 import time
 from datetime import timedelta
 
@@ -16,6 +18,8 @@ from sat.stopping import StartAgain
 
 _LOOK_EVERY_S = 0.5
 """At most; ranks that come together look sooner."""
+_ANSWERS_WITHIN_S = 5
+"""Another rank 0."""
 _NAMED = 8
 """So many missing ranks are named."""
 _REFUSED = "refused"
@@ -30,7 +34,7 @@ def meet(timeout: float) -> tuple[Store, int, int]:
     """
     rank, world = _announced_rank()
     until = time.monotonic() + timeout
-    store = _store(rank, timeout)
+    store = _store(rank, world, timeout)
     try:
         if wrong := _contradiction(store, rank, world):
             store.set(_REFUSED, wrong)
@@ -68,20 +72,24 @@ def _contradiction(store: Store, rank: int, world: int) -> str:
     """What this rank's variables and those of the others cannot both say; "" where they agree."""
     me = f"rank {rank} on {socket.gethostname()}"
     if store.add(f"came/{rank}", 1) > 1:
-        return (
-            f"two processes take themselves for rank {rank} of {world}, one of them on {socket.gethostname()}: the "
-            "variable RANK must be another one for each; let a launcher set it"
-        )
+        return _twice(rank, world)
     if (others := store.compare_set("world", "", str(world)).decode()) != str(world):
         return f"WORLD_SIZE is {world} for {me} and {others} for another rank: it must be the same for all"
     return ""
 
 
-def _store(rank: int, timeout: float) -> Store:
+def _twice(rank: int, world: int) -> str:
+    return (
+        f"two processes take themselves for rank {rank} of {world}, one of them on {socket.gethostname()}: the "
+        "variable RANK must be another one for each; let a launcher set it"
+    )
+
+
+def _store(rank: int, world: int, timeout: float) -> Store:
     """That of torch's launcher, where one has started us, else rank 0 serves it."""
     serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    life = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # the launcher's store outlives its ranks
+    life = f"sat/life-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"  # the launcher's store outlives its ranks
     try:
         served = TCPStore(
             host,
@@ -94,6 +102,7 @@ def _store(rank: int, timeout: float) -> Store:
     except dist.DistError as error:
         me = f"rank {rank} on {socket.gethostname()}"
         if serves:
+            _tell_the_first(host, port, life, world)
             raise ValueError(
                 f"{me} cannot serve at {_address()}, where the ranks are to meet: another launch is there, or another "
                 "process that takes itself for rank 0; give another MASTER_PORT, or let a launcher set the variables"
@@ -102,7 +111,20 @@ def _store(rank: int, timeout: float) -> Store:
             f"{me} has found nobody at {_address()}, where the ranks meet, within {timeout:g} s (train.timeout); see "
             "what the machine of rank 0 says, then start it again"
         ) from error
-    return PrefixStore(f"sat/life-{life}", served)
+    return PrefixStore(life, served)
+
+
+def _tell_the_first(host: str, port: int, life: str, world: int) -> None:
+    """If another rank 0 waits at our address, it need not wait longer. What serves there instead may never answer."""
+
+    def tell() -> None:
+        with contextlib.suppress(dist.DistError):
+            there = TCPStore(host, port, is_master=False, timeout=timedelta(seconds=_ANSWERS_WITHIN_S))
+            PrefixStore(life, there).set(_REFUSED, _twice(0, world))
+
+    telling = threading.Thread(target=tell, daemon=True)
+    telling.start()
+    telling.join(_ANSWERS_WITHIN_S)
 
 
 def _who_lacks(store: Store, world: int, timeout: float) -> str:

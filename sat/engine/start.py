@@ -82,7 +82,9 @@ def _join_deepspeed(backend: str, on_cpu: bool, timeout: timedelta) -> None:
 def _refuse_broken_gpus(on_cpu: bool) -> None:
     """A machine whose GPUs PyTorch cannot use would train on its CPU, and nobody would be told for days."""
     hidden = "CUDA_VISIBLE_DEVICES" in os.environ  # by whoever asks for the CPU, as launch/cpu.yaml does
-    if on_cpu and not hidden and {"ACCELERATE_MIXED_PRECISION", "LOCAL_RANK"} <= os.environ.keys():
+    by_accelerate = "ACCELERATE_MIXED_PRECISION" in os.environ
+    one_process_on_a_gpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "false"  # said where there is no rank
+    if on_cpu and not hidden and by_accelerate and ("LOCAL_RANK" in os.environ or one_process_on_a_gpu):
         raise ValueError(
             f"the launcher's configuration is for GPUs, and PyTorch finds none on {socket.gethostname()}: take "
             "launch/cpu.yaml or launch/deepspeed_*_cpu.yaml to compute on CPUs, or set CUDA_VISIBLE_DEVICES=-1"
