@@ -23,9 +23,10 @@ from preprocessing.importing.arrays import BadFeatures
 from preprocessing.importing.fitting import fit, rows_of
 from preprocessing.importing.plan import ImportOptions, import_settings, plan_import, spec_of
 from preprocessing.importing.sources import open_source
+from preprocessing.sharding.changed import FileTimes, settle_changed
 from preprocessing.sharding.finalize import finalize
 from preprocessing.sharding.jobs import Summary, run_stripe
-from preprocessing.sharding.plan import ImportSettings, Plan, PlannedShard, load_plan
+from preprocessing.sharding.plan import ImageRecord, ImportSettings, Plan, PlannedShard, load_plan
 from preprocessing.sharding.rebuild import Before, as_before
 from preprocessing.sharding.write import Sample, write_shard
 from sat.machine import available_cores
@@ -40,9 +41,9 @@ def build_imported_shard(plan: Plan, shard: PlannedShard, before: Mapping[str, B
     Raises ValueError or OSError, and publishes nothing, when the files are not the planned ones or not as the shard was
     `before`.
     """
-    sums = ChannelSums(spec_of(plan).dim)
-    samples = as_before(_samples(plan, shard, sums), before, plan.root / shard.name)
-    return write_shard(plan.root, shard, plan.digest, samples, extra=lambda: sums.extra(shard.name))
+    sums, times = ChannelSums(spec_of(plan).dim), FileTimes()
+    samples = as_before(_samples(plan, shard, sums, times), before, plan.root / shard.name)
+    return write_shard(plan.root, shard, plan.digest, samples, lambda: sums.extra(shard.name) | times.extra())
 
 
 def import_stripe(
@@ -70,28 +71,46 @@ def check_source(plan: Plan) -> None:
     open_source(settings.features, settings.boxes)
 
 
-def _samples(plan: Plan, shard: PlannedShard, sums: ChannelSums) -> Iterator[Sample | LeftOut]:
+def feature_files(plan: Plan, record: ImageRecord) -> tuple[Path, ...]:
+    """The files that the features of a record are read from; none where they are gone."""
+    settings = plan.settings_as(ImportSettings)
+    source = open_source(settings.features, settings.boxes)
+    place = source.find(record)
+    return () if place is None else source.files_of(place)
+
+
+def pack_features(
+    plan: Plan, record: ImageRecord, sums: ChannelSums | None = None, times: FileTimes | None = None
+) -> Sample | LeftOut:
+    """The features of a record as they go into its shard, or left out where they cannot be used.
+
+    `sums` counts them, `times` takes the time of their files. ValueError where they are not the planned ones.
+    """
     settings, spec, scale = plan.settings_as(ImportSettings), spec_of(plan), scale_of(plan)
     source = open_source(settings.features, settings.boxes)
-    for record in plan.records(shard):
-        place = source.find(record)
-        if place is None or place.bytes != record.file_bytes:
-            what = "are gone" if place is None else f"are not {record.file_bytes} bytes long as they were planned"
-            raise ValueError(
-                f"{settings.features}: the features of {record.file_name} {what}; plan again with --overwrite"
-            )
-        try:
-            found = source.read(place)
-            fitted = fit(found, spec, scale, (record.width, record.height))
-        except BadFeatures as bad:
-            yield LeftOut(record.image_id, record.file_name, bad.reason, bad.detail)
-            continue
+    place = source.find(record)
+    if place is None or place.bytes != record.file_bytes:
+        what = "are gone" if place is None else f"are not {record.file_bytes} bytes long as they were planned"
+        raise ValueError(f"{settings.features}: the features of {record.file_name} {what}; plan again with --overwrite")
+    if times is not None:
+        times.take(record, source.files_of(place))
+    try:
+        found = source.read(place)
+        fitted = fit(found, spec, scale, (record.width, record.height))
+    except BadFeatures as bad:
+        return LeftOut(record.image_id, record.file_name, bad.reason, bad.detail)
+    if sums is not None:
         if spec.dtype == "int8":
             sums.add_clipped(rows_of(found).values[None].astype(np.float32), scale)
         sums.add(fitted.values)
-        width, height = (record.width, record.height) if record.width else found.size
-        more = {} if fitted.boxes is None else {"boxes.npy": FeatureSpec.boxes_bytes(fitted.boxes)}
-        yield Sample(record, spec.npy_bytes(fitted.stored), "npy", width, height, more, spec.about_values)
+    width, height = (record.width, record.height) if record.width else found.size
+    more = {} if fitted.boxes is None else {"boxes.npy": FeatureSpec.boxes_bytes(fitted.boxes)}
+    return Sample(record, spec.npy_bytes(fitted.stored), "npy", width, height, more, spec.about_values)
+
+
+def _samples(plan: Plan, shard: PlannedShard, sums: ChannelSums, times: FileTimes) -> Iterator[Sample | LeftOut]:
+    for record in plan.records(shard):
+        yield pack_features(plan, record, sums, times)
 
 
 def _about(plan: Plan) -> str:
@@ -145,11 +164,11 @@ def main(
         )
         settings = import_settings(features, boxes)
         plan = plan_import(records, settings, out, options, max_bad_fraction=max_bad_fraction, overwrite=overwrite)
+        settle_changed(plan, partial(pack_features, plan), partial(feature_files, plan), overwrite)
         print(f"{out}: {_about(plan)}")
     if step in (Step.ALL, Step.SHARDS):
         workers = num_workers or available_cores()
-        plan = load_plan(out)
-        summary = import_stripe(plan, stripe=stripe, num_workers=workers, max_bad_fraction=max_bad_fraction)
+        summary = import_stripe(load_plan(out), stripe=stripe, num_workers=workers, max_bad_fraction=max_bad_fraction)
         print(f"{out}: {summary.line()}")
     if step == Step.FINALIZE or (step == Step.ALL and stripe == "0/1"):
         manifest = finalize_import(load_plan(out), max_bad_fraction)

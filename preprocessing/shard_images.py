@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -19,10 +19,11 @@ from preprocessing.annotations.clean import RULES
 from preprocessing.annotations.formats import AUTO, FORMATS
 from preprocessing.annotations.read import Records, read_annotations
 from preprocessing.console import Step, refuse_urls, run
+from preprocessing.sharding.changed import FileTimes, settle_changed
 from preprocessing.sharding.finalize import finalize
 from preprocessing.sharding.jobs import Summary, run_stripe
 from preprocessing.sharding.ownership import publish_plan
-from preprocessing.sharding.plan import WRITER, ImageSettings, Plan, PlannedShard, load_plan
+from preprocessing.sharding.plan import WRITER, ImageRecord, ImageSettings, Plan, PlannedShard, load_plan
 from preprocessing.sharding.rebuild import Before, as_before
 from preprocessing.sharding.records import check_left_out, plan_records
 from preprocessing.sharding.write import Sample, write_shard
@@ -49,14 +50,17 @@ def plan_images(
 ) -> Plan:
     """Assign records to shards and publish the plan.
 
-    Raises ValueError when there is nothing to shard, too much is left out already, or `out` was planned otherwise.
+    Raises ValueError when there is nothing to shard, too much is left out already, `out` was planned otherwise, or a
+    picture is another one than was packed.
     """
     check_left_out(len(records.images), records.left_out, image_root, max_bad_fraction)
     shards, groups, digest = plan_records(records.images, shard_size, seed)
     fingerprint = {"writer": WRITER, "rules": RULES, "records": digest, "shard_size": shard_size, "seed": seed}
     settings = ImageSettings(os.path.abspath(image_root))
     plan = Plan(out, fingerprint, settings, shards, records.left_out, records.notes)
-    return publish_plan(plan, groups, overwrite)
+    plan = publish_plan(plan, groups, overwrite)
+    settle_changed(plan, partial(pack_picture, plan), partial(picture_files, plan), overwrite)
+    return plan
 
 
 def build_image_shard(plan: Plan, shard: PlannedShard, before: Mapping[str, Before] | None = None) -> Sidecar:
@@ -66,11 +70,13 @@ def build_image_shard(plan: Plan, shard: PlannedShard, before: Mapping[str, Befo
     not mounted must not become a finished shard of nothing) or not as the shard was `before`.
     """
     check_pictures(plan)
-    notes: Counter[str] = Counter()
-    samples = as_before(_samples(plan, shard, notes), before, plan.root / shard.name)
-    return write_shard(
-        plan.root, shard, plan.digest, samples, lambda: {"notes": dict(sorted(notes.items()))} if notes else {}
-    )
+    notes, times = Counter[str](), FileTimes()
+
+    def extra() -> dict[str, Any]:
+        return times.extra() | ({"notes": dict(sorted(notes.items()))} if notes else {})
+
+    samples = as_before(_samples(plan, shard, notes, times), before, plan.root / shard.name)
+    return write_shard(plan.root, shard, plan.digest, samples, extra)
 
 
 def check_pictures(plan: Plan) -> None:
@@ -112,24 +118,36 @@ def read_picture(path: Path, file_bytes: int) -> bytes:
     return data
 
 
-def _samples(plan: Plan, shard: PlannedShard, notes: Counter[str]) -> Iterator[Sample | LeftOut]:
+def picture_files(plan: Plan, record: ImageRecord) -> tuple[Path]:
+    """The file of a record."""
+    return (Path(plan.settings_as(ImageSettings).images) / record.file_name,)
+
+
+def pack_picture(plan: Plan, record: ImageRecord, notes: Counter[str] | None = None) -> Sample | LeftOut:
+    """A picture as it goes into its shard, or left out where it cannot be decoded. Raises as `read_picture`."""
+    try:
+        data = read_picture(*picture_files(plan, record), record.file_bytes)
+        image = decode(data)
+    except BadPicture as bad:
+        return LeftOut(record.image_id, record.file_name, bad.reason, bad.detail)
+    if notes is not None and NOTE in image.info:
+        notes[image.info[NOTE]] += 1
+    return Sample(record, data, extension_of(image), image.width, image.height)
+
+
+def _samples(plan: Plan, shard: PlannedShard, notes: Counter[str], times: FileTimes) -> Iterator[Sample | LeftOut]:
     """A shard's pictures; those whose files are gone come last, left out. OSError where all are gone."""
-    folder, records = Path(plan.settings_as(ImageSettings).images), plan.records(shard)
-    gone: list[LeftOut] = []
+    records, gone = plan.records(shard), list[LeftOut]()
     for record in records:
+        times.take(record, picture_files(plan, record))
         try:
-            data = read_picture(folder / record.file_name, record.file_bytes)
-            image = decode(data)
+            packed = pack_picture(plan, record, notes)
         except (FileNotFoundError, NotADirectoryError):
             gone.append(LeftOut(record.image_id, record.file_name, GONE))
             if len(gone) == len(records):  # rather a folder that is not mounted
                 raise
             continue
-        except BadPicture as bad:
-            yield LeftOut(record.image_id, record.file_name, bad.reason, bad.detail)
-            continue
-        notes.update([image.info[NOTE]] if NOTE in image.info else [])
-        yield Sample(record, data, extension_of(image), image.width, image.height)
+        yield packed
     yield from gone
 
 

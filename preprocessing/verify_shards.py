@@ -23,7 +23,8 @@ from preprocessing.extract_features import extract_stripe, finalize_features
 from preprocessing.features.plan import recipe_of, source_of
 from preprocessing.features.weights import check_planned
 from preprocessing.import_features import check_source, finalize_import, import_stripe
-from preprocessing.shard_images import check_pictures, shard_stripe
+from preprocessing.shard_images import check_pictures, pack_picture, picture_files, shard_stripe
+from preprocessing.sharding.changed import times_if_packed
 from preprocessing.sharding.finalize import check_same_set, finalize, withdraw_manifest
 from preprocessing.sharding.made_on import MADE_ON
 from preprocessing.sharding.ownership import check_stands, exclusive
@@ -146,7 +147,8 @@ def _restore_sidecar(plan: Plan, shard: PlannedShard, manifest: Manifest, index:
     """Write the sidecar of an image shard, whose tar is sound, from the tables; False where they do not hold it."""
     try:
         rows, info = tuple(sample_rows(manifest.rows(index))), manifest.shards[index]
-        planned = {record.image_id for record in plan.records(shard)}
+        records = plan.records(shard)
+        planned = {record.image_id for record in records}
         items = [LeftOut(**json.loads(line)) for line in (plan.root / LEFT_OUT).read_text().splitlines()]
     except (OSError, ValueError, TypeError):
         return False
@@ -154,9 +156,12 @@ def _restore_sidecar(plan: Plan, shard: PlannedShard, manifest: Manifest, index:
     if manifest.fingerprint != plan.fingerprint or len(rows) + len(left_out) != shard.samples:
         return False
     about = (shard.name, shard.split, plan.digest, len(rows), info.bytes, info.sha256)
+    checksums = {row.key: row.xxh3 for row in rows}
+    times = times_if_packed(records, checksums, partial(pack_picture, plan), partial(picture_files, plan))
+    sidecar = Sidecar(*about, rows, left_out, times.extra())
     with exclusive(plan.root):
         check_stands(plan.root, plan.digest)
-        files.write_bytes(sidecar_path(plan.root, shard), seal(Sidecar(*about, rows, left_out).to_document()))
+        files.write_bytes(sidecar_path(plan.root, shard), seal(sidecar.to_document()))
     return True
 
 

@@ -10,9 +10,10 @@ name files by COCO's ids.
 
 import math
 import os
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
@@ -22,6 +23,7 @@ import numpy.typing as npt
 from preprocessing.importing.arrays import MAX_BYTES, NUMBERS, BadFeatures, Npz, read_npy
 from preprocessing.sharding.plan import ImageRecord
 from sat.shards.location import read_retrying
+from sat.shards.retry import Result, io_error
 
 FEATURES = ("feat", "features", "x", "feature", "feats", "att")
 """Names of the features in an npz file or an HDF5 group: of the bottom-up releases, of the 36-fixed ones, of others."""
@@ -32,6 +34,7 @@ SIDES = (("image_w", "image_h"), ("img_w", "img_h"), ("width", "height"))
 HDF5 = (".h5", ".hdf5")
 SUFFIXES = ("", "_features", "_grids")
 """What may follow the name in an HDF5 file of many pictures."""
+_ERRNO = re.compile(r"errno = (\d+)")
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,9 @@ class Source(Protocol):
 
     def read(self, place: Place) -> Found:
         """Raises BadFeatures for what cannot be read, OSError where storage fails."""
+
+    def files_of(self, place: Place) -> tuple[Path, ...]:
+        """The files that `read` reads."""
 
 
 @lru_cache(maxsize=4)
@@ -115,11 +121,17 @@ def _with_boxes(found: Found, folder: Path | None, features: str) -> Found:
     """`found` with the boxes of the folder, under the name that its `features` have, where it has none of its own."""
     if folder is None or found.boxes is not None:
         return found
-    for name in dict.fromkeys([features, PurePosixPath(features).name]):
-        path = folder / f"{name}.npy"
-        if path.is_file():
-            return Found(found.features, read_npy(path.read_bytes()), found.count, found.size)
+    for path in _boxes_of(folder, features):
+        blob = read_retrying(str(path.parent), path.name, path.read_bytes)
+        return Found(found.features, read_npy(blob), found.count, found.size)
     return found
+
+
+def _boxes_of(folder: Path | None, features: str) -> tuple[Path, ...]:
+    """The file of boxes of that name; none where there is none."""
+    names = dict.fromkeys([features, PurePosixPath(features).name]) if folder is not None else ()
+    paths = (folder / f"{name}.npy" for name in names if folder is not None)
+    return tuple(path for path in paths if path.is_file())[:1]
 
 
 @dataclass(frozen=True)
@@ -136,8 +148,13 @@ class Folder:
         blob = _read_file(place)
         zipped = place.name.endswith(".npz")
         found = _from_names(Npz(blob), Npz.__getitem__) if zipped else Found(read_npy(blob))
-        name = os.path.relpath(place.name, self.root).rpartition(".")[0]
-        return _with_boxes(found, self.boxes, name)
+        return _with_boxes(found, self.boxes, self._name(place))
+
+    def files_of(self, place: Place) -> tuple[Path, ...]:
+        return Path(place.name), *_boxes_of(self.boxes, self._name(place))
+
+    def _name(self, place: Place) -> str:
+        return os.path.relpath(place.name, self.root).rpartition(".")[0]
 
 
 class HierarchicalFile:
@@ -153,9 +170,26 @@ class HierarchicalFile:
             self._file = h5py.File(path, "r")
         except OSError as error:
             raise ValueError(f"{path}: no whole HDF5 file ({error})") from None
-        self.boxes = boxes
+        self.path, self.boxes = path, boxes
 
     def find(self, record: ImageRecord) -> Place | None:
+        return self._retrying(partial(self._find, record))
+
+    def _retrying(self, operation: Callable[[], Result]) -> Result:
+        """The result; where HDF5 looks for a name, only its words say that storage failed."""
+
+        def attempt() -> Result:
+            try:
+                return operation()
+            except (KeyError, RuntimeError) as error:
+                number = _ERRNO.search(str(error))
+                if number is None:
+                    raise
+                raise OSError(int(number[1]), os.strerror(int(number[1])), str(self.path)) from error
+
+        return read_retrying(str(self.path.parent), self.path.name, attempt)
+
+    def _find(self, record: ImageRecord) -> Place | None:
         names = (f"{name}{suffix}" for name in names_of(record) for suffix in SUFFIXES)
         for name in names:
             if name in self._file:
@@ -165,8 +199,10 @@ class HierarchicalFile:
         return None
 
     def read(self, place: Place) -> Found:
-        here = self._file[place.name]
-        name = next(place.name.removesuffix(suffix) for suffix in (*SUFFIXES[1:], "") if place.name.endswith(suffix))
+        return self._retrying(partial(self._read, place))
+
+    def _read(self, place: Place) -> Found:
+        here, name = self._file[place.name], self._name(place)
         if hasattr(here, "keys"):
             found = _from_names(here, lambda group, part: _dataset(group[part], f"{place.name}/{part}"))
         else:
@@ -175,15 +211,25 @@ class HierarchicalFile:
             found = Found(_dataset(here, place.name), boxes)
         return _with_boxes(found, self.boxes, name)
 
+    def files_of(self, place: Place) -> tuple[Path, ...]:
+        return self.path, *_boxes_of(self.boxes, self._name(place))
+
+    def _name(self, place: Place) -> str:
+        return next(place.name.removesuffix(suffix) for suffix in (*SUFFIXES[1:], "") if place.name.endswith(suffix))
+
 
 def _dataset(dataset: Any, name: str) -> npt.NDArray[Any]:
+    """The array. Raises BadFeatures for another one, and for a damaged one; OSError where storage failed."""
     if not hasattr(dataset, "dtype") or dataset.dtype.kind not in NUMBERS:
         raise BadFeatures("not numbers", f"{name} in the HDF5 file")
     if dataset.nbytes > MAX_BYTES:
         raise BadFeatures("file too large", f"{name}: {dataset.nbytes} bytes")
     try:
         return np.asarray(dataset[()])
-    except OSError as error:  # a filter or checksum of HDF5's own
+    except OSError as error:
+        if io_error(error):
+            raise
+        # a filter or checksum of HDF5's own
         raise BadFeatures("damaged", f"{name}: {error}") from None
 
 

@@ -25,6 +25,7 @@ from preprocessing.sharding.plan import (
     WORK,
     ImageRecord,
     Plan,
+    PlannedShard,
     plan_bytes,
     read_plan,
     standing_plan,
@@ -124,6 +125,16 @@ def delete_data_set(root: Path, shards: Iterable[str]) -> None:
         if own or (suffix in ("json", "claim") and stem in stems):
             (root / WORK / entry).unlink(missing_ok=True)
     (root / WORK / PLAN).unlink(missing_ok=True)
+
+
+def withdraw_shards(plan: Plan, shards: Iterable[PlannedShard]) -> None:
+    """Take the sidecars of some shards away, and first the manifest that lists them: the jobs build them again."""
+    with exclusive(plan.root):
+        check_stands(plan.root, plan.digest)
+        (plan.root / MANIFEST).unlink(missing_ok=True)
+        for shard in shards:
+            files.crash_point("manifest-withdrawn")
+            (plan.root / WORK / f"{shard.stem}.json").unlink(missing_ok=True)
 
 
 # ------------------------------------------------------------------ where no plan stands
