@@ -104,7 +104,7 @@ def places_of(counts):
     draw, places, expected = np.random.default_rng(1), Places(np.array(counts)), {}
     for shard, count in enumerate(counts[:-1]):
         columns = [draw.integers(0, 2**63, count, dtype=np.uint64).tolist() for _ in range(3)]
-        places.keep(shard, Rows(shard, 0, [], [], *columns, captions={}))
+        places.keep(shard, Rows(shard, 0, [""] * count, [], *columns, captions={}))
         expected |= {(shard, sample): values for sample, values in enumerate(zip(*columns))}
     return places, expected
 

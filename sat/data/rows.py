@@ -78,12 +78,13 @@ class Places:
 
     def keep(self, shard: int, rows: Rows) -> None:
         """Keep the places of all samples of a shard."""
-        records = []
-        for values in zip(rows.offsets, rows.nbytes, rows.xxh3, strict=True):
-            record = RECORD.pack(*values, 0)
-            records.append(record[:VALUES] + xxhash.xxh3_64_intdigest(record[:VALUES]).to_bytes(8, "little"))
+        records = np.zeros((len(rows.keys), RECORD.size // 8), "<u8")
+        for column, values in enumerate((rows.offsets, rows.nbytes, rows.xxh3)):
+            records[:, column] = np.fromiter(values, np.uint64)
+        raw = memoryview(records.tobytes())
+        records[:, -1] = [xxhash.xxh3_64_intdigest(raw[at : at + VALUES]) for at in range(0, len(raw), RECORD.size)]
         try:
-            os.pwrite(self._file.fileno(), b"".join(records), int(self._begins[shard]) * RECORD.size)
+            os.pwrite(self._file.fileno(), records.tobytes(), int(self._begins[shard]) * RECORD.size)
         except OSError as error:
             logger.debug("the places of samples are not kept: %s", error)
 
