@@ -14,10 +14,13 @@ import pytest
 from sat import files
 from sat.config import TrackingConfig, load_config
 from sat.data.plan import Cursor
+from sat.doctor import tracking as examined
 from sat.run_folder import open_run
 from sat.stopping import Wish
 from sat.tracking import journal as tracking
+from sat.tracking import mlflow
 from sat.tracking.journal import Tracker, read_journal
+from sat.tracking.probe import Answer
 from sat.train_state import Progress
 from tests.helpers_tracking import NoUploader, replace_uploader, run_python
 from tests.slurm_cluster import poll
@@ -155,6 +158,22 @@ def test_the_environment_names_the_store_where_the_settings_do_not_and_that_is_s
     assert found == ["http://other", "http://other", SERVER, SERVER, own, own]
     assert capsys.readouterr().err.count("MLFLOW_TRACKING_URI") == 1  # of the six it decided one
     assert stores(tmp_path / "none", ("none", SERVER), capsys=capsys, monkeypatch=monkeypatch) == [""]
+
+
+def test_what_is_said_of_a_store_that_does_not_answer_holds_no_password(tmp_path, capsys, monkeypatch):
+    def away(*_):
+        raise OSError(f"{SERVER}/?sig=secret is away")
+
+    replace_uploader(monkeypatch, NoUploader)
+    monkeypatch.setattr(mlflow, "Uploader", away)
+    monkeypatch.setattr(mlflow.signal, "alarm", lambda _: None)
+    Tracker(tmp_path, TrackingConfig(mlflow_uri=f"{SERVER}/?sig=secret"))
+    mlflow.follow(tmp_path, parent=-1)
+    assert (said := capsys.readouterr().err).count("https://***@mlflow.example.org/?sig=***") == 2
+    monkeypatch.setattr(examined, "probe", lambda *_: Answer(False, f"{SERVER}/?sig=secret is away; start it"))
+    config = load_config(None, [f"train.run_dir={tmp_path}", f"tracking.mlflow_uri={SERVER}/?sig=secret"])
+    (row,) = examined.check_mlflow(config)
+    assert row.found.count("https://***@mlflow.example.org/?sig=***") == 2 and "secret" not in f"{row}{said}"
 
 
 @pytest.mark.parametrize("named", ["mlruns", "file:///tmp/mlruns"])

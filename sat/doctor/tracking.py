@@ -5,6 +5,7 @@ from pathlib import Path
 
 from sat import files
 from sat.config import Config
+from sat.credentials import shown
 from sat.doctor.rows import Row, ok, warning
 from sat.tracking.probe import probe
 from sat.tracking.record import RECORD, UPLOADED
@@ -25,13 +26,13 @@ def check_mlflow(config: Config, bound_s: float = BOUND_S) -> Iterator[Row]:
     known = files.read_json(folder / UPLOADED)
     run_id = known.get("run_id", "") if known.get("uri") == store.uri else ""
     answer = probe(store.uri, config.tracking.experiment, run_id, bound_s)
-    shown = store.said.partition(" (")[0].removeprefix("MLflow: ") or store.uri
+    place, said = store.said.partition(" (")[0].removeprefix("MLflow: ") or shown(store.uri), shown(answer.said)
     if answer.works:
-        yield ok("MLflow", f"{shown}: {answer.said}")
+        yield ok("MLflow", f"{place}: {said}")
         return
     mend = (
         "start the server, name the right one by tracking.mlflow_uri (or `none`); a run that starts without it loses "
     )
     mend += f"nothing and catches up: sat sync {folder}"
-    found, semicolon, way_out = answer.said.rpartition("; ")
-    yield warning("MLflow", f"{shown}: {found or answer.said}", way_out if semicolon else mend)
+    found, semicolon, way_out = said.rpartition("; ")
+    yield warning("MLflow", f"{place}: {found or said}", way_out if semicolon else mend)

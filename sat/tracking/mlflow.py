@@ -16,12 +16,12 @@ from uuid import uuid4
 import typer
 
 from sat.cli import run_program
+from sat.credentials import shown
 from sat.tracking.client import reason
 from sat.tracking.journal import JOURNAL
 from sat.tracking.load import Sampler
 from sat.tracking.placing import Deleted, run_lock
 from sat.tracking.record import RECORD, Record
-from sat.tracking.store import shown
 from sat.tracking.uploader import Uploader
 
 EVALUATIONS = "evaluations"
@@ -93,7 +93,7 @@ def follow(folder: Path, parent: int) -> None:
             failures, told = 0, False
         except Exception as error:  # whatever it is, the journal has everything
             if not failures or (isinstance(error, Deleted) and not told):
-                _say(f"no MLflow at {shown(record.uri)}: {reason(error)}; {JOURNAL} keeps everything")
+                _say(shown(f"no MLflow at {record.uri}: {reason(error)}; {JOURNAL} keeps everything"))
             uploader, failures, told = None, failures + 1, isinstance(error, Deleted)
         if last:
             if failures:

@@ -1,11 +1,11 @@
 """Which MLflow a run's figures go to."""
 
 import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from sat.config import TrackingConfig, refuse_store
+from sat.credentials import shown
 
 VARIABLE = "MLFLOW_TRACKING_URI"
 """MLflow's own variable: where figures go that the settings do not send anywhere."""
@@ -39,11 +39,6 @@ def store_of(tracking: TrackingConfig, folder: Path, before: str = "") -> Store:
         return Store(own, problem=f"warning: {error}; MLflow is kept in {own}")
     said = f"MLflow: {shown(named)}, as {VARIABLE} says (tracking.mlflow_uri is empty)"
     return Store("" if named == "none" else _absolute_uri(named), said)
-
-
-def shown(uri: str) -> str:
-    """The address without the password in it, which is nobody's business."""
-    return re.sub("//[^/@]*@", "//***@", uri)
 
 
 def sqlite_file(uri: str) -> Path | None:
