@@ -57,6 +57,8 @@ def follow_launcher() -> int:
         return 0
     launcher = int(os.environ.get(LAUNCHER, os.getppid()))
     end_with_parent(signal.SIGTERM)
+    if os.getppid() != launcher:  # it was gone before the system knew
+        os.kill(os.getpid(), signal.SIGTERM)
     return launcher
 
 

@@ -76,6 +76,7 @@ def make_config(root: Path) -> Path:
     make_feature_dataset(root / "data", {"train": 18, "val": 4})
     settings = [*SMALL, *with_tokenizer(root), "data.num_workers=1", "train.epochs=8", "train.save_every=2"]
     settings += ["train.eval_every=12", "train.log_every=5", "train.patience=0", "eval.batch_size=1"]
+    settings += ["train.timeout=120"]  # in which ranks end whose launcher is gone before they have looked for it
     path = root / "settings.json"
     files.write_json(path, {"settings": settings})
     return path

@@ -4,6 +4,8 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from sat.run_lock import owned
 from sat.stopping import START_AGAIN
 from sat.tracking.journal import drop_after
 from sat.train_state import LineSums
-from tests.chaos import GRACE_S, Ranks, arguments_of, chaos, make_config, result_of
+from tests.chaos import GRACE_S, ROOT, Ranks, arguments_of, chaos, make_config, result_of
 
 pytestmark = pytest.mark.faults
 
@@ -130,6 +132,20 @@ def test_a_run_goes_on_through_every_way_to_stop_as_if_nothing_had_been(tmp_path
     assert run.ended() == [START_AGAIN] * 3 and time.monotonic() - began < 30, run.said()
     assert "error: stopped before" in run.said() and "Traceback" not in run.said()
     assert not (run.folder / "evaluation-val.json").exists()
+
+
+def test_a_rank_whose_launcher_was_gone_before_it_looked_ends_at_once():
+    program = "import time; from sat.stopping import follow_launcher as f; f(); time.sleep(60)"
+    for launcher, expected in ((os.getpid(), None), (os.getpid() + 1, -signal.SIGTERM)):
+        environment = os.environ | {"SAT_LAUNCHER": str(launcher)}
+        rank = subprocess.Popen([sys.executable, "-c", program], env=environment, cwd=ROOT)
+        try:
+            found = rank.wait(3 if expected is None else GRACE_S)
+        except subprocess.TimeoutExpired:
+            found = None
+        rank.kill()
+        rank.wait()
+        assert found == expected
 
 
 def test_a_rank_that_is_lost_before_the_run_is_open_is_nobodys_fault(tmp_path, ranks):
