@@ -186,7 +186,7 @@ def main(
     ] = 0.01,
     stripe: Annotated[str, typer.Option(help="I/N: every N-th shard from number I, counted from 0")] = "0/1",
     step: Annotated[Step, typer.Option(help="part of the job to run")] = Step.ALL,
-    overwrite: Annotated[bool, typer.Option(help="delete a data set that was planned otherwise")] = False,
+    overwrite: Annotated[bool, typer.Option(help="delete a set planned otherwise, pack changed files anew")] = False,
 ) -> None:
     """Pack pictures and captions into shards; a second run reuses what is whole and goes on where a first one ended."""
     refuse_urls(out, images)

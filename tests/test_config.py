@@ -1,5 +1,6 @@
 """Settings: what a file or an argument may say, and how a mistake is answered."""
 
+import re
 from pathlib import Path
 
 import hypothesis
@@ -7,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sat.config import config_from_dict, config_to_dict, load_config, save_config
+from sat.config import config_from_dict, config_to_dict, fixed_settings, load_config, save_config
+from sat.train_state import Identity
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = sorted((ROOT / "configs").glob("*.yaml"))
@@ -101,3 +103,17 @@ def test_yaml_cannot_run_code(tmp_path):
     with pytest.raises(ValueError):
         load_config(path)
     assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize(
+    ("setting", "before", "now"),
+    [("data.train_splits=[train,restval]", "['train']", "['train', 'restval']"), ("data.max_caption_length=7", 50, 7)],
+)
+def test_a_training_of_other_splits_or_of_captions_cut_elsewhere_is_another_one(setting, before, now):
+    def identity(*overrides):
+        return Identity(fixed_settings(load_config(ROOT / "configs" / "demo.yaml", overrides)), [], "digest")
+
+    identity().refuse(identity())
+    name = setting.partition("=")[0]
+    with pytest.raises(ValueError, match=re.escape(f"another training ({name}: the run has {before}, now {now})")):
+        identity().refuse(identity(setting))
