@@ -71,11 +71,12 @@ def test_the_benchmark_of_reads_refuses_ranks_that_are_none(ranks):
 
 
 def test_the_training_benchmark_splits_the_time_of_the_real_loop_on_one_process_and_on_two(tmp_path, monkeypatch):
-    sizes = ("model.embedding_dim=6", "model.lstm_dim=8", "model.attention_dim=5", "model.attention=hard")
+    sizes = ("model.embedding_dim=6", "model.lstm_dim=8", "model.attention_dim=5", "model.attention=soft")
     tiny = train.Shape(2, 8, 30, 64, (*sizes, "train.global_batch=9", "data.num_workers=1"))
     monkeypatch.setattr(train, "SHAPES", {"tiny": tiny})
     out = tmp_path / "rows.json"
-    rows = train.run(out, "tiny", processes="1,2", precision="fp32", steps=2, rounds=1, folder=tmp_path)
+    hard = "model.attention=hard,model.hard_exact=0.4"
+    rows = train.run(out, "tiny", processes="1,2", precision="fp32", steps=2, rounds=1, folder=tmp_path, settings=hard)
     assert json.loads(out.read_text()) == rows
     assert [(row["shape"], row["processes"]) for row in rows] == [("tiny", 1), ("tiny", 2)]
     for row in rows:
@@ -95,6 +96,7 @@ def test_the_training_benchmark_splits_the_time_of_the_real_loop_on_one_process_
         ({"shapes": "coco,9x9"}, "9x9, coco is unknown; choose from demonstration, coco-7x7, coco-14x14"),
         ({"processes": "1,two"}, "processes '1,two', steps 8 and rounds 3 must be whole numbers from 1 on"),
         ({"steps": 0}, "steps 0 and rounds 3 must be"),
+        ({"shapes": "demonstration", "settings": "model.atention=hard"}, "atention"),
     ],
 )
 def test_the_training_benchmark_refuses_what_it_cannot_measure(wrong, said):

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -80,6 +80,7 @@ def run(
     steps: Annotated[int, typer.Option(help="Optimizer steps of each turn.")] = 8,
     rounds: Annotated[int, typer.Option(help="Turns of loop and bare step; medians count.")] = 3,
     folder: Annotated[Path | None, typer.Option(help="Where to write 300 MB for a while.")] = None,
+    settings: Annotated[str, typer.Option(help="KEY=VALUE over those of the shapes, comma-separated.")] = "",
 ) -> list[dict[str, Any]]:
     """Captions/s of each process in the real loop and in the bare step, by its CPU time too, which stays true on a
     machine that others use; the loop's shares of the time; and what a checkpoint costs: how long the loop stands still,
@@ -97,7 +98,9 @@ def run(
     rows = []
     for name in chosen:
         with tempfile.TemporaryDirectory(dir=folder) as temporary:
-            config = write_training(Path(temporary), SHAPES[name], precision)
+            more = tuple(filter(None, settings.split(",")))
+            shape = replace(SHAPES[name], settings=(*SHAPES[name].settings, *more))
+            config = write_training(Path(temporary), shape, precision)
             for number in map(int, numbers):
                 found = measure(config, number, steps, rounds)
                 rows.append({"shape": name, "processes": number, "precision": precision} | found)
@@ -107,7 +110,7 @@ def run(
 
 
 def write_training(root: Path, shape: Shape, precision: str) -> Path:
-    """Write shards, tokenizer and settings below `root`; the path of the settings."""
+    """Write shards, tokenizer and settings below `root`; the path of the settings. Wrong ones: ValueError at once."""
     import numpy as np
     from safetensors.numpy import save
 
@@ -116,11 +119,15 @@ def write_training(root: Path, shape: Shape, precision: str) -> Path:
     from sat.shards.schema import STATISTICS
     from sat.shards.tables import write_sample_tables, write_shard_table
 
+    data = root / "features"
+    places = (f"data.features={data}", f"data.tokenizer={root}/tokenizer.json", f"train.run_dir={root}/run")
+    rest = (f"train.precision={precision}", "train.epochs=1000000", "tracking.mlflow_uri=none")
+    config = load_config(None, [*places, *rest, *shape.settings])
     words = [f"w{number}" for number in range(shape.vocabulary)]
     build_tokenizer(words, 1).save(root / "tokenizer.json")
     spec = FeatureSpec("grid", (shape.side, shape.side), shape.dim, "fp16", encoder=None, transform=None)
     captions, generator = captions_of(words), np.random.default_rng(1)
-    data, numbers = root / "features", range(-(-shape.samples // 128))
+    numbers = range(-(-shape.samples // 128))
     sidecars = [write_shard(data, spec, number, 128, generator, captions) for number in numbers]
     sidecars.append(write_shard(data, spec, len(numbers), 1, generator, captions, split="val"))
     shards = write_sample_tables(data, sidecars)
@@ -128,9 +135,7 @@ def write_training(root: Path, shape: Shape, precision: str) -> Path:
     one = np.ones(shape.dim, np.float32)
     files.write_bytes(data / STATISTICS, save({"mean": 0 * one, "std": one, "scale": one}))
     write_manifest(data, "features", spec.to_fingerprint(), shards, [STATISTICS])
-    places = (f"data.features={data}", f"data.tokenizer={root}/tokenizer.json", f"train.run_dir={root}/run")
-    rest = (f"train.precision={precision}", "train.epochs=1000000", "tracking.mlflow_uri=none")
-    save_config(load_config(None, [*places, *rest, *shape.settings]), root / "config.yaml")
+    save_config(config, root / "config.yaml")
     return root / "config.yaml"
 
 
