@@ -4,12 +4,13 @@ import dataclasses
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -125,24 +126,60 @@ def owner_elsewhere(folder: Path):
             process.kill()
 
 
+SFTP_SERVER = Path("/usr/lib/openssh/sftp-server")
+
+
+@contextmanager
+def as_two_clients_see(served: Path, root: Path):
+    """The folder over sshfs, twice: no locks between them, no exchange of names, and what another has done to a file is
+    seen a second later, as over NFS.
+    """
+    lacking = [name for name in ("sshfs", "fusermount3", str(SFTP_SERVER)) if not shutil.which(name)]
+    if lacking or not os.access("/dev/fuse", os.W_OK):
+        pytest.skip(f"no file system of two clients: {', '.join(lacking) or '/dev/fuse'} is not there")
+    (root / "connect").write_text(f"#!/bin/sh\nexec {SFTP_SERVER}\n")
+    (root / "connect").chmod(0o755)
+    with ExitStack() as mounted:
+        places = [root / name for name in ("client", "another")]
+        for place in places:
+            place.mkdir()
+            options = f"ssh_command={root}/connect,dcache_timeout=1"
+            subprocess.run(["sshfs", "-o", options, f"localhost:{served}", str(place)], check=True, timeout=60)
+            mounted.callback(subprocess.run, ["fusermount3", "-uz", str(place)], check=True, timeout=60)
+        yield places
+
+
+@pytest.fixture(params=["local", "network"])
+def sides(request, tmp_path):
+    """The same folder for two machines."""
+    (tmp_path / "run").mkdir()
+    if request.param == "local":
+        yield tmp_path / "run", tmp_path / "run"
+    else:
+        with as_two_clients_see(tmp_path / "run", tmp_path) as places:
+            yield places
+
+
 @pytest.mark.skipif(not can_be_elsewhere(), reason="this system gives no process ids of their own")
-def test_processes_of_two_machines_share_a_folder_one_after_the_other(tmp_path):
+def test_processes_of_two_machines_share_a_folder_one_after_the_other(sides, tmp_path):
     """Stopped for long, an owner is dead to the others; when it wakes it ends, and leaves the folder to its owner."""
-    with owner_elsewhere(tmp_path) as first, owner_elsewhere(tmp_path) as last:
-        said = {each: each.stdout.readline() for each in (first, last)}
+    here, there = sides
+    with owner_elsewhere(here) as one, owner_elsewhere(there) as other:
+        side = {one: here, other: there}
+        said = {each: each.stdout.readline() for each in (one, other)}
         first, last = sorted(said, key=lambda each: "owns" not in said[each])
         assert "owns" in said[first] and "s to see whether it is alive" in said[last]
         assert last.wait(GRACE_S) == 1 and "is being trained by process" in last.stderr.read()
 
         os.kill(inside(first), signal.SIGSTOP)
-        with owner_elsewhere(tmp_path) as heir:
+        with owner_elsewhere(side[last]) as heir:
             assert "to see whether" in heir.stdout.readline() and "taken over, it is dead" in heir.stdout.readline()
             assert heir.stdout.readline() == "owns\n"
             os.kill(inside(first), signal.SIGCONT)
             assert first.wait(GRACE_S) == START_AGAIN and "nothing more is written" in first.stderr.read()
-            assert (tmp_path / LOCK).exists()
+            assert (tmp_path / "run" / LOCK).exists()
             heir.communicate("leave\n")
-            assert heir.returncode == 0 and not (tmp_path / LOCK).exists()
+            assert heir.returncode == 0 and not (tmp_path / "run" / LOCK).exists()
 
 
 def inside(process: subprocess.Popen) -> int:
