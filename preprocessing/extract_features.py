@@ -88,7 +88,7 @@ def finalize_features(plan: Plan) -> Manifest:
         return merge_statistics(machines.counted(sidecars), recipe.statistics_splits, recipe.spec.dim, scale)
 
     manifest = finalize(plan, statistics)
-    for line in machines.lines():
+    for line in machines.lines() if machines.differ else ():
         print(f"note: {plan.root}: {line}")
     return manifest
 

@@ -70,12 +70,13 @@ def test_a_repair_that_would_change_bytes_asks_and_changes_nothing_until_then(fe
     assert not verify(features).faults and load_manifest(features).digest != manifest.digest
 
 
-def test_a_set_of_one_machine_is_not_told_of():
+def test_a_set_of_one_machine_has_one_line_and_pictures_have_none():
     machines = Machines()
     for made in ("x", "x", None):
         extra = {} if made is None else {MADE_ON: made}
         machines.add(Sidecar("a.tar", "train", "", 1, 1, "", (), (), extra))
-    assert machines.lines() == [] and machines.shards == {"x": 2}
+    assert machines.lines() == ["its shards were computed on x"] and not machines.differ
+    assert Machines().lines() == []
 
 
 @pytest.mark.parametrize(

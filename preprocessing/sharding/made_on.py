@@ -64,9 +64,14 @@ class Machines:
             self.add(sidecar)
             yield sidecar
 
+    @property
+    def differ(self) -> bool:
+        """Whether there are several."""
+        return len(self.shards) > 1
+
     def lines(self) -> list[str]:
-        """One line for each machine where there are several, else none."""
-        if len(self.shards) < 2:
-            return []
-        head = "its shards were computed on machines that differ, so another machine may give other last bits:"
+        """The machine, or a line for each where they differ; none where nothing was computed."""
+        if not self.differ:
+            return [f"its shards were computed on {machine}" for machine in self.shards]
+        head = "its shards were computed on machines that differ, and each may give other last bits:"
         return [head, *(f"  {count} shards: {machine}" for machine, count in self.shards.most_common())]

@@ -61,7 +61,7 @@ class Report:
     bytes: int
     """Shards checked and their recorded bytes."""
     notes: tuple[str, ...] = ()
-    """What is worth telling and no fault: machines that differ."""
+    """What is worth telling and no fault: on what features were computed."""
 
 
 @dataclass(frozen=True)
