@@ -14,6 +14,7 @@ import random
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections import Counter
@@ -22,6 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from PIL import Image
+from tqdm import tqdm
 
 from preprocessing.annotations.read import read_annotations
 from preprocessing.extract_features import extract_stripe, finalize_features
@@ -91,6 +93,7 @@ def forked(work: Callable[[], None]) -> int:
         return child
     try:
         sys.stderr = io.StringIO()  # progress lines
+        tqdm.set_lock(threading.RLock())  # its own would be shared with those that are killed while they hold it
         work()
         os._exit(0)
     except BaseException:
