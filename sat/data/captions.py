@@ -107,8 +107,5 @@ def _encode(texts: Sequence[str], tokenizer: CaptionTokenizer, max_words: int) -
     """All captions of an image; those without a single word are dropped."""
     ids = [words for text in texts if (words := tokenizer.encode(text, max_words))]
     longest = max(map(len, ids), default=-2) + 2
-    out = np.full((len(ids), 1 + longest), PAD, dtype=np.int32)
-    for row, words in zip(out, ids, strict=True):
-        row[0] = len(words) + 1
-        row[1 : len(words) + 3] = [START, *words, END]
-    return out, longest
+    rows = [[len(words) + 1, START, *words, END] + [PAD] * (longest - 2 - len(words)) for words in ids]
+    return np.array(rows, dtype=np.int32).reshape(len(ids), 1 + longest), longest
