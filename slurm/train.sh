@@ -14,10 +14,10 @@
 # and the like are sbatch's own: options, or SBATCH_ACCOUNT, SBATCH_PARTITION, SBATCH_TIMELIMIT. The log is sat-train-JOB.out where
 # sbatch was called, and job-JOB.out in the run folder leads to it.
 #
-# Five minutes before the time limit, or when Slurm preempts the job, all ranks save the same step, and the job is queued again: it
-# goes on in the same run folder and MLflow run. So it is when it was killed; after an error it is not, nor after two deaths without a new
-# checkpoint between them, nor more than MAX_RESTARTS times (default 100). A file STOP in the run folder, or scancel, stops it for good,
-# with a checkpoint: the same sbatch command goes on.
+# Five minutes before the time limit, when Slurm preempts the job, or by `scancel --signal=USR1 --batch JOB`, all ranks save the same
+# step, and the job is queued again: it goes on in the same run folder and MLflow run. So it is when it was killed; after an error it is
+# not, nor after two deaths without a new checkpoint between them, nor more than MAX_RESTARTS times (default 100). A file STOP in the run
+# folder, or scancel, stops it for good, with a checkpoint: the same sbatch command goes on.
 asked=0
 trap 'asked=1' USR1 TERM
 usage() { sed -n '/^#   /s/^#   //p' "${BASH_SOURCE[0]}" >&2; exit 2; }
