@@ -17,6 +17,7 @@ from preprocessing.extract_features import main as extract
 from preprocessing.import_features import main as import_features
 from preprocessing.shard_images import main as shard_images
 from preprocessing.sharding.plan import WORK, WRITER, load_plan, plan_bytes, read_plan
+from preprocessing.sharding.verify import verify
 from sat import files
 from sat.data.loader import read_number_ids
 from sat.evaluation.report import write_captions
@@ -160,6 +161,8 @@ def test_a_data_set_of_another_version_is_refused_in_one_sentence_and_made_again
     older = replace(plan, fingerprint={**plan.fingerprint, "writer": WRITER - 1})
     files.write_bytes(out / WORK / "plan.json", plan_bytes(older))
     assert read_plan(out).fingerprint["writer"] == WRITER - 1
+    report = verify(out)
+    assert [fault.file for fault in report.faults] == ["manifest.json", "work/plan.json"] and not report.foreign
     for step in ("shards", "finalize"):
         with pytest.raises(
             ValueError, match=rf"another version .*writer {WRITER - 1}, this one is {WRITER}.*overwrite"

@@ -253,12 +253,17 @@ def _problem(plan: Plan, sidecar: Sidecar, recorded: dict[str, RecordedShard]) -
 
 
 def _foreign(root: Path, recorded: list[RecordedShard], plan: Plan | None) -> Iterator[str]:
-    """Files that are not part of the data set, sorted; where the manifest cannot be read, no table is foreign."""
+    """Files that are not part of the data set, sorted; where the manifest cannot be read, no table is foreign.
+
+    Nor is a shard where the plan cannot be read either: nobody knows then which are the set's.
+    """
     try:
         tables = set(unseal((root / MANIFEST).read_bytes())["files"])
     except (OSError, ValueError):
         tables = {SHARDS, STATISTICS, *(name for name in os.listdir(root) if is_sample_table(name))}
     own = {MANIFEST, LEFT_OUT, WORK, *tables, *(shard.name for shard in recorded)}
+    if not recorded and plan is None:
+        own.update(name for name in os.listdir(root) if name.endswith(".tar"))
     yield from sorted(set(os.listdir(root)) - own)
     if plan is not None:
         own = {PLAN, LOCK, *(path.name for path in table_paths(plan))} | {f"{shard.stem}.json" for shard in plan.shards}
