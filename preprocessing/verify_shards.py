@@ -262,7 +262,7 @@ def main(
     left, num_workers = 0, num_workers or available_cores()
     for root in folders:
         report = _check(root, num_workers)
-        if report.faults and repair_faults:
+        if repair_faults and report.calls_for_repair:
             repair(root, report, images=images, weights=weights, num_workers=num_workers, new_bytes=new_bytes)
             report = _check(root, num_workers)
         left += len(report.faults)

@@ -59,7 +59,7 @@ class Job:
 
     def repair(self) -> None:
         report = verify(self.out)
-        if report.faults:
+        if report.calls_for_repair:
             repair(self.out, report)
 
     def damage(self, generator: random.Random) -> None:

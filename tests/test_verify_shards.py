@@ -296,6 +296,15 @@ def test_strangers_and_leftovers_are_told_and_left_alone(images):
     assert (images / "foreign.tar").exists() and load_manifest(images).splits == {"train": 12, "val": 5}
 
 
+def test_what_a_worker_leaves_that_is_killed_after_another_one_has_published_is_removed_by_a_repair(images):
+    before = snapshot(images)
+    for path in (images / "work/val-000000.claim", files.temporary_name(images / "train-000000.tar", images / "work")):
+        path.write_bytes(b"{}")
+    assert not verify(images).faults and len(verify(images).foreign) == 2
+    run_program("verify_shards", images, "--repair")
+    assert not verify(images).foreign and snapshot(images) == before
+
+
 def test_a_data_set_copied_without_its_work_folder_is_verified_by_its_manifest(images):
     shutil.rmtree(images / "work")
     assert not verify(images).faults

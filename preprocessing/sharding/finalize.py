@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from preprocessing.sharding.ownership import check_stands, exclusive
-from preprocessing.sharding.plan import LEFT_OUT, PLAN, WORK, Plan
+from preprocessing.sharding.plan import CLAIM, LEFT_OUT, PLAN, WORK, Plan
 from preprocessing.sharding.write import read_sidecar
 from sat import files
 from sat.shards.manifest import Manifest, check_files, load_manifest, write_manifest
@@ -140,6 +140,6 @@ def _sidecars(plan: Plan) -> Iterator[Sidecar]:
 def _sweep(root: Path) -> None:
     """Remove what killed workers left: every shard stands, so temporary files and claims serve nobody."""
     files.sweep(root / WORK)
-    for claim in (root / WORK).glob("*.claim"):
+    for claim in (root / WORK).glob(f"*{CLAIM}"):
         claim.unlink(missing_ok=True)
     files.sync(root / WORK)

@@ -27,7 +27,7 @@ from typing import Any
 
 from preprocessing.console import progress_line
 from preprocessing.sharding.ownership import check_stands
-from preprocessing.sharding.plan import WORK, Plan, PlannedShard
+from preprocessing.sharding.plan import CLAIM, WORK, Plan, PlannedShard
 from preprocessing.sharding.write import finished
 from sat import files
 from sat.shards.schema import Sidecar
@@ -217,7 +217,7 @@ def work_on(plan: Plan, build: Build, shard: PlannedShard, steal: bool) -> Resul
     if standing is not None:
         return Result(standing, built=False)
     check_stands(plan.root, plan.digest)
-    path = plan.root / WORK / f"{shard.stem}.claim"
+    path = plan.root / WORK / f"{shard.stem}{CLAIM}"
     if steal or _holder_is_gone(path):
         path.unlink(missing_ok=True)
     holder = {"machine": _machine(), "pid": os.getpid(), "start": _start(os.getpid())}

@@ -27,6 +27,8 @@ from sat.shards.sealed import Damaged, seal, unseal
 from sat.shards.tables import write_table
 
 WORK, PLAN, LOCK, LEFT_OUT = "work", "plan.json", "lock", "left_out.jsonl"
+CLAIM = ".claim"
+"""Ends the name of a file of it that says who is at work on a shard."""
 PLAN_SCHEMA = pa.schema(
     [
         ("key", pa.string()),

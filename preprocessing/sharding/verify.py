@@ -17,6 +17,7 @@ import xxhash
 from preprocessing.sharding.finalize import check_same_set
 from preprocessing.sharding.made_on import Machines
 from preprocessing.sharding.plan import (
+    CLAIM,
     LEFT_OUT,
     LOCK,
     PLAN,
@@ -62,6 +63,12 @@ class Report:
     """Shards checked and their recorded bytes."""
     notes: tuple[str, ...] = ()
     """What is worth telling and no fault: on what features were computed."""
+
+    @property
+    def calls_for_repair(self) -> bool:
+        """Whether there are faults, or files in `work/` that killed workers of a finished set have left."""
+        left = (Path(name) for name in self.foreign if name.startswith(f"{WORK}/"))
+        return bool(self.faults) or any(path.suffix == CLAIM or files.is_temporary(path.name) for path in left)
 
 
 @dataclass(frozen=True)
