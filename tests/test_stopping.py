@@ -71,11 +71,16 @@ class Run:
         return codes
 
     def workers(self, rank: int) -> list[int]:
-        """Processes that read batches for a rank: there are some, but the kernel may leave out any while others end."""
-        pid, end = self.ranks.pids["ranks"][rank], time.monotonic() + GRACE_S
-        while not (found := Path(f"/proc/{pid}/task/{pid}/children").read_text().split()):
+        """Processes that read batches for a rank; the kernel may leave out any while others end."""
+        pid = self.ranks.pids["ranks"][rank]
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+    def worker(self, rank: int) -> int:
+        """One of them, of a rank that is at work."""
+        end = time.monotonic() + GRACE_S
+        while not (found := self.workers(rank)):
             assert time.monotonic() < end, self.said()
-        return [int(child) for child in found]
+        return found[-1]
 
 
 def is_stopped_in_a_save(run: Run) -> None:
@@ -171,7 +176,7 @@ def test_a_lost_process_ends_all_in_a_sentence_and_the_run_goes_on(tmp_path, ran
     run.begin("train.epochs=40", how=("slow_steps",))
     run.until("continuing")
     run.reached(run.status()["saved_step"] + 2)
-    killed = run.workers(1)[-1]
+    killed = run.worker(1)
     os.kill(killed, signal.SIGKILL)
     codes = run.ended()
     assert codes[2] == START_AGAIN and f"its process {killed}, which reads batches" in run.said(), run.said()

@@ -185,7 +185,7 @@ class HierarchicalFile:
                 number = _ERRNO.search(str(error))
                 if number is None:
                     raise
-                raise OSError(int(number[1]), os.strerror(int(number[1])), str(self.path)) from error
+                raise OSError(int(number[1]), os.strerror(int(number[1])), str(self.path)) from None
 
         return read_retrying(str(self.path.parent), self.path.name, attempt)
 
