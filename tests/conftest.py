@@ -17,7 +17,7 @@ if not Path("/dev/nvidiactl").exists():  # no GPU: Triton interprets its program
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with the longest tests first, so that no process of the test run is left alone with them in the end."""
-    longest = {item.path for item in items if item.get_closest_marker("end_to_end")}
+    longest = {item.path for item in items if any(item.get_closest_marker(mark) for mark in ("end_to_end", "slurm"))}
     items.sort(key=lambda item: item.path not in longest)
 
 
