@@ -6,7 +6,7 @@ The surprising decision: a rebuilt shard goes through the very job that wrote it
 bytes, as it does from the same pictures on the same kind of machine; else it is refused, unless --allow-new-bytes says
 otherwise: then a new manifest is published, and the data set has a new digest. A damaged tar stays until its successor
 is whole: where the pictures are gone, its sound samples are all there is. Files that are no part of the data set are
-told, never touched.
+told, never touched, but for what its own killed workers left in `work/`: a repair removes that.
 """
 
 import json
