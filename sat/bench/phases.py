@@ -24,6 +24,8 @@ CALLERS = {
     "aten::embedding": "words",
     "aten::embedding_dense_backward": "words",
 }
+PRODUCTS = ("aten::mm", "mkldnn::_linear_pointwise", "mkldnn::_reorder_linear_weight")
+"""In the time loop."""
 REST = "rest"
 PRODUCT = re.compile("gemm|nvjet|cutlass|splitk|xmma", re.IGNORECASE)
 """Programs of cuBLAS."""
@@ -97,7 +99,7 @@ def _phase_of(event: Any, undone: dict[int, str]) -> str:
         if caller.name in CALLERS:
             return CALLERS[caller.name]
         if caller.name in LOOP:
-            return "recurrence" if event.name == "aten::mm" else "attention"
+            return "recurrence" if event.name in PRODUCTS else "attention"
         if _is_backward(caller) and caller.sequence_nr in undone:
             return undone[caller.sequence_nr]
         caller = caller.cpu_parent

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sat.model.kernels.interface import Gate, Kernels, Seen
+from sat.model.kernels.products import Plain, Prepare
 from sat.model.locations import Locations, Sight, open_gate
 from sat.model.packing import Packing
 
@@ -144,28 +145,32 @@ class Passage(NamedTuple):
     words: Words
     locations: Locations | None = None
     """Where hard attention looks; None: soft attention."""
+    prepare: Prepare = Plain
+    """What the weights go through before the rows of all steps are multiplied by them."""
 
     def forward(self, word_gates: Tensor) -> None:
         """Fill `words`; `word_gates` [M, 4H] as the input's."""
-        kernels, seen, h, c, weights, words, locations = self
+        kernels, seen, h, c, weights, words, locations, prepare = self
+        by_state, by_context = prepare(weights.state.t()), prepare(weights.context.t())
         H, A = h.shape[1], len(weights.score)
         for t, step in enumerate(seen.packing.steps):
             n, s = seen.packing.rows[t], words.states[step]
-            torch.mm(h[:n], weights.state.t(), out=s)
+            by_state.into(h[:n], s)
             gate = Gate(s[:, 4 * H + A :], weights.gate_bias)
             query, sight = s[:, 4 * H : 4 * H + A], Sight(words.alphas[step], words.contexts[step], words.gated[step])
             opened = open_gate(gate) if locations else None
             kernels.look(seen, t, query, gate, *sight)
             if locations:
                 locations.look(seen, t, opened, sight)
-            context_gates = sight.gated @ weights.context.t()
+            context_gates = by_context.times(sight.gated)
             h_now, c_now = words.hidden[step], words.cells[step]
             kernels.cell(s[:, : 4 * H], word_gates[step], context_gates, c[:n], c_now, h_now)
             h, c = h_now, c_now
 
     def backward(self, asked: Asked, grads: Gradients) -> None:
         """Fill `grads`, after `forward`."""
-        kernels, seen, h_first, c_first, weights, words, locations = self
+        kernels, seen, h_first, c_first, weights, words, locations, prepare = self
+        by_state, by_context = prepare(weights.state), prepare(weights.context)
         packing, H, A = seen.packing, h_first.shape[1], len(weights.score)
         query = slice(4 * H, 4 * H + A)
         grads.h.zero_()
@@ -179,17 +184,17 @@ class Passage(NamedTuple):
             kernels.cell_backward(
                 s[:, : 4 * H], c_before, words.cells[step], grads.h[:n], grads.c[:n], grad_s[:, : 4 * H]
             )
-            grad, wanted = grad_s[:, : 4 * H] @ weights.context, None if asked.gated is None else asked.gated[step]
+            grad, wanted = by_context.times(grad_s[:, : 4 * H]), None if asked.gated is None else asked.gated[step]
             gate, of_context = Gate(s[:, 4 * H + A :], weights.gate_bias), grads.contexts[step]
             kernels.gate_backward(gate, grad, wanted, words.contexts[step], grad_s[:, 4 * H + A :], of_context)
             through_alpha = locations.through_alpha(of_context) if locations else of_context
             of_step = (through_alpha, asked.of_alpha(step, n), grads.scores[step], grad_s[:, query])
             kernels.attend_backward(seen, t, s[:, query], words.alphas[step], *of_step)
-            grads.h[:n] = grad_s @ weights.state
+            grads.h[:n] = by_state.times(grad_s)
 
     def shared(self, grads: Gradients) -> tuple[Tensor, Weights]:
         """Gradients of the projection [B, L, A] and of the weights, from all words at once, after `backward`."""
-        kernels, seen, h_first, _, weights, words, _ = self
+        kernels, seen, h_first, _, weights, words, *_ = self
         H, A = h_first.shape[1], len(weights.score)
         before = torch.cat([h_first, words.hidden])[seen.packing.previous]
         query = words.states[:, 4 * H : 4 * H + A]

@@ -4,23 +4,31 @@ As in `sat.model.recurrence`: one autograd function, so that the weight gradient
 N rows, n of them running at step t, M packed words, H LSTM width.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from sat.model.kernels.interface import Kernels
+from sat.model.kernels.products import Plain, Prepare
 from sat.model.packing import Packing
 
 
-def recur_plain(
-    kernels: Kernels, packing: Packing, word_gates: Tensor, h: Tensor, c: Tensor, state_weight: Tensor
-) -> Tensor:
+class PlainLoop(NamedTuple):
+    """What drives the loop."""
+
+    kernels: Kernels
+    packing: Packing
+    prepare: Prepare = Plain
+    """What the weight goes through before all steps' rows are multiplied by it."""
+
+
+def recur_plain(loop: PlainLoop, word_gates: Tensor, h: Tensor, c: Tensor, state_weight: Tensor) -> Tensor:
     """Hidden states [M, H] of the words' share of the gates [M, 4H], from `h` and `c` [N, H] before the first step.
 
     `state_weight` [4H, H] is applied to h_{t-1}. `c` is float32 or wider, all else in the type of the matrix products.
     """
-    hidden = _PlainRecurrence.apply(kernels, packing, word_gates, h, c, state_weight)
+    hidden = _PlainRecurrence.apply(loop, word_gates, h, c, state_weight)
     assert isinstance(hidden, Tensor)
     return hidden
 
@@ -32,25 +40,25 @@ class _PlainRecurrence(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, kernels: Kernels, packing: Packing, word_gates: Tensor, h: Tensor, c: Tensor, state_weight: Tensor
-    ) -> Tensor:
-        M, (N, H) = len(word_gates), h.shape
+    def forward(ctx: Any, loop: PlainLoop, word_gates: Tensor, h: Tensor, c: Tensor, state_weight: Tensor) -> Tensor:
+        kernels, packing, prepare = loop
+        by_state, M, (N, H) = prepare(state_weight.t()), len(word_gates), h.shape
         states, hidden, cells = torch.empty_like(word_gates), word_gates.new_empty(M, H), c.new_empty(M, H)
         no_context, before = word_gates.new_zeros(N, 4 * H), (h, c)
         for step, n in zip(packing.steps, packing.rows, strict=True):
-            torch.mm(before[0][:n], state_weight.t(), out=states[step])
+            by_state.into(before[0][:n], states[step])
             now = hidden[step], cells[step]
             kernels.cell(states[step], word_gates[step], no_context[:n], before[1][:n], now[1], now[0])
             before = now
         ctx.save_for_backward(h, c, state_weight, states, hidden, cells)
-        ctx.loop = kernels, packing
+        ctx.loop = loop
         return hidden
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         h_first, c_first, state_weight, states, hidden, cells = ctx.saved_tensors
-        kernels, packing = ctx.loop
+        kernels, packing, prepare = ctx.loop
+        by_state = prepare(state_weight)
         grad_gates = torch.empty_like(states)
         grad_h, grad_c = torch.zeros_like(c_first), torch.zeros_like(c_first)
         for t in reversed(range(len(packing.rows))):
@@ -58,6 +66,6 @@ class _PlainRecurrence(torch.autograd.Function):
             c_before = cells[packing.steps[t - 1]][:n] if t else c_first
             grad_h[:n] += grads[0][step]
             kernels.cell_backward(states[step], c_before, cells[step], grad_h[:n], grad_c[:n], grad_gates[step])
-            grad_h[:n] = grad_gates[step] @ state_weight
+            grad_h[:n] = by_state.times(grad_gates[step])
         before = torch.cat([h_first, hidden])[packing.previous]
-        return None, None, grad_gates, grad_h.to(h_first.dtype), grad_c, grad_gates.t() @ before
+        return None, grad_gates, grad_h.to(h_first.dtype), grad_c, grad_gates.t() @ before

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sat.model.kernels.interface import Kernels, Seen
+from sat.model.kernels.products import Plain, Prepare
 from sat.model.locations import Locations
 from sat.model.packing import Packing
 from sat.model.passage import Asked, Gradients, Inputs, Passage, Weights, Words, grad_of_grid
@@ -30,6 +31,8 @@ class Loop(NamedTuple):
     """Who replays it where it was recorded; None: every launch comes from Python."""
     locations: Locations | None = None
     """Where hard attention looks; None: soft attention."""
+    prepare: Prepare = Plain
+    """What the weights go through before all steps' rows are multiplied by them."""
 
 
 def recur(loop: Loop, inputs: Inputs, weights: Weights) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -73,7 +76,7 @@ class _Recurrence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, loop: Loop, *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         inputs, weights = Inputs(*tensors[:5]), Weights(*tensors[5:])
-        kernels, packing, tanh, regions, player, locations = loop
+        kernels, packing, tanh, regions, player, locations, prepare = loop
         projection = kernels.prepare(inputs.projection, tanh)
         seen = Seen(packing, inputs.grid.contiguous(), projection, weights.score, tanh, regions)
         ctx.loop, ctx.played = loop, None
@@ -84,7 +87,7 @@ class _Recurrence(torch.autograd.Function):
             hidden, gated, alphas = ctx.played.outputs()
         else:
             words = Words.empty(inputs, weights)
-            Passage(kernels, seen, inputs.h, inputs.c, weights, words, locations).forward(inputs.word_gates)
+            Passage(kernels, seen, inputs.h, inputs.c, weights, words, locations, prepare).forward(inputs.word_gates)
             ctx.save_for_backward(seen.grid, projection, inputs.h, inputs.c, *weights, *words)
             hidden, gated, alphas = words.hidden, words.gated, words.alphas
         if not locations:
@@ -98,9 +101,11 @@ class _Recurrence(torch.autograd.Function):
         if ctx.played:
             return None, *ctx.played.gradients(hidden, gated, alpha_sum, of_grid)
         grid, projection, h, c, *kept = ctx.saved_tensors
-        (kernels, packing, tanh, regions, _, locations), weights, words = ctx.loop, Weights(*kept[:4]), Words(*kept[4:])
+        kernels, packing, tanh, regions, _, locations, prepare = ctx.loop
+        weights, words = Weights(*kept[:4]), Words(*kept[4:])
         seen = Seen(packing, grid, projection, weights.score, tanh, regions)
-        passage, grads = Passage(kernels, seen, h, c, weights, words, locations), Gradients.empty(words, c)
+        passage = Passage(kernels, seen, h, c, weights, words, locations, prepare)
+        grads = Gradients.empty(words, c)
         passage.backward(Asked.of(hidden, gated, alpha_sum, alphas, words, len(c)), grads)
         grad_projection, of_weights = passage.shared(grads)
         weighed = locations.weights(words.alphas) if locations and of_grid else words.alphas

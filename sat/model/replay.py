@@ -126,7 +126,7 @@ class Recording:
     def cut(self, shape: Shape) -> "Recording":
         """One of a `shape` that this one covers, in the same memory."""
         (B, rows), M = shape, shape.words
-        kernels, seen, h, c, weights, words, _ = self.passage
+        kernels, seen, h, c, weights, words, *_ = self.passage
         ends = [0, *accumulate(rows)]
         before = [torch.arange(n) + (rows[0] + ends[t - 1] if t else 0) for t, n in enumerate(rows)]
         whole, N = seen.packing, rows[0]

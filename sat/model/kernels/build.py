@@ -33,7 +33,7 @@ def build(
     try:
         version = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=60).stdout
         sources = [path.read_text() for path in (source, *headers)]
-        identity = "\n".join([*sources, compiler, version, *flags, _cpu()])
+        identity = "\n".join([*sources, compiler, version, *flags, cpu_kind()])
         path = files.cache_folder(private=True) / f"{name}-{files.sha256_of(identity)[:24]}.so"
         if path.exists():
             with contextlib.suppress(OSError):
@@ -52,7 +52,7 @@ def _compile(command: list[str]) -> None:
     subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
 
 
-def _cpu() -> str:
+def cpu_kind() -> str:
     """What -march=native depends on; homes are shared by machines of several kinds."""
     try:
         text = Path("/proc/cpuinfo").read_text().split("\n\n")[0]

@@ -13,12 +13,12 @@ from torch.nn.functional import embedding
 from sat.model.attention import Attended, Attention, attend_for_inference, attend_hard
 from sat.model.captioner import Captioner, Memory
 from sat.model.draws import Draws, Site, uniform
-from sat.model.kernels.choose import choose_kernels, choose_player
+from sat.model.kernels.choose import choose_kernels, choose_player, choose_products
 from sat.model.locations import Locations
 from sat.model.loss import WordLoss, linear_cross_entropy
 from sat.model.packing import Packing
 from sat.model.passage import Inputs, Weights
-from sat.model.plain_recurrence import recur_plain
+from sat.model.plain_recurrence import PlainLoop, recur_plain
 from sat.model.recurrence import Loop, recur
 
 
@@ -76,8 +76,8 @@ def fast(model: Captioner, memory: Memory, draws: Draws) -> Rollout:
     h, c = (state[:, 0][packing.row_image] for state in model.init_state(memory, draws.of_images))
     inputs = Inputs(memory.grid, memory.projection, embedding(place, model.word_gates(vectors)), h.to(dtype), c)
     kernels = choose_kernels(model.kernels, memory.grid)
-    locations = locations_of(model, draws)
-    loop = Loop(kernels, packing, model.attention.tanh, memory.regions, choose_player(kernels), locations)
+    products, locations = choose_products(model.kernels, memory.grid), locations_of(model, draws)
+    loop = Loop(kernels, packing, model.attention.tanh, memory.regions, choose_player(kernels), locations, products)
     return Rollout(embedding(place, vectors), *recur(loop, inputs, weights), locations.chosen if locations else None)
 
 
@@ -87,7 +87,8 @@ def fast_without_attention(model: Captioner, memory: Memory, draws: Draws) -> Ro
     place, vectors = packing.input_place, model.embed(packing.distinct)
     h, c = (state[:, 0][packing.row_image] for state in model.init_state(memory, draws.of_images))
     word_gates, weight = embedding(place, model.word_gates(vectors)), model.state_gates.weight.to(dtype)
-    hidden = recur_plain(choose_kernels(model.kernels, memory.grid), packing, word_gates, h.to(dtype), c, weight)
+    kernels, products = choose_kernels(model.kernels, memory.grid), choose_products(model.kernels, memory.grid)
+    hidden = recur_plain(PlainLoop(kernels, packing, products), word_gates, h.to(dtype), c, weight)
     return Rollout(embedding(place, vectors), hidden, None, None, None, None)
 
 

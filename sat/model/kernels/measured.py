@@ -1,0 +1,82 @@
+"""Whether matrices are packed before the time loop: measured once on each kind of machine, in a tenth of a second.
+
+What was found is kept in the user's cache: a run that is resumed must go on with the products that it began with, to
+the last bit. Of processes that measure at the same time the first one decides for all.
+"""
+
+import contextlib
+import functools
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from sat import files
+from sat.model.kernels.build import cpu_kind
+from sat.model.kernels.products import Packed, Plain, Prepare
+
+TYPES = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+"""What is packed, and the relative error that such a product of inner length 512 may have."""
+ROWS, INNER, OUTER = 80, 512, 2048
+TURNS, PRODUCTS = 5, 8
+"""Turns of both, and products for each time that is packed."""
+RATIO = "packed_is_so_many_times_as_fast"
+
+
+class Gain(NamedTuple):
+    """Of packed products over PyTorch's own."""
+
+    ratio: float
+    """How many times as fast; 0: this machine has none, or they round."""
+    kept: str
+    """The file that says so."""
+
+    @property
+    def packs(self) -> bool:
+        """Whether they serve."""
+        return self.ratio > 1
+
+
+@functools.cache
+def gain(dtype: torch.dtype, threads: int) -> Gain:
+    """On this machine for one of TYPES with so many threads."""
+    what = "\n".join([cpu_kind(), torch.__version__, str(dtype), str(threads)])
+    path = files.cache_folder(private=True) / f"products-{files.sha256_of(what)[:24]}.json"
+    ratio = _kept(path)
+    if ratio is None:
+        ratio = _measure(dtype)
+        with contextlib.suppress(OSError):
+            if not files.create(path, json.dumps({RATIO: ratio}).encode()) and _kept(path) is None:
+                files.write_json(path, {RATIO: ratio})  # damaged
+        first = _kept(path)
+        ratio = ratio if first is None else first
+    return Gain(ratio, str(path))
+
+
+def _kept(path: Path) -> float | None:
+    ratio = files.read_json(path).get(RATIO)
+    return ratio if isinstance(ratio, float) else None
+
+
+def _measure(dtype: torch.dtype) -> float:
+    generator = torch.Generator().manual_seed(0)
+    rows, matrix = (torch.randn(n, k, generator=generator).to(dtype) for n, k in ((ROWS, INNER), (INNER, OUTER)))
+    exact = rows.double() @ matrix.double()
+    seconds: dict[Prepare, list[float]] = {Plain: [], Packed.of: []}
+    try:
+        if not (Packed.of(matrix).times(rows) - exact).norm() <= TYPES[dtype] * exact.norm():
+            return 0.0
+    except RuntimeError:
+        return 0.0
+    for _ in range(TURNS):
+        for prepare, turns in seconds.items():
+            begin = time.perf_counter()
+            factor = prepare(matrix)
+            for _ in range(PRODUCTS):
+                factor.times(rows)
+            turns.append(time.perf_counter() - begin)
+    plain, packed = (statistics.median(turns[1:]) for turns in seconds.values())
+    return round(plain / packed, 2)
