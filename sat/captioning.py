@@ -24,6 +24,7 @@ from sat.evaluation.decoding import decode
 from sat.evaluation.options import DecodeOptions
 from sat.evaluation.prediction import Prediction, predict
 from sat.export import TrainedModel, best_folder, load_model
+from sat.model.at_rest import rest
 from sat.model.encoders.encoder import GridEncoder
 from sat.model.encoders.table import load_encoder
 from sat.shards.features import EncoderSpec
@@ -57,6 +58,7 @@ class Captioning:
         search is the one the model was scored with in training. Raises ValueError naming what is missing.
         """
         trained = load_model(best_folder(folder), device)
+        rest(trained.model.captioner, trained.config.train.kernels)
         encoder = None
         if not trained.config.encoder.train:
             if trained.features.kind == "regions":

@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sat.model.kernels import measured, native, torch_kernels
-from sat.model.kernels.choose import choose_products
+from sat.model.kernels.measured import choose_products
 from sat.model.kernels.products import OCTAVE, Packed, Plain, enough_rows
 from sat.model.packing import pack
 from sat.model.passage import Inputs, Weights

@@ -21,6 +21,7 @@ from sat.evaluation.beams import Hypothesis
 from sat.evaluation.decoding import decode
 from sat.evaluation.options import DecodeOptions
 from sat.machine import speed_up
+from sat.model.at_rest import weights_at_rest
 from sat.model.captioner import CLAMP, Captioner, Memory
 from sat.model.spec import PRESETS, CaptionerSpec, Sizes
 from sat.text import END, PAD, START
@@ -71,7 +72,7 @@ def _compare(
     device = grid.device.type
 
     def ours() -> list[list[Hypothesis]]:
-        with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+        with torch.autocast(device, dtype, enabled=dtype != torch.float32), weights_at_rest([model]):
             return decode(model, grid, options)
 
     contenders: dict[str, Callable[[], object]] = {"ours": ours, "baseline": one_by_one}

@@ -19,6 +19,7 @@ from sat.evaluation.options import EvaluationOptions
 from sat.evaluation.prediction import Prediction, predict
 from sat.evaluation.score_table import Candidate, ScoreTable
 from sat.meter import AttentionUse
+from sat.model.at_rest import weights_at_rest
 from sat.model.objectives.teacher_forcing import attention_counts
 from sat.shards.manifest import Manifest
 from sat.text import CaptionTokenizer, normalise
@@ -157,7 +158,7 @@ def decode_split(
     found: list[tuple[Prediction, AttentionUse]] = []
     images = manifest.splits.get(split, 0)
     bar = tqdm(total=images, desc=f"decode {split}", unit="image", disable=not processes.is_main, leave=False)
-    with bar, closing(batches):
+    with bar, closing(batches), weights_at_rest(models):
         working = True
         while working:
             batch = next(batches, None)

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from sat.model.at_rest import Linear
+
 
 class Attended(NamedTuple):
     context: Tensor
@@ -27,7 +29,7 @@ class Attention(nn.Module):
     def __init__(self, feature_dim: int, lstm_dim: int, attention_dim: int, score: str) -> None:
         super().__init__()
         self.project = nn.Linear(feature_dim, attention_dim)
-        self.query = nn.Linear(lstm_dim, attention_dim, bias=False)
+        self.query = Linear(lstm_dim, attention_dim, bias=False)
         self.score = nn.Linear(attention_dim, 1, bias=False)
         self.tanh = score == "tanh"
 

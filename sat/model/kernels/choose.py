@@ -7,8 +7,6 @@ from torch import Tensor
 
 from sat.model.kernels import native, torch_kernels, triton_kernels
 from sat.model.kernels.interface import BeamKernels, Kernels
-from sat.model.kernels.measured import TYPES, gain
-from sat.model.kernels.products import Packed, Plain, Prepare
 from sat.model.replay import Player, record_on_gpu
 
 
@@ -32,16 +30,6 @@ def choose_beam_kernels(kernels: str, like: Tensor) -> BeamKernels | None:
 def choose_player(kernels: Kernels) -> Player | None:
     """Who replays the time loop of `kernels`: on a GPU Triton's are recorded, the others' launches are not its own."""
     return _player(torch.cuda.current_device()) if kernels is triton_kernels else None
-
-
-def choose_products(kernels: str, like: Tensor) -> Prepare:
-    """What a matrix goes through before many batches of rows such as `like` are multiplied by it.
-
-    `kernels`: with `torch` it is PyTorch's own product; else what is the quicker one on this machine.
-    """
-    if kernels == "torch" or like.device.type != "cpu" or like.dtype not in TYPES:
-        return Plain
-    return Packed.of if gain(like.dtype, torch.get_num_threads()).packs else Plain
 
 
 @functools.cache

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from sat import files
 from sat.model.kernels.build import cpu_kind
@@ -38,6 +39,16 @@ class Gain(NamedTuple):
     def packs(self) -> bool:
         """Whether they serve."""
         return self.ratio > 1
+
+
+def choose_products(kernels: str, like: Tensor) -> Prepare:
+    """What a matrix goes through before many batches of rows such as `like` are multiplied by it.
+
+    `kernels`: with `torch` it is PyTorch's own product; else what is the quicker one on this machine.
+    """
+    if kernels == "torch" or like.device.type != "cpu" or like.dtype not in TYPES:
+        return Plain
+    return Packed.of if gain(like.dtype, torch.get_num_threads()).packs else Plain
 
 
 @functools.cache

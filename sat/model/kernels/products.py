@@ -19,11 +19,11 @@ OCTAVE = 16
 class Factor(Protocol):
     """A matrix [K, N] that rows are multiplied by. No gradients."""
 
-    def times(self, rows: Tensor) -> Tensor:
-        """[n, N] of `rows` [n, K]."""
+    def times(self, rows: Tensor, bias: Tensor | None = None) -> Tensor:
+        """[n, N] of `rows` [n, K], and `bias` [N] added."""
 
     def into(self, rows: Tensor, out: Tensor) -> None:
-        """The same, written to `out` [n, N]."""
+        """The product, written to `out` [n, N]."""
 
 
 Prepare = Callable[[Tensor], Factor]
@@ -35,9 +35,9 @@ class Plain(NamedTuple):
 
     matrix: Tensor
 
-    def times(self, rows: Tensor) -> Tensor:
+    def times(self, rows: Tensor, bias: Tensor | None = None) -> Tensor:
         """See `Factor`."""
-        return rows @ self.matrix
+        return rows @ self.matrix if bias is None else torch.addmm(bias, rows, self.matrix)
 
     def into(self, rows: Tensor, out: Tensor) -> None:
         """See `Factor`."""
@@ -55,12 +55,12 @@ class Packed(NamedTuple):
         """`matrix` [K, N] in float32 or bfloat16. RuntimeError where this PyTorch or this CPU cannot."""
         return cls(torch.ops.mkldnn._reorder_linear_weight(matrix.t().contiguous()))
 
-    def times(self, rows: Tensor) -> Tensor:
+    def times(self, rows: Tensor, bias: Tensor | None = None) -> Tensor:
         """See `Factor`."""
         n = len(rows)
         if made_up := enough_rows(n) - n:
             rows = pad(rows, (0, 0, 0, made_up))
-        result: Tensor = torch.ops.mkldnn._linear_pointwise(rows, self.matrix, None, "none", [], None)
+        result: Tensor = torch.ops.mkldnn._linear_pointwise(rows, self.matrix, bias, "none", [], None)
         return result[:n]
 
     def into(self, rows: Tensor, out: Tensor) -> None:

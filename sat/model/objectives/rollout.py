@@ -13,7 +13,8 @@ from torch.nn.functional import embedding
 from sat.model.attention import Attended, Attention, attend_for_inference, attend_hard
 from sat.model.captioner import Captioner, Memory
 from sat.model.draws import Draws, Site, uniform
-from sat.model.kernels.choose import choose_kernels, choose_player, choose_products
+from sat.model.kernels.choose import choose_kernels, choose_player
+from sat.model.kernels.measured import choose_products
 from sat.model.locations import Locations
 from sat.model.loss import WordLoss, linear_cross_entropy
 from sat.model.packing import Packing

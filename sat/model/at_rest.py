@@ -1,0 +1,84 @@
+"""Weights at rest: while a model only speaks, its matrices are laid out once for all the words of all its captions.
+
+Few rows meet them at every word, one for each beam, which is what packed products are for
+(`sat.model.kernels.products`). Nothing else changes; a layer that is trained after all goes its usual way.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from sat.model.kernels.measured import choose_products
+from sat.model.kernels.products import Factor, Packed
+
+
+class _Laid(NamedTuple):
+    """A weight as it was laid out."""
+
+    of: tuple[torch.dtype, int, int]
+    """Type, and where the weight lay in which version: with another one it is laid out anew."""
+    factor: Factor
+
+
+class Linear(nn.Linear):
+    """As PyTorch's, with the same weights under the same names; quicker at rest."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
+        super().__init__(in_features, out_features, bias)
+        self.kernels_at_rest: str | None = None
+        """`train.kernels`, while it is at rest."""
+        self._laid: _Laid | None = None
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """[..., N] of `rows` [..., K]."""
+        if self.kernels_at_rest is None or torch.is_grad_enabled():
+            return super().forward(rows)
+        rows = rows.to(_product_type(rows))
+        if choose_products(self.kernels_at_rest, rows) != Packed.of:
+            return super().forward(rows)
+        bias = None if self.bias is None else self.bias.to(rows.dtype)
+        return self._factor(rows).times(rows.reshape(-1, self.in_features), bias).view(*rows.shape[:-1], -1)
+
+    def rest(self, kernels: str | None) -> None:
+        """Be at rest, or (None) no longer."""
+        self.kernels_at_rest, self._laid = kernels, None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Of a copy, which is not at rest; what oneDNN has laid out cannot be copied."""
+        return self.__dict__ | {"kernels_at_rest": None, "_laid": None}
+
+    def _factor(self, rows: Tensor) -> Factor:
+        weight = self.weight
+        of = (rows.dtype, weight.data_ptr(), 0 if weight.is_inference() else weight._version)
+        laid = self._laid
+        if laid is None or laid.of != of:
+            laid = self._laid = _Laid(of, Packed.of(weight.detach().to(rows.dtype).t()))
+        return laid.factor
+
+
+def _product_type(rows: Tensor) -> torch.dtype:
+    device = rows.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else rows.dtype
+
+
+def rest(captioner: nn.Module, kernels: str | None) -> None:
+    """Lay the weights of `captioner` to rest, whose setting `train.kernels` is `kernels`; None: to rest no longer."""
+    for layer in captioner.modules():
+        if isinstance(layer, Linear):
+            layer.rest(kernels)
+
+
+@contextmanager
+def weights_at_rest(models: Iterable[Any]) -> Iterator[None]:
+    """Inside, nobody changes the weights of `models`: captioners, encoder in front or not; others are let be."""
+    captioners = [model.captioner for model in models if hasattr(model, "captioner")]
+    for each in captioners:
+        rest(each, each.kernels)
+    try:
+        yield
+    finally:
+        for each in captioners:
+            rest(each, None)
