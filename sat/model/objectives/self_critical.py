@@ -18,6 +18,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from sat.model.at_rest import weights_at_rest
 from sat.model.captioner import Memory
 from sat.model.draws import Draws, Site, derive
 from sat.model.loss import LossSums
@@ -83,7 +84,8 @@ class SelfCritical(nn.Module):
         numbers = torch.arange(n, device=grid.device) + (int(Site.SAMPLE) << 32)
         drawn = derive(keys.to(grid.device)[there, :1], numbers)  # [B', n]
         greedy, longest = self.options.baseline == "greedy", self.options.max_length
-        samples = draw_samples(model, model.for_decoding(memory), drawn, longest, greedy).cpu()
+        with weights_at_rest([model]):
+            samples = draw_samples(model, model.for_decoding(memory), drawn, longest, greedy).cpu()
         sampled = time.perf_counter()
         judged = self._judge(samples.listed(), [references[image] for image in images.tolist()])
         rewarded = time.perf_counter()
