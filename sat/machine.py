@@ -62,9 +62,9 @@ def _packed() -> str:
 
     from sat.model.kernels.measured import gain
 
-    found, gains = "", {"fp32": gain(torch.float32, torch.get_num_threads())}
+    found, gains = "", {"fp32": gain(torch.float32)}
     if best_precision() == "bf16":
-        gains["bf16"] = gain(torch.bfloat16, torch.get_num_threads())
+        gains["bf16"] = gain(torch.bfloat16)
     for precision, each in gains.items():
         how = "packed once a step by oneDNN" if each.packs else "not packed"
         found += f"; {precision} weights of the time loop {how} ({each.ratio} times as fast, measured in {each.kept})"

@@ -16,7 +16,7 @@ from tests.helpers_captioner import make_model
 
 @pytest.fixture(autouse=True)
 def packed_products_are_the_quicker_ones(monkeypatch):
-    monkeypatch.setattr(measured, "gain", lambda dtype, threads: measured.Gain(2.0, "here"))
+    monkeypatch.setattr(measured, "gain", lambda dtype: measured.Gain(2.0, "here"))
 
 
 @pytest.fixture

@@ -120,17 +120,34 @@ def test_over_many_batches_few_numbers_of_rows_are_met():
 @pytest.fixture
 def fresh_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    measured.gain.cache_clear()
+    measured._gain.cache_clear()
     yield tmp_path
-    measured.gain.cache_clear()
+    measured._gain.cache_clear()
 
 
 def test_what_was_measured_once_decides_from_then_on(fresh_cache, monkeypatch):
-    first = measured.gain(torch.float32, 1)
+    first = measured.gain(torch.float32)
     assert first.kept.startswith(str(fresh_cache)) and first.ratio > 0
     monkeypatch.setattr(measured, "_measure", lambda dtype: pytest.fail("measured again"))
-    measured.gain.cache_clear()  # another process
-    assert measured.gain(torch.float32, 1) == first
+    measured._gain.cache_clear()  # another process
+    assert measured.gain(torch.float32) == first
+
+
+def test_other_threads_types_and_settings_are_measured_for_themselves(fresh_cache, monkeypatch):
+    monkeypatch.setattr(measured, "_measure", lambda dtype: float(len(list(fresh_cache.rglob("products-*")))))
+    matmul, threads = torch.backends.mkldnn.matmul, torch.get_num_threads()
+    before = matmul.fp32_precision
+    try:
+        found = [measured.gain(torch.float32).ratio, measured.gain(torch.bfloat16).ratio]
+        matmul.fp32_precision = "bf16" if before != "bf16" else "ieee"
+        found.append(measured.gain(torch.float32).ratio)
+        torch.set_num_threads(threads + 1)
+        found.append(measured.gain(torch.float32).ratio)
+    finally:
+        matmul.fp32_precision = before
+        torch.set_num_threads(threads)
+    assert found == [0.0, 1.0, 2.0, 3.0]
+    assert measured.gain(torch.float32).ratio == 0.0
 
 
 @pytest.mark.parametrize("ratio, prepare", [(1.3, Packed.of), (1.0, Plain), (0.7, Plain), (0.0, Plain)])
@@ -156,7 +173,8 @@ def test_of_processes_that_measure_at_the_same_time_the_first_decides(fresh_cach
     monkeypatch.setattr(measured, "_measure", measure)
     found: list[measured.Gain] = []
     here = [
-        threading.Thread(target=lambda: found.append(measured.gain.__wrapped__(torch.float32, 2))) for _ in range(3)
+        threading.Thread(target=lambda: found.append(measured._gain.__wrapped__(torch.float32, 2, "none")))
+        for _ in range(3)
     ]
     for thread in here:
         thread.start()
@@ -167,15 +185,15 @@ def test_of_processes_that_measure_at_the_same_time_the_first_decides(fresh_cach
 
 @pytest.mark.parametrize("content", ["", "{", "[1]", json.dumps({measured.RATIO: "fast"})])
 def test_a_damaged_file_does_not_decide(content, fresh_cache, monkeypatch):
-    path = measured.gain(torch.float32, 1).kept
+    path = measured.gain(torch.float32).kept
     with open(path, "w") as file:
         file.write(content)
-    measured.gain.cache_clear()
+    measured._gain.cache_clear()
     monkeypatch.setattr(measured, "_measure", lambda dtype: 1.7)
-    assert measured.gain(torch.float32, 1).ratio == 1.7
+    assert measured.gain(torch.float32).ratio == 1.7
     monkeypatch.setattr(measured, "_measure", lambda dtype: pytest.fail("measured again"))
-    measured.gain.cache_clear()
-    assert measured.gain(torch.float32, 1).ratio == 1.7
+    measured._gain.cache_clear()
+    assert measured.gain(torch.float32).ratio == 1.7
 
 
 def test_a_machine_whose_products_fail_or_round_packs_nothing(monkeypatch):
