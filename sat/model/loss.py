@@ -100,7 +100,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             objective += (1 - smoothing) * loss.sum() - smoothing / len(weight) * sum_log_p.sum()
             if gradients is not None:
                 torch.mm(delta, weight, out=gradients[0][part])
-                gradients[1].add_(delta.t() @ hidden[part])
+                _add_product(gradients[1], delta.t(), hidden[part])
                 gradients[2].add_((delta.new_ones(1, len(delta)) @ delta)[0])
         if gradients is not None:
             ctx.save_for_backward(*gradients)
@@ -113,3 +113,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_objective, _, _ = grads
         gradients = ((g * grad_objective).to(d) for g, d in zip(ctx.saved_tensors, ctx.dtypes, strict=True))
         return *gradients, None, None, None, None
+
+
+def _add_product(total: Tensor, one: Tensor, other: Tensor) -> None:
+    """Add `one` [V, n] @ `other` [n, E] to the `total` [V, E], in the product itself where the types are alike."""
+    if total.dtype == other.dtype:
+        total.addmm_(one, other)
+    else:
+        total.add_(one @ other)
