@@ -153,6 +153,7 @@ def test_other_threads_types_and_settings_are_measured_for_themselves(fresh_cach
 @pytest.mark.parametrize("ratio, prepare", [(1.3, Packed.of), (1.0, Plain), (0.7, Plain), (0.0, Plain)])
 def test_packed_products_serve_where_they_were_faster(ratio, prepare, fresh_cache, monkeypatch):
     monkeypatch.setattr(measured, "_measure", lambda dtype: ratio)
+    monkeypatch.setattr(measured, "prepares_for_sizes", lambda like: False)
     assert choose_products("auto", torch.zeros(1)) == choose_products("native", torch.zeros(1)) == prepare
     assert choose_products("torch", torch.zeros(1)) is Plain
     for other in (

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sat.model.kernels.interface import Kernels
+from sat.model.kernels.products import enough_rows, made_up, prepares_for_sizes
 
 CHUNK_BYTES, ON_GPU = 24 << 20, 512 << 20
 """Memory of one chunk of logits: about a CPU's last-level cache; on a GPU what is small beside its memory."""
@@ -81,16 +82,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
         wide = torch.promote_types(hidden.dtype, torch.float32)
         dtypes = (hidden.dtype, weight.dtype, bias.dtype)
         weight, bias = weight.to(hidden.dtype), bias.to(wide)
-        chunk = CHUNK_BYTES if hidden.device.type == "cpu" else ON_GPU
-        rows = max(1, chunk // (len(weight) * hidden.element_size()))
+        chunks = _chunks(hidden, len(weight))
         nll, correct = hidden.new_empty(len(hidden), dtype=wide), targets.new_zeros(())
         objective = nll.new_zeros(())
         gradients = None
         if any(ctx.needs_input_grad[:3]):
-            gradients = torch.empty_like(hidden), torch.zeros_like(weight, dtype=wide), torch.zeros_like(bias)
-        for begin in range(0, len(hidden), rows):
-            part = slice(begin, begin + rows)
-            delta = hidden[part] @ weight.t()
+            of_hidden = hidden.new_empty(sum(rows for _, rows in chunks), hidden.shape[1])
+            gradients = of_hidden[: len(hidden)], torch.zeros_like(weight, dtype=wide), torch.zeros_like(bias)
+        for part, rows in chunks:
+            fed = made_up(hidden[part], rows)
+            logits = fed @ weight.t()
+            delta = logits[: len(nll[part])]
             nll[part], sum_log_p, hits = kernels.cross_entropy(delta, bias, targets[part], smoothing)
             correct += hits.sum()
             loss = nll[part]
@@ -98,10 +100,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 loss, sum_log_p = loss * factors[part], sum_log_p * factors[part]
                 delta *= factors[part, None]
             objective += (1 - smoothing) * loss.sum() - smoothing / len(weight) * sum_log_p.sum()
-            if gradients is not None:
-                torch.mm(delta, weight, out=gradients[0][part])
-                _add_product(gradients[1], delta.t(), hidden[part])
-                gradients[2].add_((delta.new_ones(1, len(delta)) @ delta)[0])
+            if gradients is not None:  # of what was made up the logits are zeros, which add nothing
+                torch.mm(logits, weight, out=of_hidden[part.start : part.start + rows])
+                _add_product(gradients[1], logits.t(), fed)
+                gradients[2].add_((logits.new_ones(1, rows) @ logits)[0])
         if gradients is not None:
             ctx.save_for_backward(*gradients)
             ctx.dtypes = dtypes
@@ -113,6 +115,21 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_objective, _, _ = grads
         gradients = ((g * grad_objective).to(d) for g, d in zip(ctx.saved_tensors, ctx.dtypes, strict=True))
         return *gradients, None, None, None, None
+
+
+def _chunks(hidden: Tensor, words: int) -> list[tuple[slice, int]]:
+    """Parts of `hidden` [M, E] whose logits over so many `words` are at hand at a time, and rows of their products.
+
+    Each is as large as may be and the last one what is left; where products prepare for sizes, all have alike many
+    rows, of few numbers, and the last ones of the last part are made up.
+    """
+    total, room = len(hidden), CHUNK_BYTES if hidden.device.type == "cpu" else ON_GPU
+    size = max(1, room // (words * hidden.element_size()))
+    alike = prepares_for_sizes(hidden)
+    if alike and total:
+        size = enough_rows(-(-total // -(-total // size)))
+    parts = [slice(begin, min(begin + size, total)) for begin in range(0, total, size)]
+    return [(part, size if alike else part.stop - part.start) for part in parts]
 
 
 def _add_product(total: Tensor, one: Tensor, other: Tensor) -> None:

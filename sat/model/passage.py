@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sat.model.kernels.interface import Gate, Kernels, Seen
-from sat.model.kernels.products import Plain, Prepare
+from sat.model.kernels.products import Plain, Prepare, enough_for, made_up, room_for
 from sat.model.locations import Locations, Sight, open_gate
 from sat.model.packing import Packing
 
@@ -57,7 +57,7 @@ class Words(NamedTuple):
     contexts: Tensor
     """[M, D]"""
     gated: Tensor
-    """[M, D]; the contexts themselves where there is no gate."""
+    """[M, D], and behind them rows of zeros where products should have more; the contexts where there is no gate."""
     alphas: Tensor
     """[M, L] wide"""
 
@@ -65,13 +65,13 @@ class Words(NamedTuple):
     def empty(cls, inputs: Inputs, weights: Weights) -> Self:
         """Room for the words of `inputs`."""
         M, H = len(inputs.word_gates), inputs.h.shape[1]
-        contexts = inputs.word_gates.new_empty(M, inputs.grid.shape[2])
+        gated = room_for(M, inputs.grid.shape[2], inputs.word_gates)
         return cls(
             states=inputs.word_gates.new_empty(M, len(weights.state)),
             hidden=inputs.word_gates.new_empty(M, H),
             cells=inputs.c.new_empty(M, H),
-            contexts=contexts,
-            gated=torch.empty_like(contexts) if len(weights.gate_bias) else contexts,
+            contexts=torch.empty_like(gated[:M]) if len(weights.gate_bias) else gated[:M],
+            gated=gated,
             alphas=inputs.c.new_empty(M, inputs.grid.shape[1]),
         )
 
@@ -115,7 +115,10 @@ class Gradients(NamedTuple):
     """What the loop's backward direction leaves: d loss / d (states, scores, contexts) of every word, d h_0 and c_0."""
 
     states: Tensor
-    """[M, 4H + A + G] of the gates before their non-linearities, of the query, of the context gate's argument."""
+    """[M, 4H + A + G] of the gates before their non-linearities, of the query, of the context gate's argument.
+
+    Behind them rows of zeros where products should have more.
+    """
     scores: Tensor
     """[M, L] wide"""
     contexts: Tensor
@@ -128,8 +131,9 @@ class Gradients(NamedTuple):
     @classmethod
     def empty(cls, words: Words, c: Tensor) -> Self:
         """Room for those of `words`, in a loop that begins with `c` [N, H]."""
-        like = (words.states, words.alphas, words.contexts, c, c)
-        return cls(*(torch.empty_like(each) for each in like))
+        like = (words.alphas, words.contexts, c, c)
+        states = room_for(len(words.states), words.states.shape[1], words.states)
+        return cls(states, *(torch.empty_like(each) for each in like))
 
 
 class Passage(NamedTuple):
@@ -196,7 +200,7 @@ class Passage(NamedTuple):
         """Gradients of the projection [B, L, A] and of the weights, from all words at once, after `backward`."""
         kernels, seen, h_first, _, weights, words, *_ = self
         H, A = h_first.shape[1], len(weights.score)
-        before = torch.cat([h_first, words.hidden])[seen.packing.previous]
+        before = made_up(torch.cat([h_first, words.hidden])[seen.packing.previous], len(grads.states))
         query = words.states[:, 4 * H : 4 * H + A]
         grad_projection, grad_score = kernels.attend_backward_shared(seen, query, grads.scores)
         of_weights = Weights(
@@ -213,5 +217,9 @@ def grad_of_grid(packing: Packing, alphas: Tensor, grad_contexts: Tensor) -> Ten
 
     `alphas` are what the locations weighed, of hard attention `Locations.weights`.
     """
-    parts = packing.image_words.split(packing.words_per_image)
-    return torch.stack([alphas[part].to(grad_contexts.dtype).t() @ grad_contexts[part] for part in parts])
+    grads = []
+    for part in packing.image_words.split(packing.words_per_image):
+        n = enough_for(len(part), grad_contexts)
+        weights = made_up(alphas[part].to(grad_contexts.dtype), n)
+        grads.append(weights.t() @ made_up(grad_contexts[part], n))
+    return torch.stack(grads)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sat.model.kernels.interface import Kernels
-from sat.model.kernels.products import Plain, Prepare
+from sat.model.kernels.products import Plain, Prepare, made_up, room_for
 from sat.model.packing import Packing
 
 
@@ -59,7 +59,7 @@ class _PlainRecurrence(torch.autograd.Function):
         h_first, c_first, state_weight, states, hidden, cells = ctx.saved_tensors
         kernels, packing, prepare = ctx.loop
         by_state = prepare(state_weight)
-        grad_gates = torch.empty_like(states)
+        grad_gates = room_for(len(states), states.shape[1], states)
         grad_h, grad_c = torch.zeros_like(c_first), torch.zeros_like(c_first)
         for t in reversed(range(len(packing.rows))):
             step, n = packing.steps[t], packing.rows[t]
@@ -67,5 +67,6 @@ class _PlainRecurrence(torch.autograd.Function):
             grad_h[:n] += grads[0][step]
             kernels.cell_backward(states[step], c_before, cells[step], grad_h[:n], grad_c[:n], grad_gates[step])
             grad_h[:n] = by_state.times(grad_gates[step])
-        before = torch.cat([h_first, hidden])[packing.previous]
-        return None, grad_gates, grad_h.to(h_first.dtype), grad_c, grad_gates.t() @ before
+        before = made_up(torch.cat([h_first, hidden])[packing.previous], len(grad_gates))
+        of_words = grad_gates[: len(hidden)]
+        return None, of_words, grad_h.to(h_first.dtype), grad_c, grad_gates.t() @ before

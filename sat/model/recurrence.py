@@ -89,7 +89,7 @@ class _Recurrence(torch.autograd.Function):
             words = Words.empty(inputs, weights)
             Passage(kernels, seen, inputs.h, inputs.c, weights, words, locations, prepare).forward(inputs.word_gates)
             ctx.save_for_backward(seen.grid, projection, inputs.h, inputs.c, *weights, *words)
-            hidden, gated, alphas = words.hidden, words.gated, words.alphas
+            hidden, gated, alphas = words.hidden, words.gated[: len(words.hidden)], words.alphas
         if not locations:
             ctx.mark_non_differentiable(alphas)
         return hidden, gated, kernels.alpha_sums(packing, alphas), alphas
@@ -110,5 +110,5 @@ class _Recurrence(torch.autograd.Function):
         grad_projection, of_weights = passage.shared(grads)
         weighed = locations.weights(words.alphas) if locations and of_grid else words.alphas
         grad_grid = grad_of_grid(packing, weighed, grads.contexts) if of_grid else None
-        of_words = grads.states[:, : 4 * h.shape[1]]
+        of_words = grads.states[: len(words.hidden), : 4 * h.shape[1]]
         return None, grad_grid, grad_projection, of_words, grads.h.to(h.dtype), grads.c, *of_weights

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sat import files
 from sat.model.kernels.build import cpu_kind
-from sat.model.kernels.products import Packed, Plain, Prepare
+from sat.model.kernels.products import Bounded, Packed, Plain, Prepare, prepares_for_sizes
 
 TYPES = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 """What is packed, and the relative error that such a product of inner length 512 may have."""
@@ -46,9 +46,10 @@ def choose_products(kernels: str, like: Tensor) -> Prepare:
 
     `kernels`: with `torch` it is PyTorch's own product; else what is the quicker one on this machine.
     """
-    if kernels == "torch" or like.device.type != "cpu" or like.dtype not in TYPES:
-        return Plain
-    return Packed.of if gain(like.dtype).packs else Plain
+    packable = kernels != "torch" and like.device.type == "cpu" and like.dtype in TYPES
+    if packable and gain(like.dtype).packs:
+        return Packed.of
+    return Bounded if prepares_for_sizes(like) else Plain
 
 
 def gain(dtype: torch.dtype) -> Gain:

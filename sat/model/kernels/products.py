@@ -1,12 +1,13 @@
-"""Products of ever new rows with one matrix, as the time loop and decoding have them.
+"""Products of ever new numbers of rows: with one matrix, as the time loop and decoding have them, and the others.
 
 PyTorch's own product lays the matrix out anew every time. On a CPU oneDNN multiplies by one that was laid out
-("packed") once, which is quicker where rows are few; but it prepares for every number of rows that it has not met, so
-rows are made up to one of few numbers. Which of the two serves is measured: `sat.model.kernels.measured`.
+("packed") once, which is quicker where rows are few. Which of the two serves is measured:
+`sat.model.kernels.measured`. But oneDNN prepares for every number of rows that it has not met, packed or not, which
+takes milliseconds, and every batch has other ones; so rows are made up to one of few numbers, by zeros.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -44,6 +45,20 @@ class Plain(NamedTuple):
         torch.mm(rows, self.matrix, out=out)
 
 
+class Bounded(NamedTuple):
+    """The same over few numbers of rows."""
+
+    matrix: Tensor
+
+    def times(self, rows: Tensor, bias: Tensor | None = None) -> Tensor:
+        """See `Factor`."""
+        return Plain(self.matrix).times(made_up(rows, enough_rows(len(rows))), bias)[: len(rows)]
+
+    def into(self, rows: Tensor, out: Tensor) -> None:
+        """See `Factor`."""
+        out.copy_(self.times(rows))
+
+
 class Packed(NamedTuple):
     """oneDNN's, on a CPU."""
 
@@ -57,11 +72,9 @@ class Packed(NamedTuple):
 
     def times(self, rows: Tensor, bias: Tensor | None = None) -> Tensor:
         """See `Factor`."""
-        n = len(rows)
-        if made_up := enough_rows(n) - n:
-            rows = pad(rows, (0, 0, 0, made_up))
-        result: Tensor = torch.ops.mkldnn._linear_pointwise(rows, self.matrix, bias, "none", [], None)
-        return result[:n]
+        enough = made_up(rows, enough_rows(len(rows)))
+        result: Tensor = torch.ops.mkldnn._linear_pointwise(enough, self.matrix, bias, "none", [], None)
+        return result[: len(rows)]
 
     def into(self, rows: Tensor, out: Tensor) -> None:
         """See `Factor`."""
@@ -72,3 +85,33 @@ def enough_rows(n: int) -> int:
     """The least number of at least `n` rows that products are prepared for."""
     step = max(1, (1 << max(0, (n - 1).bit_length() - 1)) // OCTAVE)
     return -(-n // step) * step
+
+
+def prepares_for_sizes(like: Tensor) -> bool:
+    """Whether products of tensors such as `like` are oneDNN's, unlike those of a GPU, of float64, of MKL in float32."""
+    if like.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    if like.dtype == torch.float32:
+        backend: Any = torch.backends.mkldnn  # its types do not know `matmul`
+        return bool(backend.matmul.fp32_precision == "bf16")
+    if like.dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return like.dtype == torch.float16 and bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+
+
+def enough_for(n: int, like: Tensor) -> int:
+    """How many rows products of `n` rows such as `like` should have: `n` itself where nothing is prepared for it."""
+    return enough_rows(n) if prepares_for_sizes(like) else n
+
+
+def made_up(rows: Tensor, n: int) -> Tensor:
+    """`rows` [m, W] followed by zeros, [n, W]; themselves where they are as many. Differentiable."""
+    return pad(rows, (0, 0, 0, n - len(rows))) if n > len(rows) else rows
+
+
+def room_for(n: int, width: int, like: Tensor) -> Tensor:
+    """Memory of `n` rows such as `like`, [n, width], followed by zeros up to as many rows as products should have."""
+    rows = like.new_empty(enough_for(n, like), width)
+    if len(rows) > n:
+        rows[n:].zero_()
+    return rows

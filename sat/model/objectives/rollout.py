@@ -15,6 +15,7 @@ from sat.model.captioner import Captioner, Memory
 from sat.model.draws import Draws, Site, uniform
 from sat.model.kernels.choose import choose_kernels, choose_player
 from sat.model.kernels.measured import choose_products
+from sat.model.kernels.products import enough_for, made_up
 from sat.model.locations import Locations
 from sat.model.loss import WordLoss, linear_cross_entropy
 from sat.model.packing import Packing
@@ -51,10 +52,25 @@ def word_losses(
     model: Captioner, rollout: Rollout, draws: Draws, smoothing: float, factors: Tensor | None = None
 ) -> WordLoss:
     """The loss of each word of a `rollout` along the captions that `draws` are of; `factors` [M] weigh the words."""
-    features = model.output_features(rollout.words, rollout.hidden, rollout.context)
-    features = model.dropped(features, draws.of_words, Site.OUTPUT)
+    features = model.dropped(_features(model, rollout), draws.of_words, Site.OUTPUT)
     weight, bias, kernels = model.vocabulary.weight, model.vocabulary.bias, choose_kernels(model.kernels, features)
     return linear_cross_entropy(features, weight, bias, draws.packing.targets, smoothing, kernels, factors)
+
+
+def _features(model: Captioner, rollout: Rollout) -> Tensor:
+    """What the vocabulary layer sees but for dropout, [M, E or H]."""
+    words, hidden, context, *_ = rollout
+    M, enough = len(words), enough_for(len(words), words)
+    if model.output_state is None or enough == M:
+        return model.output_features(words, hidden, context)
+    context = None if context is None else made_up(context, enough)
+    return model.output_features(made_up(words, enough), made_up(hidden, enough), context)[:M]
+
+
+def _distinct_words(model: Captioner, packing: Packing) -> Tensor:
+    """Vectors [U, E] of the distinct words, followed by zeros where products should have more rows."""
+    vectors = model.embed(packing.distinct)
+    return made_up(vectors, enough_for(len(vectors), vectors))
 
 
 def fast(model: Captioner, memory: Memory, draws: Draws) -> Rollout:
@@ -62,7 +78,7 @@ def fast(model: Captioner, memory: Memory, draws: Draws) -> Rollout:
     packing = draws.packing
     assert model.attention and model.context_gates
     dtype = memory.grid.dtype
-    place, vectors = packing.input_place, model.embed(packing.distinct)
+    place, vectors = packing.input_place, _distinct_words(model, packing)
     state = [model.state_gates.weight, model.attention.query.weight]
     gate_bias = vectors.new_empty(0)
     if model.gate:
@@ -85,7 +101,7 @@ def fast(model: Captioner, memory: Memory, draws: Draws) -> Rollout:
 def fast_without_attention(model: Captioner, memory: Memory, draws: Draws) -> Rollout:
     """The same for a model without attention."""
     packing, dtype = draws.packing, memory.grid.dtype
-    place, vectors = packing.input_place, model.embed(packing.distinct)
+    place, vectors = packing.input_place, _distinct_words(model, packing)
     h, c = (state[:, 0][packing.row_image] for state in model.init_state(memory, draws.of_images))
     word_gates, weight = embedding(place, model.word_gates(vectors)), model.state_gates.weight.to(dtype)
     kernels, products = choose_kernels(model.kernels, memory.grid), choose_products(model.kernels, memory.grid)
