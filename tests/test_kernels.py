@@ -4,13 +4,15 @@ import pytest
 import torch
 
 from sat.model.kernels import native
-from sat.model.kernels.interface import Seen
+from sat.model.kernels.interface import Gate, Seen
 from sat.model.packing import pack
 from tests.helpers_kernels import both_scores, every_kernels, needs_compiler
 
 LENGTHS = torch.tensor([[3, 1, 4], [0, 0, 0], [2, 2, 0], [1, 0, 3]])
 L, D, A, H, V = 7, 19, 18, 17, 23
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
+few_and_many_features = pytest.mark.parametrize("features", [D, 2100])
+every_gate = pytest.mark.parametrize("width", [0, 1, D], ids=["none", "scalar", "vector"])
 every_dtype = pytest.mark.parametrize("dtype", list(TOLERANCE), ids=["float64", "float32"])
 
 
@@ -27,11 +29,11 @@ def assert_close(found, expected, dtype):
 class Attention:
     """What a kernel is given and should find, of step 1: in float64, every row with its own copy of its image."""
 
-    def __init__(self, tanh: bool):
+    def __init__(self, tanh: bool, features: int = D):
         self.packing, self.tanh = pack(torch.zeros(*LENGTHS.shape, 5, dtype=torch.int64), LENGTHS), tanh
         self.t, self.n = 1, self.packing.rows[1]
         B, M = len(self.packing.images), len(self.packing.inputs)
-        self.grid, self.projection = random(B, L, D, seed=1), random(B, L, A, seed=2).requires_grad_()
+        self.grid, self.projection = random(B, L, features, seed=1), random(B, L, A, seed=2).requires_grad_()
         self.score = random(A, seed=3).requires_grad_()
         self.query = random(M, A, seed=4).requires_grad_()
         self.alpha, self.context = self.attend(self.packing.row_image[self.packing.word_row])
@@ -55,10 +57,11 @@ class Attention:
 
 @every_dtype
 @both_scores
+@few_and_many_features
 @every_kernels
-def test_attend_fills_in_the_attention_of_the_running_rows(kernels, tanh, dtype):
-    expected = Attention(tanh)
-    alpha, context = (torch.full((expected.n, width), torch.nan, dtype=dtype) for width in (L, D))
+def test_attend_fills_in_the_attention_of_the_running_rows(kernels, features, tanh, dtype):
+    expected = Attention(tanh, features)
+    alpha, context = (torch.full((expected.n, width), torch.nan, dtype=dtype) for width in (L, features))
     query = expected.rows(expected.query, dtype)
     kernels.attend(expected.seen(kernels, dtype), expected.t, query, alpha, context)
     assert_close(alpha, expected.alpha[expected.step], dtype)
@@ -67,10 +70,11 @@ def test_attend_fills_in_the_attention_of_the_running_rows(kernels, tanh, dtype)
 
 @every_dtype
 @both_scores
+@few_and_many_features
 @every_kernels
-def test_attend_backward_gives_the_gradients_of_scores_and_query(kernels, tanh, dtype):
-    expected = Attention(tanh)
-    grad_context, grad_alpha = random(expected.n, D, seed=5), random(expected.n, L, seed=6)
+def test_attend_backward_gives_the_gradients_of_scores_and_query(kernels, features, tanh, dtype):
+    expected = Attention(tanh, features)
+    grad_context, grad_alpha = random(expected.n, features, seed=5), random(expected.n, L, seed=6)
     loss = (expected.context[expected.step] * grad_context).sum() + (expected.alpha[expected.step] * grad_alpha).sum()
     (query,) = torch.autograd.grad(loss, expected.query)
     found = torch.full((expected.n, A), torch.nan, dtype=dtype)
@@ -84,6 +88,43 @@ def test_attend_backward_gives_the_gradients_of_scores_and_query(kernels, tanh, 
         "nd,nld->nl", grad_context, expected.grid[expected.packing.row_image[: expected.n]]
     )
     assert_close(scores, alpha * (total - (alpha * total).sum(1, keepdim=True)), dtype)
+
+
+@every_dtype
+@every_gate
+@every_kernels
+def test_look_leaves_the_context_behind_its_gate_and_what_the_gate_lets_through(kernels, width, dtype):
+    expected = Attention(True)
+    values, bias = random(len(expected.query), width, seed=5), random(width, seed=6)
+    gate = Gate(expected.rows(values, dtype), bias.to(dtype))
+    alpha, context = (torch.full((expected.n, wide), torch.nan, dtype=dtype) for wide in (L, D))
+    gated = torch.full_like(context, torch.nan) if width else context
+    query = expected.rows(expected.query, dtype)
+    kernels.look(expected.seen(kernels, dtype), expected.t, query, gate, alpha, context, gated)
+    opened = (values[expected.step] + bias).sigmoid()
+    assert_close(alpha, expected.alpha[expected.step], dtype)
+    assert_close(context, expected.context[expected.step], dtype)
+    assert_close(gated, expected.context[expected.step] * (opened if width else 1), dtype)
+    assert_close(gate.values, opened, dtype)
+
+
+@every_dtype
+@every_gate
+@pytest.mark.parametrize("asks", [True, False])
+@every_kernels
+def test_gate_backward_gives_the_gradients_of_context_and_gate(kernels, asks, width, dtype):
+    context, argument = random(5, D).requires_grad_(), random(5, width, seed=1).requires_grad_()
+    grad, asked = random(5, D, seed=2), random(5, D, seed=3) if asks else None
+    gated = context * argument.sigmoid() if width else context + argument.sum()
+    loss = (gated * (grad if asked is None else grad + asked)).sum()
+    of_context, of_gate = torch.autograd.grad(loss, (context, argument))
+    strided = torch.cat([argument.detach().sigmoid()] * 2, 1).to(dtype)
+    found, found_gate = torch.full((5, D), torch.nan, dtype=dtype), torch.full((5, width), torch.nan, dtype=dtype)
+    given = (grad.to(dtype), None if asked is None else asked.to(dtype), context.detach().to(dtype))
+    gate = Gate(strided[:, :width], random(width, seed=4).to(dtype))
+    kernels.gate_backward(gate, *given, found_gate, found)
+    assert_close(found, of_context, dtype)
+    assert_close(found_gate, of_gate, dtype)
 
 
 @every_dtype

@@ -17,17 +17,18 @@ from torch import Tensor
 from sat.model.kernels.build import build
 from sat.model.kernels.interface import Gate, Seen
 from sat.model.kernels.torch_kernels import alpha_sums as alpha_sums  # nothing is gained by kernels of its own
-from sat.model.kernels.torch_kernels import dropout_threshold, open_gate
-from sat.model.kernels.torch_kernels import gate_backward as gate_backward
+from sat.model.kernels.torch_kernels import dropout_threshold
 
 FLAGS = ["-std=c++17", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC"]
-SOURCE, HEADER = (Path(__file__).with_name(name) for name in ("native.cpp", "numbers.h"))
+SOURCE, *HEADERS = (Path(__file__).with_name(name) for name in ("native.cpp", "attention.h", "numbers.h"))
+NO_GATE = (0, 0, 0, 0, 0)
+"""Its width, values, their stride, its bias and where the gated context goes."""
 
 
 @functools.cache
 def library() -> tuple[ctypes.CDLL | None, str]:
     """The loaded library and where it is from, or None and why there is none."""
-    return build("kernels", SOURCE, FLAGS, [HEADER])
+    return build("kernels", SOURCE, FLAGS, HEADERS)
 
 
 def prepare(projection: Tensor, tanh: bool) -> Tensor:
@@ -37,6 +38,19 @@ def prepare(projection: Tensor, tanh: bool) -> Tensor:
 
 def attend(seen: Seen, t: int, query: Tensor, alpha: Tensor, context: Tensor) -> None:
     """Fill `alpha` [n, L] and `context` [n, D] for the `query` [n, A] of the rows running at step t."""
+    _attend(seen, t, query, alpha, context, NO_GATE)
+
+
+def look(seen: Seen, t: int, query: Tensor, gate: Gate, alpha: Tensor, context: Tensor, gated: Tensor) -> None:
+    """`attend`, and fill `gated` [n, D] with the context behind its gate."""
+    G = len(gate.bias)
+    behind = (G, gate.values, gate.values.stride(0), gate.bias, gated) if G else NO_GATE
+    _attend(seen, t, query, alpha, context, behind)
+
+
+def _attend(
+    seen: Seen, t: int, query: Tensor, alpha: Tensor, context: Tensor, behind: tuple[Tensor | int, ...]
+) -> None:
     _, L, D = seen.grid.shape
     _call(
         f"attend_{_score(seen.tanh)}",
@@ -55,13 +69,8 @@ def attend(seen: Seen, t: int, query: Tensor, alpha: Tensor, context: Tensor) ->
         seen.score,
         alpha,
         context,
+        *behind,
     )
-
-
-def look(seen: Seen, t: int, query: Tensor, gate: Gate, alpha: Tensor, context: Tensor, gated: Tensor) -> None:
-    """`attend`, and fill `gated` [n, D] with the context behind its gate."""
-    attend(seen, t, query, alpha, context)
-    open_gate(gate, context, gated)
 
 
 def attend_beams(
@@ -78,8 +87,31 @@ def attend_beams(
     rows = torch.arange(B * k + 1)
     which = (rows[::k].contiguous(), rows, _regions(regions))
     tensors = (*which, grid.contiguous(), prepared.contiguous(), query.contiguous())
-    _call(f"attend_{_score(tanh)}", grid.dtype, B * k, B, L, A, D, *tensors, A, score.contiguous(), alpha, context)
+    _call(
+        f"attend_{_score(tanh)}",
+        grid.dtype,
+        B * k,
+        B,
+        L,
+        A,
+        D,
+        *tensors,
+        A,
+        score.contiguous(),
+        alpha,
+        context,
+        *NO_GATE,
+    )
     return context, alpha
+
+
+def gate_backward(
+    gate: Gate, grad: Tensor, asked: Tensor | None, context: Tensor, grad_gate: Tensor, out: Tensor
+) -> None:
+    """Fill `out` [n, D], the gradient of the `context`, and `grad_gate` [n, G], from that of the gated context."""
+    (n, D), G = grad.shape, len(gate.bias)
+    ends = (gate.values, gate.values.stride(0), grad_gate, grad_gate.stride(0)) if G else (0, 0, 0, 0)
+    _call("gate_backward", grad.dtype, n, D, G, *ends, grad, 0 if asked is None else asked, context, out)
 
 
 def attend_backward(

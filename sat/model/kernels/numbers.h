@@ -6,10 +6,11 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 namespace {
 
-constexpr int64_t LANES = 16;  // numbers of a vector register, in float
+constexpr int64_t LANES = 16;  // see `dropout`
 
 struct bf16 {
   uint16_t bits;
@@ -34,6 +35,49 @@ inline void narrow(float x, bf16& out) {  // round to nearest even; NaN stays Na
 
 template <class T>
 using Wide = decltype(wide(T()));
+
+// What a vector register holds, and how much it holds.
+#if defined(__AVX512F__)
+constexpr int64_t VECTOR_BYTES = 64;
+#elif defined(__AVX__)
+constexpr int64_t VECTOR_BYTES = 32;
+#else
+constexpr int64_t VECTOR_BYTES = 16;
+#endif
+template <class W>
+struct VectorOf {
+  typedef W type __attribute__((vector_size(VECTOR_BYTES)));
+};
+template <class W>
+using Vector = typename VectorOf<W>::type;
+template <class W>
+constexpr int64_t VECTOR = VECTOR_BYTES / sizeof(W);
+
+template <class T>
+inline Vector<Wide<T>> load(const T* from) {
+  typedef uint16_t Half __attribute__((vector_size(VECTOR_BYTES / 2)));
+  typedef uint32_t Whole __attribute__((vector_size(VECTOR_BYTES)));
+  Vector<Wide<T>> result;
+  if constexpr (std::is_same_v<T, bf16>) {
+    Half bits;
+    std::memcpy(&bits, from, sizeof bits);
+    const Whole shifted = __builtin_convertvector(bits, Whole) << 16;
+    std::memcpy(&result, &shifted, sizeof result);
+  } else {
+    std::memcpy(&result, from, sizeof result);
+  }
+  return result;
+}
+
+template <class W>
+inline void store(Vector<W> x, W* to) {
+  std::memcpy(to, &x, sizeof x);
+}
+
+template <class W>
+inline int64_t padded(int64_t n) {  // to whole vectors
+  return (n + VECTOR<W> - 1) / VECTOR<W> * VECTOR<W>;
+}
 
 // exp to about one unit in the last place, without a library call that would keep loops from being vectorised:
 // x = n ln 2 + r, exp(x) = 2^n times a polynomial in r (Cephes). Saturates at exp(+-87); NaN stays NaN.
