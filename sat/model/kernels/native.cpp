@@ -16,7 +16,6 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
-#include <vector>
 
 #include "attention.h"
 #include "numbers.h"
@@ -105,6 +104,18 @@ void gate_backward(int64_t n, int64_t D, int64_t G, const T* gate, int64_t gate_
   }
 }
 
+// The greatest of n numbers, NaN left out. In vectors, as compilers do not make them of a maximum where NaN may be met.
+template <class W>
+W greatest(int64_t n, const W* x) {
+  W result = std::numeric_limits<W>::lowest();
+  Vector<W> top = Vector<W>{} + result;
+  int64_t i = 0;
+  for (; i + VECTOR<W> <= n; i += VECTOR<W>) top = load(x + i) > top ? load(x + i) : top;
+  for (int64_t v = 0; v < VECTOR<W>; ++v) result = std::max(result, W(top[v]));
+  for (; i < n; ++i) result = std::max(result, x[i]);
+  return result;
+}
+
 // Softmax cross-entropy of each row of logits [n, V] + bias against its target: nll, whether the target is the most
 // probable, the summed log-probabilities (for label smoothing); logits become d loss / d logits = p - (1 - s) onehot -
 // s / V.
@@ -115,21 +126,17 @@ void cross_entropy(int64_t n, int64_t V, T* logits, const Wide<T>* bias, const i
 #pragma omp parallel for num_threads(threads)
   for (int64_t r = 0; r < n; ++r) {
     T* row = logits + r * V;
-    std::vector<W> x(V);
-    W top = -std::numeric_limits<W>::infinity(), total = 0, sum = 0;
-#pragma omp simd reduction(max : top) reduction(+ : total)
-    for (int64_t v = 0; v < V; ++v) {
-      x[v] = wide(row[v]) + bias[v];
-      top = std::max(top, x[v]);
-      total += x[v];
-    }
-    const W target = x[targets[r]];
+    Scratch<W> x(new W[V]);
+    W total = 0, sum = 0;
+#pragma omp simd reduction(+ : total)
+    for (int64_t v = 0; v < V; ++v) total += x[v] = wide(row[v]) + bias[v];
+    const W top = greatest(V, x.get()), target = x[targets[r]];
 #pragma omp simd reduction(+ : sum)
     for (int64_t v = 0; v < V; ++v) sum += x[v] = exponential(x[v] - top);
-    const W log_sum = top + std::log(sum), share = W(smoothing) / V;
+    const W log_sum = top + std::log(sum), share = W(smoothing) / V, scale = 1 / sum;
 #pragma omp simd
-    for (int64_t v = 0; v < V; ++v) narrow(x[v] / sum - share, row[v]);
-    narrow(x[targets[r]] / sum - share - (1 - W(smoothing)), row[targets[r]]);
+    for (int64_t v = 0; v < V; ++v) narrow(x[v] * scale - share, row[v]);
+    narrow(x[targets[r]] * scale - share - (1 - W(smoothing)), row[targets[r]]);
     nll[r] = log_sum - target;
     sum_log_p[r] = total - V * log_sum;
     correct[r] = target >= top;
