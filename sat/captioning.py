@@ -58,7 +58,7 @@ class Captioning:
         search is the one the model was scored with in training. Raises ValueError naming what is missing.
         """
         trained = load_model(best_folder(folder), device)
-        rest(trained.model.captioner, trained.config.train.kernels)
+        rest(trained.model.captioner)
         encoder = None
         if not trained.config.encoder.train:
             if trained.features.kind == "regions":

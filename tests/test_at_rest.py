@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from sat.evaluation.decoding import decode
 from sat.evaluation.options import DecodeOptions
@@ -99,7 +100,17 @@ def replaced(model):
             layer.weight = torch.nn.Parameter(layer.weight.detach() * 1.3)
 
 
-@pytest.mark.parametrize("change", [trained_on, loaded, replaced])
+def trained_by_a_fused_optimizer(model):
+    optimizer = torch.optim.AdamW(model.train().parameters(), lr=0.1, fused=True)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    versions = [each._version for each in model.parameters()]
+    optimizer.step()
+    assert versions == [each._version for each in model.parameters()]  # what makes it worth a test
+    model.eval()
+
+
+@pytest.mark.parametrize("change", [trained_on, loaded, replaced, trained_by_a_fused_optimizer])
 def test_weights_that_change_after_all_are_laid_out_anew(change):
     model, grid = model_and_grid()
     with weights_at_rest([model]):
@@ -108,6 +119,40 @@ def test_weights_that_change_after_all_are_laid_out_anew(change):
         after = logits_of(model, grid)
     assert not close(after, before)
     assert close(after, logits_of(model, grid))
+
+
+@torch.no_grad()
+def test_the_memory_of_a_laid_weight_is_no_other_ones_until_it_is_laid_out_anew():
+    layer, rows = Linear(64, 96), torch.randn(5, 64)
+    memory = StorageWeakRef(layer.weight.untyped_storage())
+    layer.rest("auto")
+    layer(rows)
+    layer.weight.data = torch.randn(96, 64)  # as a cast does, which leaves the version as it is
+    assert not memory.expired()
+    assert close(layer(rows), torch.nn.functional.linear(rows, layer.weight, layer.bias))
+    assert memory.expired()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shape", [(0, 64), (0, 3, 64), (2, 0, 64), (64,), (2, 3, 64)])
+def test_rows_of_any_shape_are_multiplied(shape):
+    layer, rows = Linear(64, 96), torch.randn(shape)
+    expected = layer(rows)
+    layer.rest("auto")
+    assert layer(rows).shape == expected.shape and close(layer(rows), expected)
+
+
+def test_what_was_at_rest_stays_so(laid):
+    model, grid = model_and_grid()
+    with weights_at_rest([model]):
+        logits_of(model, grid)
+        found = len(laid)
+        with weights_at_rest([model, model]):
+            logits_of(model, grid)
+        logits_of(model, grid)
+    assert len(laid) == found
+    logits_of(model, grid)
+    assert len(laid) == found
 
 
 def test_training_goes_its_usual_way_at_rest_too(laid):

@@ -279,5 +279,5 @@ def test_a_product_over_few_numbers_of_rows_is_that_of_its_rows(n):
     matrix, rows = (torch.randn(*shape, generator=generator).double() for shape in ((9, 5), (n, 20)))
     rows, out = rows[:, 4:13], torch.full((n, 5), torch.nan).double()
     Bounded(matrix).into(rows, out)
-    for found in (out, Bounded(matrix).times(rows), Bounded(matrix).times(rows, matrix[0]) - matrix[0]):
+    for found in (out, Bounded(matrix).times(rows)):
         assert torch.allclose(found, rows @ matrix, rtol=1e-12, atol=1e-12)

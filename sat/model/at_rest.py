@@ -6,13 +6,13 @@ Few rows meet them at every word, one for each beam, which is what packed produc
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
 from sat.model.kernels.measured import choose_products
-from sat.model.kernels.products import Factor, Packed
+from sat.model.kernels.products import Packed
 
 
 class _Laid(NamedTuple):
@@ -20,7 +20,9 @@ class _Laid(NamedTuple):
 
     of: tuple[torch.dtype, int, int]
     """Type, and where the weight lay in which version: with another one it is laid out anew."""
-    factor: Factor
+    weight: Tensor
+    """Held, so that no other one comes to lie there."""
+    factor: Packed
 
 
 class Linear(nn.Linear):
@@ -40,7 +42,14 @@ class Linear(nn.Linear):
         if choose_products(self.kernels_at_rest, rows) != Packed.of:
             return super().forward(rows)
         bias = None if self.bias is None else self.bias.to(rows.dtype)
-        return self._factor(rows).times(rows.reshape(-1, self.in_features), bias).view(*rows.shape[:-1], -1)
+        product = self._factor(rows).times(rows.reshape(-1, self.in_features), bias)
+        return product.view(*rows.shape[:-1], self.out_features)
+
+    def train(self, mode: bool = True) -> Self:
+        """As usual; a weight that was trained is laid out anew, as fused optimizers leave its version as it is."""
+        if mode:
+            self._laid = None
+        return super().train(mode)
 
     def rest(self, kernels: str | None) -> None:
         """Be at rest, or (None) no longer."""
@@ -50,12 +59,12 @@ class Linear(nn.Linear):
         """Of a copy, which is not at rest; what oneDNN has laid out cannot be copied."""
         return self.__dict__ | {"kernels_at_rest": None, "_laid": None}
 
-    def _factor(self, rows: Tensor) -> Factor:
+    def _factor(self, rows: Tensor) -> Packed:
         weight = self.weight
         of = (rows.dtype, weight.data_ptr(), 0 if weight.is_inference() else weight._version)
         laid = self._laid
         if laid is None or laid.of != of:
-            laid = self._laid = _Laid(of, Packed.of(weight.detach().to(rows.dtype).t()))
+            laid = self._laid = _Laid(of, weight.detach(), Packed.of(weight.detach().to(rows.dtype).t()))
         return laid.factor
 
 
@@ -64,21 +73,23 @@ def _product_type(rows: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else rows.dtype
 
 
-def rest(captioner: nn.Module, kernels: str | None) -> None:
-    """Lay the weights of `captioner` to rest, whose setting `train.kernels` is `kernels`; None: to rest no longer."""
-    for layer in captioner.modules():
-        if isinstance(layer, Linear):
-            layer.rest(kernels)
+def rest(captioner: Any) -> list[Linear]:
+    """Lay the weights of a `Captioner` to rest; returns the layers that were not at rest before."""
+    awake = [each for each in captioner.modules() if isinstance(each, Linear) and each.kernels_at_rest is None]
+    for layer in awake:
+        layer.rest(captioner.kernels)
+    return awake
 
 
 @contextmanager
 def weights_at_rest(models: Iterable[Any]) -> Iterator[None]:
-    """Inside, nobody changes the weights of `models`: captioners, encoder in front or not; others are let be."""
-    captioners = [model.captioner for model in models if hasattr(model, "captioner")]
-    for each in captioners:
-        rest(each, each.kernels)
+    """Inside, nobody changes the weights of `models`: captioners, encoder in front or not; others are let be.
+
+    What was at rest before stays so afterwards.
+    """
+    layers = [layer for model in models if hasattr(model, "captioner") for layer in rest(model.captioner)]
     try:
         yield
     finally:
-        for each in captioners:
-            rest(each, None)
+        for layer in layers:
+            layer.rest(None)

@@ -20,8 +20,8 @@ OCTAVE = 16
 class Factor(Protocol):
     """A matrix [K, N] that rows are multiplied by. No gradients."""
 
-    def times(self, rows: Tensor, bias: Tensor | None = None) -> Tensor:
-        """[n, N] of `rows` [n, K], and `bias` [N] added."""
+    def times(self, rows: Tensor) -> Tensor:
+        """[n, N] of `rows` [n, K]."""
 
     def into(self, rows: Tensor, out: Tensor) -> None:
         """The product, written to `out` [n, N]."""
@@ -36,9 +36,9 @@ class Plain(NamedTuple):
 
     matrix: Tensor
 
-    def times(self, rows: Tensor, bias: Tensor | None = None) -> Tensor:
+    def times(self, rows: Tensor) -> Tensor:
         """See `Factor`."""
-        return rows @ self.matrix if bias is None else torch.addmm(bias, rows, self.matrix)
+        return rows @ self.matrix
 
     def into(self, rows: Tensor, out: Tensor) -> None:
         """See `Factor`."""
@@ -50,9 +50,9 @@ class Bounded(NamedTuple):
 
     matrix: Tensor
 
-    def times(self, rows: Tensor, bias: Tensor | None = None) -> Tensor:
+    def times(self, rows: Tensor) -> Tensor:
         """See `Factor`."""
-        return Plain(self.matrix).times(made_up(rows, enough_rows(len(rows))), bias)[: len(rows)]
+        return (made_up(rows, enough_rows(len(rows))) @ self.matrix)[: len(rows)]
 
     def into(self, rows: Tensor, out: Tensor) -> None:
         """See `Factor`."""
@@ -71,7 +71,7 @@ class Packed(NamedTuple):
         return cls(torch.ops.mkldnn._reorder_linear_weight(matrix.t().contiguous()))
 
     def times(self, rows: Tensor, bias: Tensor | None = None) -> Tensor:
-        """See `Factor`."""
+        """See `Factor`; `bias` [N] is added."""
         enough = made_up(rows, enough_rows(len(rows)))
         result: Tensor = torch.ops.mkldnn._linear_pointwise(enough, self.matrix, bias, "none", [], None)
         return result[: len(rows)]
