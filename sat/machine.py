@@ -67,7 +67,8 @@ def _packed() -> str:
         gains["bf16"] = gain(torch.bfloat16)
     for precision, each in gains.items():
         how = "packed once a step by oneDNN" if each.packs else "not packed"
-        found += f"; {precision} weights of the time loop {how} ({each.ratio} times as fast, measured in {each.kept})"
+        said = f"{each.ratio} times as fast" if each.ratio else "this machine has none, or they round"
+        found += f"; {precision} weights of the time loop {how} ({said}; measured in {each.kept})"
     return found
 
 

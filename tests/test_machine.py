@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from sat import machine
+from sat.model.kernels import measured
 
 OLD_AMD, NEW_AMD = {"AuthenticAMD", "avx2"}, {"AuthenticAMD", "avx2", "avx512f"}
 
@@ -78,3 +79,21 @@ def test_the_cores_are_those_this_process_may_use():
         assert machine.available_cores() == 1
     finally:
         os.sched_setaffinity(0, before)
+
+
+@pytest.mark.parametrize(
+    "ratio, said",
+    [
+        (1.3, "packed once a step by oneDNN (1.3 times as fast; measured in here)"),
+        (0.9, "not packed (0.9 times as fast; measured in here)"),
+        (0.0, "not packed (this machine has none, or they round; measured in here)"),
+    ],
+)
+@pytest.mark.parametrize("precision, types", [("fp32", ["fp32"]), ("bf16", ["fp32", "bf16"])])
+def test_the_log_says_whether_the_weights_of_the_time_loop_are_packed(ratio, said, precision, types, monkeypatch):
+    monkeypatch.setattr(machine, "_cpu_flags", lambda: OLD_AMD)
+    monkeypatch.setattr(machine, "best_precision", lambda: precision)
+    monkeypatch.setattr(measured, "gain", lambda dtype: measured.Gain(ratio, "here"))
+    line = machine.speed_up("auto", "cpu")
+    assert line.endswith("".join(f"; {each} weights of the time loop {said}" for each in types))
+    assert line.count("weights") == len(types) and "weights" not in machine.speed_up("torch", "cpu")

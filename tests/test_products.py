@@ -1,6 +1,7 @@
 """Products with packed matrices: those of PyTorch, over few numbers of rows; chosen once on each kind of machine."""
 
 import json
+import math
 import threading
 
 import pytest
@@ -184,7 +185,10 @@ def test_of_processes_that_measure_at_the_same_time_the_first_decides(fresh_cach
     assert len(found) == 3 and len(set(found)) == 1
 
 
-@pytest.mark.parametrize("content", ["", "{", "[1]", json.dumps({measured.RATIO: "fast"})])
+@pytest.mark.parametrize(
+    "content",
+    ["", "{", "[1]", *(json.dumps({measured.RATIO: ratio}) for ratio in ("fast", True, math.nan, math.inf, -1.5))],
+)
 def test_a_damaged_file_does_not_decide(content, fresh_cache, monkeypatch):
     path = measured.gain(torch.float32).kept
     with open(path, "w") as file:
@@ -205,6 +209,9 @@ def test_a_machine_whose_products_fail_or_round_packs_nothing(monkeypatch):
     def refuses(matrix):
         raise RuntimeError("needs the cpu support avx512bw")
 
-    for of in (lambda matrix: Rounded(Packed.of(matrix).matrix), refuses):
+    def lacks(matrix):
+        return torch.ops.mkldnn.what_a_pytorch_without_onednn_has(matrix)
+
+    for of in (lambda matrix: Rounded(Packed.of(matrix).matrix), refuses, lacks):
         monkeypatch.setattr(measured, "Packed", type("Other", (), {"of": staticmethod(of)}))
         assert measured._measure(torch.float32) == 0

@@ -7,6 +7,7 @@ the last bit. Of processes that measure at the same time the first one decides f
 import contextlib
 import functools
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -77,7 +78,7 @@ def _gain(dtype: torch.dtype, threads: int, route: str) -> Gain:
 
 def _kept(path: Path) -> float | None:
     ratio = files.read_json(path).get(RATIO)
-    return ratio if isinstance(ratio, float) else None
+    return ratio if isinstance(ratio, float) and 0 <= ratio < math.inf else None
 
 
 def _measure(dtype: torch.dtype) -> float:
@@ -89,7 +90,7 @@ def _measure(dtype: torch.dtype) -> float:
     try:
         if not (Packed.of(matrix).times(every[-1]) - exact).norm() <= TYPES[dtype] * exact.norm():
             return 0.0
-    except RuntimeError:
+    except (AttributeError, RuntimeError):
         return 0.0
     for _ in range(TURNS):
         for prepare, turns in seconds.items():

@@ -67,7 +67,10 @@ class Packed(NamedTuple):
 
     @classmethod
     def of(cls, matrix: Tensor) -> "Packed":
-        """`matrix` [K, N] in float32 or bfloat16. RuntimeError where this PyTorch or this CPU cannot."""
+        """`matrix` [K, N] in float32 or bfloat16.
+
+        Raises AttributeError where this PyTorch has no oneDNN, RuntimeError where this CPU cannot.
+        """
         return cls(torch.ops.mkldnn._reorder_linear_weight(matrix.t().contiguous()))
 
     def times(self, rows: Tensor, bias: Tensor | None = None) -> Tensor:
