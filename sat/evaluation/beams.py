@@ -85,9 +85,14 @@ def refuse_broken(broken: Tensor) -> None:
         raise ValueError("the model's logits are not finite (NaN or inf): its weights or the features are broken")
 
 
+def never_said(options: DecodeOptions) -> tuple[int, ...]:
+    """Words that no caption holds."""
+    return (PAD, START, UNK) if options.block_unk else (PAD, START)
+
+
 def block_words(logp: Tensor, words: Tensor, options: DecodeOptions) -> None:
     """Set to -inf, in place, the log-probabilities [n, k, V] of words that may not follow `words` [n, k, step]."""
-    for word in (PAD, START, UNK) if options.block_unk else (PAD, START):
+    for word in never_said(options):
         logp[..., word] = -math.inf
     n = options.block_ngram
     if n and words.shape[-1] >= n:
@@ -97,10 +102,20 @@ def block_words(logp: Tensor, words: Tensor, options: DecodeOptions) -> None:
         logp.scatter_(-1, ngrams[..., -1].where(repeated, PAD), -math.inf)
 
 
-def best_continuations(logp: Tensor, beams: Beams, width: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Best continuations for the slots that have not ended: (parent slots, words, log-probabilities) [n, width]."""
-    top = top_words if logp.device.type == "cpu" else top_words_unseen
-    values, words = top(logp, min(width, logp.shape[-1]))
+class Continuations(NamedTuple):
+    """What the slots of a width go on with, [n, width] each; -inf: with nothing."""
+
+    parents: Tensor
+    """Slots that they continue."""
+    words: Tensor
+    scores: Tensor
+    """Log-probability of the caption so far."""
+    chances: Tensor
+    """Of the word alone."""
+
+
+def best_continuations(values: Tensor, words: Tensor, beams: Beams, width: int) -> Continuations:
+    """The best ones for the slots that have not ended, of the best words of each, [n, k, w], and their values."""
     scores = (values + beams.logp[..., None]).masked_fill(beams.ended[..., None], -math.inf).flatten(1)
     if scores.shape[1] < width:  # more slots than continuations: some stay empty
         scores = torch.nn.functional.pad(scores, (0, width - scores.shape[1]), value=-math.inf)
@@ -110,8 +125,14 @@ def best_continuations(logp: Tensor, beams: Beams, width: int) -> tuple[Tensor, 
     rank = (free.cumsum(-1) - 1).clamp(min=0)
     order, scores = order.gather(1, rank), scores.gather(1, rank)
     exists = order < words[0].numel()
-    parents = (order // words.shape[-1]).where(exists, 0)
-    return parents, words.flatten(1).gather(1, order.where(exists, 0)), scores
+    parents, order = (order // words.shape[-1]).where(exists, 0), order.where(exists, 0)
+    return Continuations(parents, words.flatten(1).gather(1, order), scores, values.flatten(1).gather(1, order))
+
+
+def best_words(logp: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Of log-probabilities [n, k, V] those of the best words for so many slots, and their ids in order."""
+    top = top_words if logp.device.type == "cpu" else top_words_unseen
+    return top(logp, min(width, logp.shape[-1]))
 
 
 def top_words(logp: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -140,10 +161,8 @@ def top_words_unseen(logp: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return logp.gather(-1, found), found
 
 
-def drawn_continuations(
-    logp: Tensor, beams: Beams, uniforms: Tensor, options: DecodeOptions
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Continue every slot with a word drawn by its uniform number [n, width]: (parents, words, log-probabilities)."""
+def drawn_continuations(logp: Tensor, beams: Beams, uniforms: Tensor, options: DecodeOptions) -> Continuations:
+    """Continue every slot with a word drawn by its uniform number [n, width]."""
     ranked, ids = (logp / options.temperature).sort(descending=True, stable=True)
     keep = options.top_k or ranked.shape[-1]
     chances = ranked[..., :keep].double().softmax(-1)  # float32 would lose the tail of the running sum
@@ -153,13 +172,14 @@ def drawn_continuations(
     running, logp, ids = (x.expand(size, width, -1).contiguous() for x in (running, logp, ids))
     place = torch.searchsorted(running, uniforms[..., None] * running[..., -1:], right=True)
     words = ids.gather(-1, place)
-    scores = beams.logp + logp.gather(-1, words).squeeze(-1)
+    chances = logp.gather(-1, words).squeeze(-1)
     parents = torch.arange(width, device=logp.device).expand(size, -1).clamp(max=beams.logp.shape[1] - 1)
-    return parents, words.squeeze(-1), scores
+    return Continuations(parents, words.squeeze(-1), beams.logp + chances, chances)
 
 
-def advance(beams: Beams, step: Tensor, parents: Tensor, tokens: Tensor, scores: Tensor) -> Beams:
+def advance(beams: Beams, step: Tensor, chosen: Continuations) -> Beams:
     """The beams after the choices of `step`, int64 [1]; slots that had ended keep what they hold."""
+    parents, tokens, scores, _ = chosen
     slots = torch.arange(parents.shape[1], device=parents.device)
     ended = beams.ended.expand_as(parents)
     source = slots.where(ended, parents)[..., None].expand(-1, -1, beams.words.shape[-1])

@@ -18,15 +18,19 @@ import torch
 from torch import Tensor
 
 from sat.evaluation.beams import (
+    Beams,
+    Continuations,
     Hypothesis,
     Trace,
     advance,
     are_settled,
     best_continuations,
+    best_words,
     block_words,
     collect,
     drawn_continuations,
     log_probs,
+    never_said,
     nothing_said,
     pick,
     refuse_broken,
@@ -35,6 +39,7 @@ from sat.evaluation.options import DecodeOptions
 from sat.evaluation.replayed_search import recorder, search_replayed
 from sat.model.captioner import Memory, State
 from sat.model.draws import derive
+from sat.model.kernels import native
 from sat.text import END, START
 
 BEAM_SEARCH = DecodeOptions()
@@ -133,25 +138,20 @@ def _search(
     tokens = torch.full((size, 1), START, device=device)
     trace = _empty_trace(options, size, cells, device) if options.keep_attention else None
     captions: list[list[Hypothesis]] = [[] for _ in range(size)]
+    at_once = len(models) == 1 and bool(memories[0].prepared.numel()) and device.type == "cpu"
     for step in range(options.max_length):
         together = zip(models, memories, states, strict=True)
         outputs = [model.step(memory, state, tokens) for model, memory, state in together]
         if trace is not None:
             gates = [model.gate_mean(state) for model, state in zip(models, states, strict=True)]
             _record(trace, step, beams.images, [alpha for _, _, alpha in outputs], gates)
-        logp = log_probs([logits for logits, _, _ in outputs])
-        refuse_broken(logp[..., END].isnan().any())
-        block_words(logp, beams.words[:, :, :step], options)
-        if uniforms is None:
-            parents, tokens, scores = best_continuations(logp, beams, options.width)
-        else:
-            parents, tokens, scores = drawn_continuations(logp, beams, uniforms[beams.images, :, step], options)
-        rows = torch.arange(len(parents), device=device)[:, None]
+        numbers = None if uniforms is None else uniforms[beams.images, :, step]
+        chosen = _choose([logits for logits, _, _ in outputs], beams, step, options, numbers, at_once)
         if trace is not None:
-            slots = torch.arange(parents.shape[1], device=device)
-            trace.chosen[step, beams.images[:, None], slots] = logp[rows, parents, tokens]
-        beams = advance(beams, torch.full((1,), step, device=device), parents, tokens, scores)
-        states = [pick(state, (rows, parents)) for _, state, _ in outputs]
+            trace.chosen[step, beams.images, : chosen.words.shape[1]] = chosen.chances
+        beams = advance(beams, torch.full((1,), step, device=device), chosen)
+        rows, tokens = torch.arange(len(tokens), device=device)[:, None], chosen.words
+        states = [pick(state, (rows, chosen.parents)) for _, state, _ in outputs]
         drawn = [model.draws_locations for model in models]
         memories = [_for_the_next_word(each) if draws else each for each, draws in zip(memories, drawn, strict=True)]
 
@@ -165,6 +165,26 @@ def _search(
             memories = [pick(memory, ~settled) for memory in memories]
             states = [pick(state, ~settled) for state in states]
     return captions
+
+
+def _choose(
+    outputs: list[Tensor], beams: Beams, step: int, options: DecodeOptions, numbers: Tensor | None, at_once: bool
+) -> Continuations:
+    """What the slots go on with, by the models' logits [n, k, V]; `numbers` [n, width] draw it.
+
+    `at_once`: by the native kernel that finds the best words of one model without writing probabilities down.
+    """
+    (first, *_), width = outputs, options.width
+    if at_once and numbers is None and not options.block_ngram and first.dtype == torch.float32:
+        values, words = native.best_words(first, never_said(options), min(width, first.shape[-1]))
+        refuse_broken(values.isnan().any())
+        return best_continuations(values, words, beams, width)
+    logp = log_probs(outputs)
+    refuse_broken(logp[..., END].isnan().any())
+    block_words(logp, beams.words[:, :, :step], options)
+    if numbers is None:
+        return best_continuations(*best_words(logp, width), beams, width)
+    return drawn_continuations(logp, beams, numbers, options)
 
 
 def _empty_trace(options: DecodeOptions, size: int, cells: int, device: torch.device) -> Trace:

@@ -18,6 +18,7 @@ from sat.evaluation.beams import (
     advance,
     are_settled,
     best_continuations,
+    best_words,
     block_words,
     collect,
     log_probs,
@@ -79,11 +80,12 @@ class _Search:
         logp = log_probs([logits])
         self.broken |= logp[..., END].isnan().any()
         block_words(logp, beams.words[..., :0], self._options)
-        parents, words, scores = best_continuations(logp, beams, self._options.width)
-        beams = advance(beams, self._at, parents, words, scores)
+        width = self._options.width
+        chosen = best_continuations(*best_words(logp, width), beams, width)
+        beams = advance(beams, self._at, chosen)
         self._at += 1
-        rows = torch.arange(len(parents), device=parents.device)[:, None]
-        return beams, pick(after, (rows, parents)), words
+        rows = torch.arange(len(chosen.parents), device=chosen.parents.device)[:, None]
+        return beams, pick(after, (rows, chosen.parents)), chosen.words
 
     def step(self) -> None:
         """One word on, in place."""

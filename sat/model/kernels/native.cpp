@@ -143,6 +143,46 @@ void cross_entropy(int64_t n, int64_t V, T* logits, const Wide<T>* bias, const i
   }
 }
 
+// Of each row of logits [n, V] the log-probabilities and ids [n, count] of the most probable words that are not among the
+// `blocked`; of equal ones the lower ids count. They come in the order of their ids, -inf and 0 where there are no more,
+// and are NaN where the row is not finite. Blocks without a better word than those found so far are passed over.
+template <class W>
+void best_words(int64_t n, int64_t V, int64_t count, const W* logits, int64_t blocks, const int64_t* blocked, W* values,
+                int64_t* ids, int64_t threads) {
+  constexpr int64_t BLOCK = 64;
+  constexpr W NONE = -std::numeric_limits<W>::infinity();
+#pragma omp parallel for num_threads(threads)
+  for (int64_t r = 0; r < n; ++r) {
+    const W* x = logits + r * V;
+    W *value = values + r * count, sum = 0;
+    int64_t *id = ids + r * count, found = 0;
+    const W top = greatest(V, x);
+#pragma omp simd reduction(+ : sum)
+    for (int64_t v = 0; v < V; ++v) sum += exponential(x[v] - top);
+    for (int64_t begin = 0; begin < V; begin += BLOCK) {
+      const int64_t end = std::min(begin + BLOCK, V);
+      if (found == count && !(greatest(end - begin, x + begin) > value[count - 1])) continue;
+      for (int64_t v = begin; v < end; ++v) {
+        if (found == count && !(x[v] > value[count - 1])) continue;
+        if (std::find(blocked, blocked + blocks, v) != blocked + blocks) continue;
+        int64_t place = found < count ? found++ : count - 1;
+        for (; place && value[place - 1] < x[v]; --place) value[place] = value[place - 1], id[place] = id[place - 1];
+        value[place] = x[v], id[place] = v;
+      }
+    }
+    const bool finite = top > std::numeric_limits<W>::lowest() && std::isfinite(sum);
+    const W log_sum = finite ? std::log(sum) : std::numeric_limits<W>::quiet_NaN();
+    for (int64_t i = 0; i < found; ++i) {  // in order of the ids
+      const W mine = value[i] - top - log_sum;
+      const int64_t word = id[i];
+      int64_t place = i;
+      for (; place && id[place - 1] > word; --place) value[place] = value[place - 1], id[place] = id[place - 1];
+      value[place] = mine, id[place] = word;
+    }
+    for (int64_t i = found; i < count; ++i) value[i] = NONE, id[i] = 0;
+  }
+}
+
 // The random integer of 16 bits of an element of a row: those of `random_integers` in torch_kernels.py.
 inline uint32_t mixed(uint32_t low, uint32_t high, uint32_t count) {
   uint32_t x = low + count * 0x9e3779b9u;
@@ -199,6 +239,9 @@ void dropout(int64_t n, int64_t width, const int64_t* keys, int64_t threshold, d
   void* dropout_##NAME = (void*)dropout<T>;                                           \
   }
 
+extern "C" {
+void* best_words_float32 = (void*)best_words<float>;
+}
 EXPORT(float32, float)
 EXPORT(float64, double)
 EXPORT(bfloat16, bf16)

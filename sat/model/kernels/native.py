@@ -8,7 +8,7 @@ shapes as in `native.cpp`.
 
 import ctypes
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -214,6 +214,20 @@ def cross_entropy(logits: Tensor, bias: Tensor, targets: Tensor, smoothing: floa
     correct = torch.empty(n, dtype=torch.bool)
     _call("cross_entropy", logits.dtype, n, V, logits, bias, targets, smoothing, nll, sum_log_p, correct)
     return nll, sum_log_p, correct
+
+
+def best_words(logits: Tensor, blocked: Sequence[int], count: int) -> tuple[Tensor, Tensor]:
+    """Log-probabilities float32 and ids int64 [..., count] of the best words by float32 `logits` [..., V].
+
+    In order of their ids; of equal words the lower ids count. None is among the `blocked`, and where there are no more,
+    -inf. NaN where a row's logits are not finite.
+    """
+    *leading, V = logits.shape
+    values, ids = logits.new_empty(*leading, count), torch.empty(*leading, count, dtype=torch.int64)
+    unwanted = torch.tensor(blocked, dtype=torch.int64)
+    rows = logits.contiguous(), len(unwanted), unwanted
+    _call("best_words", logits.dtype, logits.numel() // V, V, count, *rows, values, ids)
+    return values, ids
 
 
 def dropout(x: Tensor, keys: Tensor, rate: float) -> Tensor:
