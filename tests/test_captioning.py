@@ -17,6 +17,7 @@ from sat.captioning import Captioning
 from sat.config import load_config, save_config
 from sat.evaluation.attention_file import read_attention
 from sat.export import save_model
+from sat.model.at_rest import Linear
 from sat.model.captioner import Captioner
 from sat.model.encoders.resnet import ResNet
 from sat.model.spec import Sizes
@@ -62,6 +63,11 @@ def pictures(tmp_path) -> list[Path]:
         pixels = random.integers(0, 256, (4, 4 + number, 3), dtype=np.uint8)
         Image.fromarray(pixels).resize((40 + number, 50)).save(folder / f"{number}.png")
     return sorted(folder.iterdir())
+
+
+def test_the_weights_are_at_rest(captioning):
+    model = captioning.trained.model
+    assert {each.kernels_at_rest for each in model.modules() if isinstance(each, Linear)} == {model.kernels}
 
 
 def test_bytes_paths_and_pixels_of_a_picture_have_the_same_caption(captioning, pictures):

@@ -15,6 +15,7 @@ from sat.evaluation.options import DecodeOptions
 from sat.evaluation.report import write_captions
 from sat.evaluation.score_table import read_table
 from sat.evaluation.search_options import Asked
+from sat.model.at_rest import Linear
 from tests.helpers_shards import make_feature_dataset, self_describing_captions
 from tests.helpers_training import SMALL, with_tokenizer
 
@@ -86,6 +87,18 @@ def test_the_scores_of_every_image_are_a_table(program, trained):
     assert (
         report["search"] | {"method": "beam", "beam_size": 2, "block_ngram": 2, "precision": "fp32"} == report["search"]
     )
+
+
+def test_weights_are_at_rest_while_captions_are_searched_for(program, monkeypatch):
+    found, plain = set(), split_module.decode
+
+    def decode(models, *given):
+        found.update(each.kernels_at_rest for model in models for each in model.modules() if isinstance(each, Linear))
+        return plain(models, *given)
+
+    monkeypatch.setattr(split_module, "decode", decode)
+    program()
+    assert found == {"auto"}
 
 
 def test_the_search_is_the_runs_but_for_what_is_asked(program, trained):

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from sat.model.at_rest import Linear
 from sat.model.captioner import Captioner
 from sat.model.draws import Draws
 from sat.model.kernels import torch_kernels
@@ -119,6 +120,20 @@ def test_captions_are_drawn_by_their_probability(preset):
     )
     surplus = sum((found[:-1].count(each) - count * p) ** 2 / (count * p) for each, p in chances.items())
     assert surplus < len(chances) + 5 * math.sqrt(2 * len(chances))  # chi squared: mean and five deviations
+
+
+def test_samples_are_drawn_with_the_weights_at_rest(monkeypatch):
+    model, found = make_model(**PAPER), []
+    layers = [each for each in model.modules() if isinstance(each, Linear)]
+
+    def drawn(*given):
+        found.extend(each.kernels_at_rest for each in layers)
+        return draw_samples(*given)
+
+    monkeypatch.setattr(self_critical, "draw_samples", drawn)
+    objective = SelfCritical(model, lambda samples, _: [0.0] * len(samples), SelfCriticalOptions(samples=2))
+    objective(grids(), ONE.new_zeros(1, 1, 2), ONE, references=[["no word is read"]])
+    assert found == [model.kernels] * len(layers) and {each.kernels_at_rest for each in layers} == {None}
 
 
 def test_a_sample_is_a_function_of_its_key_and_picture_whatever_else_is_drawn():
