@@ -25,7 +25,6 @@ def laid(monkeypatch):
     """The shapes of the matrices that were laid out, one after the other."""
     shapes, pack = [], Packed.of
     monkeypatch.setattr(at_rest.Packed, "of", lambda matrix: shapes.append(tuple(matrix.shape)) or pack(matrix))
-    monkeypatch.setattr(measured.Packed, "of", at_rest.Packed.of)
     return shapes
 
 
@@ -200,7 +199,7 @@ def test_rest_ends_with_an_error_too_and_others_are_let_be(laid):
 
 def test_under_autocast_products_are_of_its_type(monkeypatch):
     types = []
-    monkeypatch.setattr(at_rest, "choose_products", lambda kernels, rows: types.append(rows.dtype) or measured.Plain)
+    monkeypatch.setattr(at_rest, "packs", lambda kernels, rows: types.append(rows.dtype))
     model, grid = model_and_grid()
     with torch.autocast("cpu", torch.bfloat16):
         expected = logits_of(model, grid)

@@ -3,6 +3,7 @@
 import json
 import math
 import threading
+from collections import defaultdict
 
 import pytest
 import torch
@@ -83,15 +84,15 @@ def test_the_loop_without_attention_gives_the_same_with_a_packed_weight():
 
 
 class Met(TorchDispatchMode):
-    """The numbers of rows that oneDNN multiplied, by the shapes of its matrices."""
+    """The numbers of rows that oneDNN multiplied by matrices of each shape."""
 
     def __init__(self):
         super().__init__()
-        self.sizes: set[tuple[int, ...]] = set()
+        self.rows: dict[tuple[int, int], set[int]] = defaultdict(set)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function is torch.ops.mkldnn._linear_pointwise.default:
-            self.sizes.add((len(args[0]), args[0].shape[1], len(args[1])))
+            self.rows[args[0].shape[1], len(args[1])].add(len(args[0]))
         return function(*args, **(kwargs or {}))
 
 
@@ -107,13 +108,8 @@ def test_over_many_batches_few_numbers_of_rows_are_met():
                 Loop(torch_kernels, packing, True, prepare=Packed.of), Inputs(*inputs[:5]), Weights(*inputs[5:])
             )
             gradients_of(outputs, inputs)
-    by_matrix = {
-        matrix: {n for n, *rest in met.sizes if tuple(rest) == matrix}
-        for _, *matrix in met.sizes
-        for matrix in [tuple(matrix)]
-    }
-    assert len(by_matrix) == 4  # states and contexts, forward and backward
-    for numbers in by_matrix.values():
+    assert len(met.rows) == 4  # states and contexts, forward and backward
+    for numbers in met.rows.values():
         assert numbers == {enough_rows(n) for n in every}
         assert len(numbers) < len(every) / 2
 
@@ -166,7 +162,7 @@ def test_packed_products_serve_where_they_were_faster(ratio, prepare, fresh_cach
 
 
 def test_of_processes_that_measure_at_the_same_time_the_first_decides(fresh_cache, monkeypatch):
-    ratios, together = iter([1.4, 0.6, 0.7]), threading.Barrier(3)
+    ratios, together = iter([1.4, 0.6, 0.7]), threading.Barrier(3, timeout=60)
 
     def measure(dtype):
         together.wait()

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
-from sat.model.kernels.measured import choose_products
+from sat.model.kernels.measured import packs
 from sat.model.kernels.products import Packed
 
 
@@ -39,7 +39,7 @@ class Linear(nn.Linear):
         if self.kernels_at_rest is None or torch.is_grad_enabled():
             return super().forward(rows)
         rows = rows.to(_product_type(rows))
-        if choose_products(self.kernels_at_rest, rows) != Packed.of:
+        if not packs(self.kernels_at_rest, rows):
             return super().forward(rows)
         bias = None if self.bias is None else self.bias.to(rows.dtype)
         product = self._factor(rows).times(rows.reshape(-1, self.in_features), bias)

@@ -1,4 +1,4 @@
-"""Whether matrices are packed before the time loop: measured once on each kind of machine, in a quarter of a second.
+"""Whether matrices are packed before the time loop: measured once on each kind of machine, in half a second.
 
 What was found is kept in the user's cache: a run that is resumed must go on with the products that it began with, to
 the last bit. Of processes that measure at the same time the first one decides for all.
@@ -49,10 +49,14 @@ def choose_products(kernels: str, like: Tensor) -> Prepare:
 
     `kernels`: with `torch` it is PyTorch's own product; else what is the quicker one on this machine.
     """
-    packable = kernels != "torch" and like.device.type == "cpu" and like.dtype in TYPES
-    if packable and gain(like.dtype).packs:
+    if packs(kernels, like):
         return Packed.of
     return Bounded if prepares_for_sizes(like) else Plain
+
+
+def packs(kernels: str, like: Tensor) -> bool:
+    """Whether that is a packed product."""
+    return kernels != "torch" and like.device.type == "cpu" and like.dtype in TYPES and gain(like.dtype).packs
 
 
 def gain(dtype: torch.dtype) -> Gain:
