@@ -1,8 +1,8 @@
 // Attention over locations and its gradients, image by image. Names and shapes: native.cpp.
 //
 // The tanh score uses tanh(p + q) = 1 - 2 r with r = 1 / (1 + exp(2p) exp(2q)): `projection` then holds exp(2p), so
-// that no exponential is left in the inner loop, and two neighbouring locations share one division. Softmax takes no
-// notice of the sum of the score vector, the same for all locations, so the inner loop sums -2 u r alone.
+// that no exponential is left in the inner loop. Softmax takes no notice of the sum of the score vector, the same for
+// all locations, so the inner loop sums -2 u r alone.
 
 #pragma once
 
@@ -63,20 +63,15 @@ const Wide<T>* widened(int64_t P, int64_t A, int64_t whole, const T* projection,
   return room;
 }
 
-// From x = p of P locations to r of the tanh score, with one division for two; or to relu(p + q).
+// From x = p of P locations to r of the tanh score, or to relu(p + q).
 template <bool TANH, int P, class W>
 inline void units(Vector<W> q, Vector<W>* x) {
-  const Vector<W> zero = {}, one = zero + W(1), most = zero + W(1e18);  // its square is finite, and tanh is 1
-  if (!TANH)
-    for (int i = 0; i < P; ++i) x[i] = zero > x[i] + q ? zero : x[i] + q;
-  for (int i = 0; TANH && i < P; i += 2) {
-    const int k = std::min(i + 1, P - 1);
-    Vector<W> y = one + x[i] * q, z = one + x[k] * q;
-    y = most < y ? most : y;
-    z = most < z ? most : z;
-    const Vector<W> both = one / (y * z);
-    x[k] = both * y;
-    x[i] = both * z;
+  const Vector<W> zero = {}, one = zero + W(1);
+  for (int i = 0; i < P; ++i) {
+    if (TANH)
+      x[i] = one / (one + x[i] * q);
+    else
+      x[i] = zero > x[i] + q ? zero : x[i] + q;
   }
 }
 
