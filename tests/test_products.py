@@ -197,6 +197,15 @@ def test_a_damaged_file_does_not_decide(content, fresh_cache, monkeypatch):
     assert measured.gain(torch.float32).ratio == 1.7
 
 
+def test_where_nothing_can_be_written_it_is_measured_all_the_same(fresh_cache, monkeypatch):
+    def refuses(**_):
+        raise FileNotFoundError("no usable temporary directory")
+
+    monkeypatch.setattr(measured.files, "cache_folder", refuses)
+    monkeypatch.setattr(measured, "_measure", lambda dtype: 1.7)
+    assert measured.gain(torch.float32) == (1.7, "this process alone: no usable temporary directory")
+
+
 def test_a_machine_whose_products_fail_or_round_packs_nothing(monkeypatch):
     class Rounded(Packed):
         def times(self, rows):

@@ -36,7 +36,7 @@ class Gain(NamedTuple):
     ratio: float
     """How many times as fast; 0: this machine has none, or they round."""
     kept: str
-    """The file that says so."""
+    """The file that says so, or why there is none."""
 
     @property
     def packs(self) -> bool:
@@ -68,7 +68,10 @@ def gain(dtype: torch.dtype) -> Gain:
 @functools.cache
 def _gain(dtype: torch.dtype, threads: int, route: str) -> Gain:
     what = "\n".join([cpu_kind(), torch.__version__, str(dtype), str(threads), route])
-    path = files.cache_folder(private=True) / f"products-{files.sha256_of(what)[:24]}.json"
+    try:
+        path = files.cache_folder(private=True) / f"products-{files.sha256_of(what)[:24]}.json"
+    except OSError as error:  # nothing can be written anywhere
+        return Gain(_measure(dtype), f"this process alone: {error}")
     ratio = _kept(path)
     if ratio is None:
         ratio = _measure(dtype)
