@@ -303,12 +303,12 @@ def cache_folder(*, private: bool = False) -> Path:
     The user's cache (XDG_CACHE_HOME, else ~/.cache); where that cannot be written, a new folder of the machine's
     temporary one. `private`: for code that is loaded, so that nobody else may write there.
     """
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "show-attend-and-tell"
     try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "show-attend-and-tell"
         folder.mkdir(parents=True, exist_ok=True, mode=0o700 if private else 0o777)
         if os.access(folder, os.W_OK):
             return folder
-    except OSError:
+    except (OSError, RuntimeError):  # the latter for a user without a home
         pass
     return Path(tempfile.mkdtemp(prefix="show-attend-and-tell-"))
 

@@ -194,3 +194,7 @@ def test_the_cache_is_where_the_user_says_or_a_new_folder_where_that_cannot_be(t
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     other = files.cache_folder()
     assert other.is_dir() and other != tmp_path / "file" / "show-attend-and-tell"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)  # a container's user that no file knows
+    assert files.cache_folder().parent == other.parent
