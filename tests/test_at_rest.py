@@ -9,7 +9,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from sat.evaluation.decoding import decode
 from sat.evaluation.options import DecodeOptions
 from sat.model import at_rest
-from sat.model.at_rest import Linear, weights_at_rest
+from sat.model.at_rest import PackableLinear, weights_at_rest
 from sat.model.kernels import measured
 from sat.model.kernels.products import Packed
 from tests.helpers_captioner import make_model
@@ -66,7 +66,7 @@ def test_every_word_scores_as_it_does_without(settings, laid):
     assert not laid
     with weights_at_rest([model]):
         assert close(logits_of(model, grid), expected)
-        layers = [each for each in model.modules() if isinstance(each, Linear)]
+        layers = [each for each in model.modules() if isinstance(each, PackableLinear)]
         assert len(laid) == len(layers)  # each once, for all words
         logits_of(model, grid)
         assert len(laid) == len(layers)
@@ -95,7 +95,7 @@ def loaded(model):
 
 def replaced(model):
     for layer in model.modules():
-        if isinstance(layer, Linear):
+        if isinstance(layer, PackableLinear):
             layer.weight = torch.nn.Parameter(layer.weight.detach() * 1.3)
 
 
@@ -122,7 +122,7 @@ def test_weights_that_change_after_all_are_laid_out_anew(change):
 
 @torch.no_grad()
 def test_the_memory_of_a_laid_weight_is_no_other_ones_until_it_is_laid_out_anew():
-    layer, rows = Linear(64, 96), torch.randn(5, 64)
+    layer, rows = PackableLinear(64, 96), torch.randn(5, 64)
     memory = StorageWeakRef(layer.weight.untyped_storage())
     layer.rest("auto")
     layer(rows)
@@ -135,7 +135,7 @@ def test_the_memory_of_a_laid_weight_is_no_other_ones_until_it_is_laid_out_anew(
 @torch.no_grad()
 @pytest.mark.parametrize("shape", [(0, 64), (0, 3, 64), (2, 0, 64), (64,), (2, 3, 64)])
 def test_rows_of_any_shape_are_multiplied(shape):
-    layer, rows = Linear(64, 96), torch.randn(shape)
+    layer, rows = PackableLinear(64, 96), torch.randn(shape)
     expected = layer(rows)
     layer.rest("auto")
     assert layer(rows).shape == expected.shape and close(layer(rows), expected)

@@ -11,7 +11,7 @@ from sat.model.captioner import Captioner
 from sat.model.draws import Draws
 from sat.model.kernels import measured, products
 from sat.model.kernels.measured import choose_products
-from sat.model.kernels.products import Bounded, Plain, enough_for, enough_rows, made_up, prepares_for_sizes, room_for
+from sat.model.kernels.products import Bounded, Plain, enough_for, enough_rows, padded, prepares_for_sizes, room_for
 from sat.model.loss import LossSums, total_loss
 from sat.model.objectives.hard_attention import hard_attention_sums
 from sat.model.objectives.rollout import roll_out, word_losses
@@ -266,8 +266,8 @@ def test_products_in_16_bits_do_where_the_cpu_has_them(dtype, name, can, monkeyp
 
 def test_rows_are_followed_by_zeros_without_a_copy_where_there_are_enough():
     rows = torch.randn(5, 3, requires_grad=True)
-    assert made_up(rows, 5) is rows
-    more = made_up(rows, 8)
+    assert padded(rows, 5) is rows
+    more = padded(rows, 8)
     assert torch.equal(more[:5], rows) and not more[5:].any()
     (gradient,) = torch.autograd.grad((more * torch.arange(24.0).view(8, 3)).sum(), rows)
     assert torch.equal(gradient, torch.arange(15.0).view(5, 3))

@@ -17,7 +17,7 @@ from sat.captioning import Captioning
 from sat.config import load_config, save_config
 from sat.evaluation.attention_file import read_attention
 from sat.export import save_model
-from sat.model.at_rest import Linear
+from sat.model.at_rest import PackableLinear
 from sat.model.captioner import Captioner
 from sat.model.encoders.resnet import ResNet
 from sat.model.spec import Sizes
@@ -67,7 +67,7 @@ def pictures(tmp_path) -> list[Path]:
 
 def test_the_weights_are_at_rest(captioning):
     model = captioning.trained.model
-    assert {each.kernels_at_rest for each in model.modules() if isinstance(each, Linear)} == {model.kernels}
+    assert {each.kernels_at_rest for each in model.modules() if isinstance(each, PackableLinear)} == {model.kernels}
 
 
 def test_bytes_paths_and_pixels_of_a_picture_have_the_same_caption(captioning, pictures):

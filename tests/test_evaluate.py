@@ -15,7 +15,7 @@ from sat.evaluation.options import DecodeOptions
 from sat.evaluation.report import write_captions
 from sat.evaluation.score_table import read_table
 from sat.evaluation.search_options import Asked
-from sat.model.at_rest import Linear
+from sat.model.at_rest import PackableLinear
 from tests.helpers_shards import make_feature_dataset, self_describing_captions
 from tests.helpers_training import SMALL, with_tokenizer
 
@@ -93,7 +93,9 @@ def test_weights_are_at_rest_while_captions_are_searched_for(program, monkeypatc
     found, plain = set(), split_module.decode
 
     def decode(models, *given):
-        found.update(each.kernels_at_rest for model in models for each in model.modules() if isinstance(each, Linear))
+        found.update(
+            each.kernels_at_rest for model in models for each in model.modules() if isinstance(each, PackableLinear)
+        )
         return plain(models, *given)
 
     monkeypatch.setattr(split_module, "decode", decode)

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from sat.model.at_rest import Linear
+from sat.model.at_rest import PackableLinear
 from sat.model.captioner import Captioner
 from sat.model.draws import Draws
 from sat.model.kernels import torch_kernels
@@ -124,7 +124,7 @@ def test_captions_are_drawn_by_their_probability(preset):
 
 def test_samples_are_drawn_with_the_weights_at_rest(monkeypatch):
     model, found = make_model(**PAPER), []
-    layers = [each for each in model.modules() if isinstance(each, Linear)]
+    layers = [each for each in model.modules() if isinstance(each, PackableLinear)]
 
     def drawn(*given):
         found.extend(each.kernels_at_rest for each in layers)

@@ -25,7 +25,7 @@ class _Laid(NamedTuple):
     factor: Packed
 
 
-class Linear(nn.Linear):
+class PackableLinear(nn.Linear):
     """As PyTorch's, with the same weights under the same names; quicker at rest."""
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
@@ -73,9 +73,9 @@ def _product_type(rows: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else rows.dtype
 
 
-def rest(captioner: Any) -> list[Linear]:
+def rest(captioner: Any) -> list[PackableLinear]:
     """Lay the weights of a `Captioner` to rest; returns the layers that were not at rest before."""
-    awake = [each for each in captioner.modules() if isinstance(each, Linear) and each.kernels_at_rest is None]
+    awake = [each for each in captioner.modules() if isinstance(each, PackableLinear) and each.kernels_at_rest is None]
     for layer in awake:
         layer.rest(captioner.kernels)
     return awake

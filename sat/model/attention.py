@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sat.model.at_rest import Linear
+from sat.model.at_rest import PackableLinear
 
 
 class Attended(NamedTuple):
@@ -29,7 +29,7 @@ class Attention(nn.Module):
     def __init__(self, feature_dim: int, lstm_dim: int, attention_dim: int, score: str) -> None:
         super().__init__()
         self.project = nn.Linear(feature_dim, attention_dim)
-        self.query = Linear(lstm_dim, attention_dim, bias=False)
+        self.query = PackableLinear(lstm_dim, attention_dim, bias=False)
         self.score = nn.Linear(attention_dim, 1, bias=False)
         self.tanh = score == "tanh"
 

@@ -16,7 +16,7 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
-from sat.model.at_rest import Linear
+from sat.model.at_rest import PackableLinear
 from sat.model.attention import Attended, Attention, attend_for_inference, beyond
 from sat.model.draws import Site, derive, dropout, uniform
 from sat.model.initialise import initialise
@@ -80,17 +80,17 @@ class Captioner(nn.Module):
         V, D, E, H = sizes.vocab_size, sizes.feature_dim, spec.embedding_dim, spec.lstm_dim
 
         self.embedding = nn.Embedding(V, E)
-        self.word_gates = Linear(E, 4 * H)  # gate order: input, forget, cell, output
-        self.state_gates = Linear(H, 4 * H, bias=False)
-        self.context_gates = Linear(D, 4 * H, bias=False) if attends else None
+        self.word_gates = PackableLinear(E, 4 * H)  # gate order: input, forget, cell, output
+        self.state_gates = PackableLinear(H, 4 * H, bias=False)
+        self.context_gates = PackableLinear(D, 4 * H, bias=False) if attends else None
         self.attention = Attention(D, H, spec.attention_dim, spec.score) if attends else None
         self.init_h = _state_initialiser(spec, D) if attends else None
         self.init_c = _state_initialiser(spec, D) if attends else None
-        self.gate = Linear(H, D if spec.gate == "vector" else 1) if attends and spec.gate != "none" else None
+        self.gate = PackableLinear(H, D if spec.gate == "vector" else 1) if attends and spec.gate != "none" else None
         self.image_word = None if attends else nn.Linear(D, E)
-        self.output_state = Linear(H, E) if deep else None
-        self.output_context = Linear(D, E, bias=False) if deep and attends else None
-        self.vocabulary = Linear(E if deep else H, V)
+        self.output_state = PackableLinear(H, E) if deep else None
+        self.output_context = PackableLinear(D, E, bias=False) if deep and attends else None
+        self.vocabulary = PackableLinear(E if deep else H, V)
         initialise(
             self,
             spec.weight_init,

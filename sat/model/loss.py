@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sat.model.kernels.interface import Kernels
-from sat.model.kernels.products import enough_rows, made_up, prepares_for_sizes
+from sat.model.kernels.products import enough_rows, padded, prepares_for_sizes
 
 CHUNK_BYTES, ON_GPU = 24 << 20, 512 << 20
 """Memory of one chunk of logits: about a CPU's last-level cache; on a GPU what is small beside its memory."""
@@ -90,7 +90,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             of_hidden = hidden.new_empty(sum(rows for _, rows in chunks), hidden.shape[1])
             gradients = of_hidden[: len(hidden)], torch.zeros_like(weight, dtype=wide), torch.zeros_like(bias)
         for part, rows in chunks:
-            fed = made_up(hidden[part], rows)
+            fed = padded(hidden[part], rows)
             logits = fed @ weight.t()
             delta = logits[: len(nll[part])]
             nll[part], sum_log_p, hits = kernels.cross_entropy(delta, bias, targets[part], smoothing)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sat.model.kernels.interface import Gate, Kernels, Seen
-from sat.model.kernels.products import Plain, Prepare, enough_for, made_up, room_for
+from sat.model.kernels.products import Plain, Prepare, enough_for, padded, room_for
 from sat.model.locations import Locations, Sight, open_gate
 from sat.model.packing import Packing
 
@@ -200,7 +200,7 @@ class Passage(NamedTuple):
         """Gradients of the projection [B, L, A] and of the weights, from all words at once, after `backward`."""
         kernels, seen, h_first, _, weights, words, *_ = self
         H, A = h_first.shape[1], len(weights.score)
-        before = made_up(torch.cat([h_first, words.hidden])[seen.packing.previous], len(grads.states))
+        before = padded(torch.cat([h_first, words.hidden])[seen.packing.previous], len(grads.states))
         query = words.states[:, 4 * H : 4 * H + A]
         grad_projection, grad_score = kernels.attend_backward_shared(seen, query, grads.scores)
         of_weights = Weights(
@@ -220,6 +220,6 @@ def grad_of_grid(packing: Packing, alphas: Tensor, grad_contexts: Tensor) -> Ten
     grads = []
     for part in packing.image_words.split(packing.words_per_image):
         n = enough_for(len(part), grad_contexts)
-        weights = made_up(alphas[part].to(grad_contexts.dtype), n)
-        grads.append(weights.t() @ made_up(grad_contexts[part], n))
+        weights = padded(alphas[part].to(grad_contexts.dtype), n)
+        grads.append(weights.t() @ padded(grad_contexts[part], n))
     return torch.stack(grads)

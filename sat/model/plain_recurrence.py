@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sat.model.kernels.interface import Kernels
-from sat.model.kernels.products import Plain, Prepare, made_up, room_for
+from sat.model.kernels.products import Plain, Prepare, padded, room_for
 from sat.model.packing import Packing
 
 
@@ -67,6 +67,6 @@ class _PlainRecurrence(torch.autograd.Function):
             grad_h[:n] += grads[0][step]
             kernels.cell_backward(states[step], c_before, cells[step], grad_h[:n], grad_c[:n], grad_gates[step])
             grad_h[:n] = by_state.times(grad_gates[step])
-        before = made_up(torch.cat([h_first, hidden])[packing.previous], len(grad_gates))
+        before = padded(torch.cat([h_first, hidden])[packing.previous], len(grad_gates))
         of_words = grad_gates[: len(hidden)]
         return None, of_words, grad_h.to(h_first.dtype), grad_c, grad_gates.t() @ before

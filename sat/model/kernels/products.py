@@ -52,7 +52,7 @@ class Bounded(NamedTuple):
 
     def times(self, rows: Tensor) -> Tensor:
         """See `Factor`."""
-        return (made_up(rows, enough_rows(len(rows))) @ self.matrix)[: len(rows)]
+        return (padded(rows, enough_rows(len(rows))) @ self.matrix)[: len(rows)]
 
     def into(self, rows: Tensor, out: Tensor) -> None:
         """See `Factor`."""
@@ -75,7 +75,7 @@ class Packed(NamedTuple):
 
     def times(self, rows: Tensor, bias: Tensor | None = None) -> Tensor:
         """See `Factor`; `bias` [N] is added."""
-        enough = made_up(rows, enough_rows(len(rows)))
+        enough = padded(rows, enough_rows(len(rows)))
         result: Tensor = torch.ops.mkldnn._linear_pointwise(enough, self.matrix, bias, "none", [], None)
         return result[: len(rows)]
 
@@ -107,7 +107,7 @@ def enough_for(n: int, like: Tensor) -> int:
     return enough_rows(n) if prepares_for_sizes(like) else n
 
 
-def made_up(rows: Tensor, n: int) -> Tensor:
+def padded(rows: Tensor, n: int) -> Tensor:
     """`rows` [m, W] followed by zeros, [n, W]; themselves where they are as many. Differentiable."""
     return pad(rows, (0, 0, 0, n - len(rows))) if n > len(rows) else rows
 

@@ -15,7 +15,7 @@ from sat.model.captioner import Captioner, Memory
 from sat.model.draws import Draws, Site, uniform
 from sat.model.kernels.choose import choose_kernels, choose_player
 from sat.model.kernels.measured import choose_products
-from sat.model.kernels.products import enough_for, made_up
+from sat.model.kernels.products import enough_for, padded
 from sat.model.locations import Locations
 from sat.model.loss import WordLoss, linear_cross_entropy
 from sat.model.packing import Packing
@@ -63,14 +63,14 @@ def _features(model: Captioner, rollout: Rollout) -> Tensor:
     M, enough = len(words), enough_for(len(words), words)
     if model.output_state is None or enough == M:
         return model.output_features(words, hidden, context)
-    context = None if context is None else made_up(context, enough)
-    return model.output_features(made_up(words, enough), made_up(hidden, enough), context)[:M]
+    context = None if context is None else padded(context, enough)
+    return model.output_features(padded(words, enough), padded(hidden, enough), context)[:M]
 
 
 def _distinct_words(model: Captioner, packing: Packing) -> Tensor:
     """Vectors [U, E] of the distinct words, followed by zeros where products should have more rows."""
     vectors = model.embed(packing.distinct)
-    return made_up(vectors, enough_for(len(vectors), vectors))
+    return padded(vectors, enough_for(len(vectors), vectors))
 
 
 def fast(model: Captioner, memory: Memory, draws: Draws) -> Rollout:
