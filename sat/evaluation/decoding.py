@@ -138,7 +138,8 @@ def _search(
     tokens = torch.full((size, 1), START, device=device)
     trace = _empty_trace(options, size, cells, device) if options.keep_attention else None
     captions: list[list[Hypothesis]] = [[] for _ in range(size)]
-    at_once = len(models) == 1 and bool(memories[0].prepared.numel()) and device.type == "cpu"
+    native_serves = bool(memories[0].prepared.numel()) and device.type == "cpu"
+    at_once = len(models) == 1 and native_serves
     for step in range(options.max_length):
         together = zip(models, memories, states, strict=True)
         outputs = [model.step(memory, state, tokens) for model, memory, state in together]
