@@ -1,5 +1,7 @@
 """The time loop through a recording: the outcome of the loop without one, whatever came before in the same memory."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -167,6 +169,28 @@ def test_a_batch_that_is_not_finite_leaves_nothing_behind(device):
     for seed in (1, 2):
         found, expected = (run(batch(seed, 4, 3), who, device, seed=seed, dtype=dtype) for who in (player, None))
         assert_same(found, expected, tolerance)
+
+
+@needs_compiler
+@pytest.mark.parametrize("images, captions", [(40, 5), (7, 5), (40, 1), (1, 3)])
+def test_each_row_is_a_running_images_and_those_that_do_not_exist_are_shared_out(images, captions):
+    _, player = player_on("cpu")
+    run(batch(0, 60, 6), player, "cpu")
+    lengths = batch(1, images, captions)
+    packing = pack(torch.zeros(*lengths.shape, 11, dtype=torch.int64), lengths)
+    x = loop_inputs(packing, 1, torch.float64, 1, "cpu")
+    outputs = recur(Loop(native, packing, True, None, player), Inputs(*x[:5]), Weights(*x[5:]))
+    there, N = player._last()._recording.passage.seen.packing, packing.rows[0]
+    owned = [there.image_rows[begin:end].tolist() for begin, end in pairwise(there.row_ends.tolist())]
+    for n, running in zip(there.rows, there.images_running, strict=True):
+        assert sorted(row for each in owned[:running] for row in each if row < n) == list(range(n)) and running <= n
+    assert [
+        each[: end - begin] for each, (begin, end) in zip(owned, pairwise(packing.row_ends.tolist()), strict=False)
+    ] == [packing.image_rows[begin:end].tolist() for begin, end in pairwise(packing.row_ends.tolist())]
+    spare = [sum(row >= N for row in each) for each in owned[: len(packing.images)]]
+    assert sum(spare) == there.rows[0] - N > 0 and max(spare) - min(spare) <= 1
+    assert all(each == sorted(each) for each in owned)
+    del outputs
 
 
 @needs_compiler

@@ -133,7 +133,7 @@ class Recording:
         packing = replace(
             whole,
             rows=rows,
-            images_running=(B,) * len(rows),
+            images_running=tuple(min(B, n) for n in rows),  # so few rows are of no more images, and of the first ones
             row_ends=whole.row_ends[: B + 1],
             image_rows=whole.image_rows[:N],
             word_ends=whole.word_ends[: B + 1],
@@ -168,9 +168,10 @@ class Recording:
         for each in (h[N:], c[N:], self.word_gates):
             each.zero_()
         self.word_gates.index_copy_(0, place, inputs.word_gates)
-        there.image_rows[:N].copy_(packing.image_rows)
-        torch.arange(N, self.shape.rows[0], out=there.image_rows[N:])  # the last image's, for it to be somebody's
-        there.row_ends[:B].copy_(packing.row_ends[:B])
+        # Rows that do not exist are shared out, for them to be somebody's: none of the images may take much longer.
+        spare = torch.arange(self.shape.rows[0] - N, device=place.device) % B
+        image, there.image_rows[:] = torch.cat([packing.row_image, spare]).sort(stable=True)
+        there.row_ends[:B] = torch.searchsorted(image, torch.arange(B, device=place.device))
         there.row_ends[B:].fill_(self.shape.rows[0])
         there.word_ends[: B + 1].copy_(packing.word_ends)
         there.word_ends[B:].fill_(M)
