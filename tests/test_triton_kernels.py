@@ -1,6 +1,7 @@
 """Triton's kernels against PyTorch's: on a GPU compiled, elsewhere in Triton's interpreter, program by program."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from sat.model.recurrence import Loop, recur
 from tests.helpers_kernels import both_scores
 
 pytest.importorskip("triton")
+from sat.model.kernels import triton_attention
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LENGTHS = torch.tensor([[3, 1, 2], [0, 0, 0], [0, 2, 0], [1, 3, 0]])
@@ -41,9 +43,9 @@ def packing_of(lengths=LENGTHS):
     return pack(captions, lengths, torch.device(DEVICE))
 
 
-def loop_inputs(packing, gate_width, dtype):
+def loop_inputs(packing, gate_width, dtype, sizes=(L, D, A)):
     """In `dtype`, the same numbers for each: rounded to bfloat16 or 16-bit floats."""
-    B, N, M = len(packing.images), packing.rows[0], len(packing.inputs)
+    (L, D, A), B, N, M = sizes, len(packing.images), packing.rows[0], len(packing.inputs)
     shapes = [
         (B, L, D),
         (B, L, A),
@@ -63,10 +65,10 @@ def loop_inputs(packing, gate_width, dtype):
     return found
 
 
-def results_of(kernels, tanh, gate_width, dtype, regions=None, lengths=LENGTHS):
+def results_of(kernels, tanh, gate_width, dtype, regions=None, lengths=LENGTHS, sizes=(L, D, A)):
     """Outputs and gradients of the whole loop."""
     packing = packing_of(lengths)
-    inputs = loop_inputs(packing, gate_width, dtype)
+    inputs = loop_inputs(packing, gate_width, dtype, sizes)
     if not tanh:  # away from the kink of ReLU, where rounding would choose the slope
         inputs[1] = (inputs[1] + 4 * inputs[1].sign()).detach().requires_grad_()
     counts = None if regions is None else regions.to(DEVICE)[packing.images]
@@ -111,6 +113,57 @@ def test_an_image_may_have_more_captions_than_meet_its_grid_at_once():
     exact = results_of(torch_kernels, True, 1, torch.float64, lengths=lengths)
     for one, truth in zip(results_of(triton_kernels, True, 1, torch.float32, lengths=lengths), exact, strict=True):
         assert_near(one, truth, torch.float32, 2)
+
+
+@every_dtype
+@pytest.mark.parametrize("sizes", [(70, 600, 19), (300, 37, 70), (1, 1, 1)])
+def test_sizes_that_take_more_than_one_program_or_round(sizes, dtype):
+    found, lengths = {}, torch.tensor([[2, 1], [1, 0]])
+    for name, kernels, kind in (
+        ("exact", torch_kernels, torch.float64),
+        ("ours", triton_kernels, dtype),
+        ("theirs", torch_kernels, dtype),
+    ):
+        found[name] = results_of(kernels, True, sizes[1], kind, torch.tensor([sizes[0], 1]), lengths, sizes)
+    for place, (one, other, truth) in enumerate(zip(found["ours"], found["theirs"], found["exact"], strict=True)):
+        error, allowed = (one.double() - truth).norm(), (other.double() - truth).norm()
+        assert one.isfinite().all()
+        assert error <= max(ALLOWED[dtype] * allowed, ALLOWED[dtype] / 1.5 * ROUNDING[dtype] * truth.norm()), place
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+def test_programs_of_images_without_a_running_row_read_no_tile_and_write_nothing(kind, monkeypatch):
+    lengths = torch.tensor([[3, 1, 2], [1, 1, 0], [2, 0, 0], [1, 0, 0]])
+    packing, t = packing_of(lengths), 1
+    n, everybody = packing.rows[t], (len(packing.images),) * len(packing.rows)
+    whole, found = replace(packing, images_running=everybody), {}
+    assert packing.images_running[t] == 2 < everybody[t]
+    for name, plan in (("few", packing), ("all", whole)):
+        B, read, block = len(plan.images), [], triton_attention._block
+        if DEVICE == "cpu":  # the interpreter's, to be counted
+            monkeypatch.setattr(
+                triton_attention, "_block", lambda *x, block=block, read=read: read.append(1) or block(*x)
+            )
+        seen = Seen(
+            plan, random(B, L, D, dtype=kind), random(B, L, A, seed=1, dtype=kind), random(A, seed=2, dtype=kind), True
+        )
+        query, gate = (
+            random(n, A, seed=3, dtype=kind),
+            Gate(random(n, D, seed=4, dtype=kind), random(D, seed=5, dtype=kind)),
+        )
+        alpha, context, gated, grad_scores, grad_query = (
+            torch.full((n + 3, width), 7.0, device=DEVICE, dtype=each)
+            for width, each in ((L, torch.float32), (D, kind), (D, kind), (L, torch.float32), (A, kind))
+        )
+        triton_kernels.look(seen, t, query, gate, alpha[:n], context[:n], gated[:n])
+        asked = random(n, D, seed=6, dtype=kind), random(n, L, seed=7)
+        triton_kernels.attend_backward(seen, t, query, alpha[:n], *asked, grad_scores[:n], grad_query[:n])
+        found[name] = [alpha, context, gated, grad_scores, grad_query]
+        found[name].append(torch.tensor(len(read)))
+        assert read or DEVICE == "cuda"
+        monkeypatch.undo()
+    for few, each in zip(found["few"], found["all"], strict=True):
+        assert torch.equal(few, each) and (few.dim() == 0 or ((few[n:] == 7).all() and not (few[:n] == 7).any()))
 
 
 def test_saturated_scores_and_gates_stay_finite_and_nan_stays_nan():

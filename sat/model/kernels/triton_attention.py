@@ -1,8 +1,10 @@
 """Attention on a GPU, compiled by Triton: scores, softmax, context and gate of the rows of a step, and their gradients.
 
 As `triton_programs`. What changes from word to word (the number of rows, where numbers of width L lie) is no reason to
-compile anew. EMULATED: Triton's interpreter runs the program on a CPU, where numpy has no bfloat16 products and PTX has
-no meaning.
+compile anew. The rows of an image ascend, so those that run (row < n) come first, and a program of an image without one
+ends before it has read anything large. BK: rows that meet a tile at once, in a product of tensor cores; 1: each meets
+it alone, in float32. WHOLE: a block of locations holds them all, so a program reads its tile once, whatever the rows.
+EMULATED: Triton's interpreter runs the program on a CPU, where numpy has no bfloat16 products and PTX has no meaning.
 """
 
 import triton
@@ -30,10 +32,32 @@ def _slope(hidden, TANH: tl.constexpr):
 
 
 @triton.jit
-def _product(a, b, total, EMULATED: tl.constexpr):
+def _product(a, b, total, EMULATED: tl.constexpr, BK: tl.constexpr):
+    """`total` [BK, N] + `a` [BK, K] times `b` [K, N]."""
+    if BK == 1:
+        return total + tl.sum(a.reshape(b.shape[0])[:, None] * b.to(tl.float32), axis=0)[None, :]
+    a = a.to(b.dtype)
     if EMULATED:
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, total, input_precision="ieee")
+
+
+@triton.jit
+def _bounds(ends, image):
+    """Where the rows of an image begin and end."""
+    return tl.load(ends + image).to(tl.int32), tl.load(ends + image + 1).to(tl.int32)
+
+
+@triton.jit
+def _row(rows, place, end, n):
+    """The row at each place; behind the last one n, which does not run."""
+    return tl.load(rows + place, mask=place < end, other=n)
+
+
+@triton.jit
+def _block(matrix, high, low, H, W):
+    """Block [high, low] of a matrix [H, W]."""
+    return tl.load(matrix + high[:, None] * W + low[None, :], mask=(high < H)[:, None] & (low < W)[None, :], other=0.0)
 
 
 # ------------------------------------------------------------------ forward
@@ -60,19 +84,23 @@ def score(
 ):
     """Grid: images, blocks of L. BA covers A: the projection is read once for all rows of the image."""
     image, location, a = tl.program_id(0), tl.program_id(1) * BL + tl.arange(0, BL), tl.arange(0, BA)
-    here, units = location < L, a < A
-    of_tile = (image.to(tl.int64) * L + location[:, None]) * A + a[None, :]
-    tile = tl.load(projection + of_tile, mask=here[:, None] & units[None, :], other=0.0).to(tl.float32)
+    place, end = _bounds(ends, image)
+    row = _row(rows, place, end, n)
+    if row >= n:
+        return
+    tile = _block(projection + image.to(tl.int64) * L * A, location, a, L, A)
+    units, here = a < A, location < L
     weight = tl.load(vector + a, mask=units, other=0.0).to(tl.float32)
     real = here
     if REGIONS:
         real = location < tl.load(regions + image)
-    for place in range(tl.load(ends + image).to(tl.int32), tl.load(ends + image + 1).to(tl.int32)):
-        row = tl.load(rows + place)
-        if row < n:
-            q = tl.load(query + row * query_stride + a, mask=units, other=0.0).to(tl.float32)
-            found = tl.sum(_hidden(tile + q[None, :], TANH, QUICK) * weight[None, :], axis=1)
-            tl.store(scores + row * L + location, tl.where(real, found, -float("inf")), mask=here)
+    while row < n:
+        q = tl.load(query + row * query_stride + a, mask=units, other=0.0).to(tl.float32)
+        place += 1
+        following = _row(rows, place, end, n)
+        found = tl.sum(_hidden(tile + q[None, :], TANH, QUICK) * weight[None, :], axis=1)
+        tl.store(scores + row * L + location, tl.where(real, found, -float("inf")), mask=here)
+        row = following
 
 
 @triton.jit(do_not_specialize=["n"], do_not_specialize_on_alignment=["alpha"])
@@ -92,45 +120,71 @@ def look(
     D,
     GATE: tl.constexpr,
     EMULATED: tl.constexpr,
+    WHOLE: tl.constexpr,
     BK: tl.constexpr,
     BL: tl.constexpr,
     BD: tl.constexpr,
 ):
     """Grid: images, blocks of D. Softmax, weighted sum of the grid, and its gate: GATE 0 none, 1 scalar, 2 vector."""
     image, part = tl.program_id(0), tl.program_id(1)
-    d = part * BD + tl.arange(0, BD)
-    columns = d < D
-    begin, end = tl.load(ends + image).to(tl.int32), tl.load(ends + image + 1).to(tl.int32)
-    for first in range(begin, end, BK):
-        places = first + tl.arange(0, BK)
-        row = tl.load(rows + places, mask=places < end, other=n)
+    place, end = _bounds(ends, image)
+    first = _row(rows, place, end, n)
+    if first >= n:
+        return
+    d, location = part * BD + tl.arange(0, BD), tl.arange(0, BL)
+    columns, kept = d < D, 0.0
+    grid += image.to(tl.int64) * L * D
+    if WHOLE and BK == 1:
+        kept = _block(grid, location, d, L, D)
+    if GATE == 1:
+        shift = tl.load(bias).to(tl.float32)
+    if GATE == 2:
+        shift = tl.load(bias + d, mask=columns, other=0.0).to(tl.float32)[None, :]
+    while first < n:
+        row = _row(rows, place + tl.arange(0, BK), end, n)
         running = row < n
-        top, total = _softmax_sums(scores, row, running, L, BK, BL)
-        found = tl.zeros([BK, BD], dtype=tl.float32)
-        for low in range(0, L, BL):
-            location = low + tl.arange(0, BL)
-            here = location < L
-            mask = running[:, None] & here[None, :]
-            score = tl.load(scores + row[:, None] * L + location[None, :], mask=mask, other=-float("inf"))
-            share = tl.exp(score - top[:, None]) / total[:, None]
-            if part == 0:
-                tl.store(alpha + row[:, None] * L + location[None, :], share, mask=mask)
-            of_tile = (image.to(tl.int64) * L + location[:, None]) * D + d[None, :]
-            tile = tl.load(grid + of_tile, mask=here[:, None] & columns[None, :], other=0.0)
-            found = _product(share.to(tile.dtype), tile, found, EMULATED)
+        place += BK
+        first = _row(rows, place, end, n)
         mask = running[:, None] & columns[None, :]
-        out = row[:, None] * D + d[None, :]
-        tl.store(context + out, found, mask=mask)
         if GATE == 1:
-            own = gate + row * gate_stride
-            opened = sigmoid(tl.load(own, mask=running, other=0.0).to(tl.float32) + tl.load(bias).to(tl.float32))
-            tl.store(gated + out, found * opened[:, None], mask=mask)
+            closed = tl.load(gate + row * gate_stride, mask=running, other=0.0)[:, None]
         if GATE == 2:
-            own = gate + row[:, None] * gate_stride + d[None, :]
-            shift = tl.load(bias + d, mask=columns, other=0.0).to(tl.float32)
-            opened = sigmoid(tl.load(own, mask=mask, other=0.0).to(tl.float32) + shift[None, :])
+            own = gate + (row * gate_stride)[:, None] + d[None, :]
+            closed = tl.load(own, mask=mask, other=0.0)
+        found = tl.zeros([BK, BD], dtype=tl.float32)
+        if WHOLE:
+            score = _scores(scores, row, running, location, L)
+            tile = kept if BK == 1 else _block(grid, location, d, L, D)
+            likely = tl.exp(score - tl.where(running, tl.max(score, axis=1), 0.0)[:, None])
+            share = likely / tl.where(running, tl.sum(likely, axis=1), 1.0)[:, None]
+            _keep(alpha, share, row, running, location, L, part)
+            found = _product(share, tile, found, EMULATED, BK)
+        else:
+            top, total = _softmax_sums(scores, row, running, L, BK, BL)
+            for low in tl.range(0, L, BL, num_stages=3):
+                share = tl.exp(_scores(scores, row, running, low + location, L) - top[:, None]) / total[:, None]
+                _keep(alpha, share, row, running, low + location, L, part)
+                found = _product(share, _block(grid, low + location, d, L, D), found, EMULATED, BK)
+        out = (row * D)[:, None] + d[None, :]
+        tl.store(context + out, found, mask=mask)
+        if GATE:
+            opened = sigmoid(closed.to(tl.float32) + shift)
             tl.store(gated + out, found * opened, mask=mask)
-            tl.store(own, opened, mask=mask)
+            if GATE == 2:
+                tl.store(own, opened, mask=mask)
+
+
+@triton.jit
+def _scores(scores, row, running, location, L):
+    mask = running[:, None] & (location < L)[None, :]
+    return tl.load(scores + (row * L)[:, None] + location[None, :], mask=mask, other=-float("inf"))
+
+
+@triton.jit
+def _keep(alpha, share, row, running, location, L, part):
+    """The first part of an image writes alpha for all of them."""
+    mask = running[:, None] & (location < L)[None, :] & (part == 0)
+    tl.store(alpha + (row * L)[:, None] + location[None, :], share, mask=mask)
 
 
 @triton.jit
@@ -138,11 +192,8 @@ def _softmax_sums(scores, row, running, L, BK: tl.constexpr, BL: tl.constexpr):
     """Greatest score of each row and the sum of exp(score - greatest)."""
     top, total = tl.full([BK], -float("inf"), dtype=tl.float32), tl.zeros([BK], dtype=tl.float32)
     for low in range(0, L, BL):
-        location = low + tl.arange(0, BL)
-        mask = running[:, None] & (location < L)[None, :]
-        score = tl.load(scores + row[:, None] * L + location[None, :], mask=mask, other=-float("inf"))
-        higher = tl.maximum(top, tl.max(score, axis=1))
-        higher = tl.where(running, higher, 0.0)
+        score = _scores(scores, row, running, low + tl.arange(0, BL), L)
+        higher = tl.where(running, tl.maximum(top, tl.max(score, axis=1)), 0.0)
         total = total * tl.exp(top - higher) + tl.sum(tl.exp(score - higher[:, None]), axis=1)
         top = higher
     return top, tl.where(running, total, 1.0)
@@ -163,30 +214,42 @@ def backward_alpha(
     L,
     D,
     EMULATED: tl.constexpr,
+    SPAN: tl.constexpr,
+    STAGES: tl.constexpr,
     BK: tl.constexpr,
     BL: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """Grid: images, blocks of L. `totals` [n, L]: what the context asks of alpha, and the regulariser."""
-    image, location = tl.program_id(0), tl.program_id(1) * BL + tl.arange(0, BL)
-    here = location < L
-    begin, end = tl.load(ends + image).to(tl.int32), tl.load(ends + image + 1).to(tl.int32)
-    for first in range(begin, end, BK):
-        places = first + tl.arange(0, BK)
-        row = tl.load(rows + places, mask=places < end, other=n)
+    """Grid: images, blocks of L, parts of D. What the context asks of alpha, and the regulariser in the first part.
+
+    `totals` [parts, n, L] are to be summed over parts; SPAN: the width of one.
+    """
+    image, part = tl.program_id(0), tl.program_id(2)
+    place, end = _bounds(ends, image)
+    first = _row(rows, place, end, n)
+    if first >= n:
+        return
+    location, begin = tl.program_id(1) * BL + tl.arange(0, BL), part * SPAN
+    grid += image.to(tl.int64) * L * D
+    totals += part.to(tl.int64) * n * L
+    kept = 0.0
+    if SPAN == BD and BK == 1:
+        kept = _block(grid, location, begin + tl.arange(0, BD), L, D)
+    while first < n:
+        row = _row(rows, place + tl.arange(0, BK), end, n)
         running = row < n
+        place += BK
+        first = _row(rows, place, end, n)
         found = tl.zeros([BK, BL], dtype=tl.float32)
-        for low in range(0, D, BD):
+        for low in tl.range(begin, begin + SPAN, BD, num_stages=STAGES):
             d = low + tl.arange(0, BD)
-            columns = d < D
-            asked = tl.load(
-                grad_context + row[:, None] * D + d[None, :], mask=running[:, None] & columns[None, :], other=0.0
-            )
-            of_tile = (image.to(tl.int64) * L + location[None, :]) * D + d[:, None]
-            tile = tl.load(grid + of_tile, mask=columns[:, None] & here[None, :], other=0.0)
-            found = _product(asked, tile, found, EMULATED)
-        mask, out = running[:, None] & here[None, :], row[:, None] * L + location[None, :]
-        tl.store(totals + out, found + tl.load(grad_alpha + out, mask=mask, other=0.0), mask=mask)
+            mask = running[:, None] & (d < D)[None, :]
+            asked = tl.load(grad_context + (row * D)[:, None] + d[None, :], mask=mask, other=0.0)
+            tile = kept if SPAN == BD and BK == 1 else _block(grid, location, d, L, D)
+            found = _product(asked, tl.trans(tile), found, EMULATED, BK)
+        mask, out = running[:, None] & (location < L)[None, :], (row * L)[:, None] + location[None, :]
+        found += tl.load(grad_alpha + out, mask=mask & (part == 0), other=0.0)
+        tl.store(totals + out, found, mask=mask)
 
 
 @triton.jit(do_not_specialize=["n"], do_not_specialize_on_alignment=["alpha", "grad_scores"])
@@ -207,38 +270,54 @@ def backward_query(
     A,
     TANH: tl.constexpr,
     QUICK: tl.constexpr,
+    PARTS: tl.constexpr,
+    WHOLE: tl.constexpr,
     BL: tl.constexpr,
     BA: tl.constexpr,
 ):
-    """Grid: images, blocks of A."""
+    """Grid: images, blocks of A. PARTS: how many `totals` [PARTS, n, L] are to be summed."""
     image, part = tl.program_id(0), tl.program_id(1)
-    a = part * BA + tl.arange(0, BA)
-    units = a < A
+    place, end = _bounds(ends, image)
+    row = _row(rows, place, end, n)
+    if row >= n:
+        return
+    a, location = part * BA + tl.arange(0, BA), tl.arange(0, BL)
+    units, kept = a < A, 0.0
+    projection += image.to(tl.int64) * L * A
+    if WHOLE:
+        kept = _block(projection, location, a, L, A)
     weight = tl.load(vector + a, mask=units, other=0.0).to(tl.float32)
-    for place in range(tl.load(ends + image).to(tl.int32), tl.load(ends + image + 1).to(tl.int32)):
-        row = tl.load(rows + place)
-        if row < n:
-            mean = tl.zeros([BL], dtype=tl.float32)
+    while row < n:
+        q = tl.load(query + row * query_stride + a, mask=units, other=0.0).to(tl.float32)
+        place += 1
+        following = _row(rows, place, end, n)
+        found = tl.zeros([BA], dtype=tl.float32)
+        average = 0.0
+        if not WHOLE:
             for low in range(0, L, BL):
-                location = low + tl.arange(0, BL)
-                own = row * L + location
-                share = tl.load(alpha + own, mask=location < L, other=0.0)
-                mean += share * tl.load(totals + own, mask=location < L, other=0.0)
-            average = tl.sum(mean, axis=0)
-            q = tl.load(query + row * query_stride + a, mask=units, other=0.0).to(tl.float32)
-            found = tl.zeros([BA], dtype=tl.float32)
-            for low in range(0, L, BL):
-                location = low + tl.arange(0, BL)
-                here, own = location < L, row * L + location
-                share = tl.load(alpha + own, mask=here, other=0.0)
-                of_score = share * (tl.load(totals + own, mask=here, other=0.0) - average)
-                if part == 0:
-                    tl.store(grad_scores + own, of_score, mask=here)
-                of_tile = (image.to(tl.int64) * L + location[:, None]) * A + a[None, :]
-                tile = tl.load(projection + of_tile, mask=here[:, None] & units[None, :], other=0.0).to(tl.float32)
-                slope = _slope(_hidden(tile + q[None, :], TANH, QUICK), TANH)
-                found += tl.sum(of_score[:, None] * slope, axis=0)
-            tl.store(grad_query + row * grad_stride + a, found * weight, mask=units)
+                share, total = _asked(alpha, totals, row, low + location, n, L, PARTS)
+                average += tl.sum(share * total, axis=0)
+        for low in range(0, BL if WHOLE else L, BL):
+            share, total = _asked(alpha, totals, row, low + location, n, L, PARTS)
+            if WHOLE:
+                average = tl.sum(share * total, axis=0)
+            of_score = share * (total - average)
+            tl.store(grad_scores + row * L + low + location, of_score, mask=(low + location < L) & (part == 0))
+            tile = kept if WHOLE else _block(projection, low + location, a, L, A)
+            slope = _slope(_hidden(tile + q[None, :], TANH, QUICK), TANH)
+            found += tl.sum(of_score[:, None] * slope, axis=0)
+        tl.store(grad_query + row * grad_stride + a, found * weight, mask=units)
+        row = following
+
+
+@triton.jit
+def _asked(alpha, totals, row, location, n, L, PARTS: tl.constexpr):
+    """Alpha of a row, and what is asked of it."""
+    own, here = row * L + location, location < L
+    total = tl.load(totals + own, mask=here, other=0.0)
+    for part in tl.static_range(1, PARTS):
+        total += tl.load(totals + own + part * n.to(tl.int64) * L, mask=here, other=0.0)
+    return tl.load(alpha + own, mask=here, other=0.0), total
 
 
 @triton.jit

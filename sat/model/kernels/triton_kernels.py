@@ -21,10 +21,14 @@ from sat.model.packing import Packing
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 CAPABILITY = (8, 0)
 """The oldest GPUs served: those that compute in bfloat16."""
-TILE = 8192
-"""Elements of a projection that a program holds."""
+TILE = 4096
+"""Elements of a projection that a program holds: with more, too few of a GPU's programs wait for memory at once."""
 ROWS = 16
 """Rows of an image that meet its grid in one product: the fewest that tensor cores take."""
+HELD = 256
+"""Most locations that a program holds at once."""
+PROGRAMS = 1024
+"""Enough for all processors of a large GPU to have several."""
 
 
 @functools.cache
@@ -132,7 +136,9 @@ def _look(sight: _Sight, query: Tensor, gate: Gate | None, alpha: Tensor, contex
     )
     width = 0 if gate is None else gate.values.shape[1]
     values, stride, bias = (None, 0, None) if gate is None else (gate.values, gate.values.stride(0), gate.bias)
-    part = min(max(ROWS, _power(D)), 64 if sight.grid.dtype == torch.float32 else 128)
+    together = 1 if sight.grid.dtype == torch.float32 else ROWS
+    block = max(16, _power(L)) if (HELD if together == 1 else 64) >= L else 64
+    part = min(max(16, _power(D)), 64 if block <= 64 else 32)
     _attention().look[sight.images, _blocks(D, part)](
         scores,
         sight.grid,
@@ -149,9 +155,11 @@ def _look(sight: _Sight, query: Tensor, gate: Gate | None, alpha: Tensor, contex
         D,
         GATE=_kind(width, D),
         EMULATED=_emulated(),
-        BK=ROWS,
-        BL=64,
+        WHOLE=block >= L,
+        BK=together,
+        BL=block,
         BD=part,
+        num_stages=1,
     )
 
 
@@ -170,8 +178,10 @@ def attend_backward(
     From `grad_context` [n, D] and the regulariser's `grad_alpha` [n, L]; `alpha` [n, L] is that of `attend`.
     """
     sight, (_, L, D), (n, A) = _Sight.of(seen, t), seen.grid.shape, query.shape
-    totals, asked = torch.empty_like(alpha), grad_context.contiguous()
-    _attention().backward_alpha[sight.images, _blocks(L, 32)](
+    asked, how = grad_context.contiguous(), _parts_of_alpha(sight, L, D)
+    parts = _blocks(D, how["SPAN"])
+    totals = alpha.new_empty(parts, n, L)
+    _attention().backward_alpha[sight.images, _blocks(L, how["BL"]), parts](
         asked,
         sight.grid,
         sight.ends,
@@ -182,18 +192,31 @@ def attend_backward(
         L,
         D,
         EMULATED=_emulated(),
-        BK=ROWS,
-        BL=32,
-        BD=64,
+        **how,
     )
-    _attention().backward_query[sight.images, _blocks(A, 64)](
+    block = _power(L) if L <= HELD else 32
+    part = 64 if block <= 64 else 32
+    _attention().backward_query[sight.images, _blocks(A, part)](
         *(sight.projection, query, query.stride(0), sight.score, sight.ends, sight.rows, n, alpha, totals),
         *(grad_scores, grad_query, grad_query.stride(0), L, A),
         TANH=seen.tanh,
         QUICK=_quick(query),
-        BL=32,
-        BA=64,
+        PARTS=parts,
+        WHOLE=block >= L,
+        BL=block,
+        BA=part,
+        num_stages=1,
     )
+
+
+def _parts_of_alpha(sight: _Sight, L: int, D: int) -> dict[str, int]:
+    """How `backward_alpha` divides its work: by parts of D too, where images and locations are too few programs."""
+    if sight.grid.dtype == torch.float32:
+        width = min(_power(D), 512)
+        return {"SPAN": width, "STAGES": 1, "BK": 1, "BL": 8, "BD": width}
+    wanted = min(_blocks(PROGRAMS, sight.images * _blocks(L, 32)), _blocks(D, 256))
+    span = _blocks(D, 64 * _power(wanted)) * 64
+    return {"SPAN": span, "STAGES": 3, "BK": ROWS, "BL": 32, "BD": 64}
 
 
 def attend_backward_shared(seen: Seen, query: Tensor, grad_scores: Tensor) -> tuple[Tensor, Tensor]:
