@@ -35,11 +35,12 @@ def _slope(hidden, TANH: tl.constexpr):
 def _product(a, b, total, EMULATED: tl.constexpr, BK: tl.constexpr):
     """`total` [BK, N] + `a` [BK, K] times `b` [K, N]."""
     if BK == 1:
-        return total + tl.sum(a.reshape(b.shape[0])[:, None] * b.to(tl.float32), axis=0)[None, :]
-    a = a.to(b.dtype)
-    if EMULATED:
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, total, input_precision="ieee")
+        total += tl.sum(a.reshape(b.shape[0])[:, None] * b.to(tl.float32), axis=0)[None, :]
+    elif EMULATED:
+        total = tl.dot(a.to(b.dtype).to(tl.float32), b.to(tl.float32), total, input_precision="ieee")
+    else:
+        total = tl.dot(a.to(b.dtype), b, total, input_precision="ieee")
+    return total
 
 
 @triton.jit
