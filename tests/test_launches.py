@@ -7,10 +7,10 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from sat.model import draws
 from sat.model.captioner import Captioner
 from sat.model.draws import Draws
 from sat.model.kernels import choose, torch_kernels, triton_kernels
-from sat.model.objectives import rollout
 from sat.model.objectives.teacher_forcing import TeacherForcing
 from sat.model.packing import pack
 from sat.model.recurrence import Loop, _Recurrence
@@ -118,7 +118,7 @@ def counted(monkeypatch):
         monkeypatch.setattr(triton_kernels, room, lambda: Programs(count))
     monkeypatch.setattr(choose, "_native_serves", lambda *_: False)
     monkeypatch.setattr(choose, "_triton_serves", lambda *_: True)
-    monkeypatch.setattr(rollout, "choose_player", lambda *_: None)  # a replay would hide what is counted
+    monkeypatch.setattr(draws, "_parts", draws._parts.__wrapped__)  # what has no numbers must not be kept
     return count
 
 
@@ -130,9 +130,9 @@ def test_the_forward_pass_waits_for_nothing_and_costs_few_launches_a_word(preset
         spec = CaptionerSpec.of_preset(preset, attention=attention, embedding_dim=W, lstm_dim=W, attention_dim=W)
         model = Captioner(spec, Sizes(V, L, D))
         grid, keys = torch.empty(8, L, D), torch.empty(8, 5, dtype=torch.int64)
-        draws = Draws.of(keys, on_gpu(planned))
+        drawn = Draws.of(keys, on_gpu(planned))
         with counted:
-            sums = TeacherForcing(model)._sums(grid, draws, 0.0, None)
+            sums = TeacherForcing(model)._sums(grid, drawn, 0.0, None)
     assert sums.per_token.device.type == "cuda" and counted.waits == []
     if attention == "soft":
         assert counted.launches <= 5 * len(planned.rows) + 160

@@ -1,19 +1,23 @@
-"""The time loop through a recording: the outcome of the loop without one, whatever came before in the same memory."""
-
-from itertools import pairwise
+"""An objective's sums through a recording: those without one, whatever came before in the same memory."""
 
 import pytest
 import torch
 
-from sat.model.kernels import native, triton_kernels
-from sat.model.packing import pack
-from sat.model.passage import Inputs, Weights
-from sat.model.recurrence import Loop, recur
-from sat.model.replay import LIMIT, Player, Shape, record_on_gpu
-from tests.helpers_kernels import both_scores, needs_compiler
+from sat.model.captioner import Captioner
+from sat.model.loss import total_loss
+from sat.model.objectives import teacher_forcing
+from sat.model.objectives.replayed import LIMIT, covers, rounded
+from sat.model.objectives.teacher_forcing import TeacherForcing
+from sat.model.packing import Room, pack
+from sat.model.recording import record_on_gpu
+from sat.model.spec import CaptionerSpec, Sizes
+from tests.helpers_captioner import all_attentions
+from tests.helpers_kernels import needs_compiler
 
-L, D, A, H = 11, 37, 19, 21
+V, L, D = 23, 11, 37
+WIDTHS = {"embedding_dim": 13, "lstm_dim": 21, "attention_dim": 19}
 ON_GPU = pytest.param("cuda", marks=pytest.mark.gpu)
+each_device = pytest.mark.parametrize("device", [pytest.param("cpu", marks=needs_compiler), ON_GPU])
 
 
 def again(work):
@@ -25,8 +29,8 @@ def again(work):
 class Counted:
     """A recorder that counts."""
 
-    def __init__(self, record):
-        self.record, self.recorded, self.replayed = record, 0, 0
+    def __init__(self, device):
+        self.record, self.recorded, self.replayed = again if device == "cpu" else record_on_gpu(), 0, 0
 
     def __call__(self, work):
         play = self.record(work)
@@ -39,177 +43,243 @@ class Counted:
         return replay
 
 
-def player_on(device):
-    counted = Counted(again if device == "cpu" else record_on_gpu())
-    return counted, Player(counted)
+@pytest.fixture
+def replays(monkeypatch):
+    """Objectives of a model on a device: one that is replayed, its recorder, and one that is not."""
+
+    def make(device, preset="paper", kernels="auto", dtype=None, **settings):
+        torch.manual_seed(0)
+        spec = CaptionerSpec.of_preset(preset, **WIDTHS | settings)
+        model = Captioner(spec, Sizes(V, L, D), kernels)
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.4)
+        model.to(device=device, dtype=dtype or (torch.float64 if device == "cpu" else torch.float32))
+        counted, replayed, plain = Counted(device), TeacherForcing(model), TeacherForcing(model)
+        recorders = {id(replayed): counted}
+        monkeypatch.setattr(teacher_forcing, "choose_recorder", lambda *_: recorders["now"])
+
+        def take(objective, *batch, **how):
+            recorders["now"] = recorders.get(id(objective))
+            return step(objective, *batch, **how)
+
+        return replayed, plain, counted, take
+
+    return make
 
 
-def batch(seed, images=5, captions=4, longest=9):
-    """Lengths [B, K] of captions, some of which are not there."""
+def batch(seed, images=5, captions=4, longest=9, device="cpu", regions=False, dtype=torch.float32):
+    """Grid, captions and lengths, some of which are not there, regions and keys."""
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(-1, longest + 1, (images, captions), generator=generator).clamp(min=0)
-    lengths[0, 0] = longest
-    return lengths
+    lengths[images // 2, captions // 2] = longest
+    words = torch.randint(4, V, (images, captions, longest + 1), generator=generator)
+    words[:, :, 0] = 1
+    grid = torch.randn(images, L, D, generator=generator).to(device, dtype)
+    real = torch.randint(1, L + 1, (images,), generator=generator).to(device) if regions else None
+    return grid, words, lengths, 0.0, real, torch.randint(1 << 62, lengths.shape, generator=generator)
 
 
-def loop_inputs(packing, gate_width, dtype, seed, device):
-    generator = torch.Generator().manual_seed(seed)
-    B, N, M = len(packing.images), packing.rows[0], len(packing.inputs)
-    of_inputs = [(B, L, D), (B, L, A), (M, 4 * H), (N, H), (N, H)]
-    of_weights = [(4 * H + A + gate_width, H), (gate_width,), (4 * H, D), (A,)]
-    found = [0.5 * torch.randn(size, generator=generator, dtype=torch.float64) for size in of_inputs + of_weights]
-    wide = torch.promote_types(dtype, torch.float32)
-    return [x.to(wide if i == 4 else dtype).to(device).requires_grad_() for i, x in enumerate(found)]
+def step(objective, *of_batch, scale=1.0):
+    """Sums by name and gradients of all parameters, in float64."""
+    objective.zero_grad(set_to_none=True)
+    sums = objective(*of_batch)
+    lengths = of_batch[2]
+    (scale * total_loss(sums, float(lengths.sum()), float((lengths > 0).sum()))).backward()
+    found = {"per_token": sums.per_token.detach(), "per_caption": sums.per_caption.detach(), **sums.counts}
+    found |= {f"of {name}": each.grad.clone() for name, each in objective.named_parameters() if each.grad is not None}
+    return {name: each.double() for name, each in found.items()}
 
 
-def run(lengths, player, device, *, tanh=True, gate_width=1, dtype=torch.float64, seed=0, regions=False, of_gated=True):
-    """Outputs and gradients of a loss of all outputs, or of all but the gated contexts."""
-    captions = torch.arange(lengths.numel() * (int(lengths.max()) + 1)).view(*lengths.shape, -1)
-    packing = pack(captions, lengths, torch.device(device))
-    inputs = loop_inputs(packing, gate_width, dtype, seed, device)
-    real = torch.arange(1, len(packing.images) + 1, device=device).clamp(max=L) if regions else None
-    kernels = native if device == "cpu" else triton_kernels
-    outputs = recur(Loop(kernels, packing, tanh, real, player), Inputs(*inputs[:5]), Weights(*inputs[5:]))
-    losses = [
-        (o.double() * torch.linspace(-1, 1, o.numel(), device=device, dtype=torch.float64).view_as(o)).sum()
-        for o in outputs
-    ]
-    if not of_gated:
-        del losses[1]
-    return [*outputs, *torch.autograd.grad(sum(losses), [x for x in inputs if x.numel()], allow_unused=True)]
+def assert_same(found, expected, tolerance=None):
+    assert found.keys() == expected.keys()
+    for name, one in found.items():
+        other = expected[name]
+        tolerance = tolerance or (1e-10 if one.device.type == "cpu" else 5e-5)
+        assert one.shape == other.shape and one.isfinite().all(), name
+        assert float((one - other).norm()) <= tolerance * max(1.0, float(other.norm())), name
 
 
-def assert_same(found, expected, tolerance):
-    for place, (one, other) in enumerate(zip(found, expected, strict=True)):
-        assert one.dtype == other.dtype and one.shape == other.shape
-        assert one.isfinite().all() and float((one - other).norm()) <= tolerance * max(1.0, float(other.norm())), place
-
-
-def settings(device):
-    return (torch.float64, 1e-12) if device == "cpu" else (torch.float32, 2e-5)
-
-
-each_device = pytest.mark.parametrize("device", [pytest.param("cpu", marks=needs_compiler), ON_GPU])
+SIZES = [(5, 4, 9), (5, 4, 9), (11, 5, 6), (1, 1, 1), (5, 4, 13), (11, 5, 9), (4, 9, 9), (2, 40, 3), (5, 4, 9)]
 
 
 @each_device
 @pytest.mark.parametrize("regions", [False, True])
-@pytest.mark.parametrize("gate_width", [0, 1, D])
-@both_scores
+@pytest.mark.parametrize("preset", ["paper", "tutorial"])
+@all_attentions
 def test_batches_of_any_lengths_one_after_the_other_get_what_they_get_without_a_recording(
-    tanh, gate_width, regions, device
+    attention, preset, regions, device, replays
 ):
-    counted, player = player_on(device)
-    dtype, tolerance = settings(device)
-    how = {"tanh": tanh, "gate_width": gate_width, "regions": regions, "dtype": dtype}
-    sizes = [(5, 4, 9), (5, 4, 9), (11, 5, 6), (1, 1, 1), (5, 4, 13), (11, 5, 9), (4, 9, 9), (5, 4, 9)]
-    for seed, (images, captions, longest) in enumerate(2 * sizes):
-        lengths = batch(seed, images, captions, longest)
-        found = run(lengths, player, device, seed=seed, of_gated=bool(seed % 3), **how)
-        expected = run(lengths, None, device, seed=seed, of_gated=bool(seed % 3), **how)
-        assert_same(found, expected, tolerance)
-    assert counted.replayed >= len(sizes)  # both directions of the second time
+    sure = {"hard_exact": 1.0} if attention == "hard" and device == "cuda" else {}  # rounding would draw elsewhere
+    settings = {"attention": attention, "label_smoothing": 0.1, "dropout": 0.4} | sure
+    replayed, plain, counted, take = replays(device, preset, **settings)
+    for seed, sizes in enumerate(2 * SIZES):
+        given = batch(seed, *sizes, device=device, regions=regions)
+        assert_same(take(replayed, *given), take(plain, *given))
+    assert counted.replayed == 4 * len(SIZES) and counted.recorded < counted.replayed // 2
+
+
+@pytest.mark.parametrize("reward", ["caption", "later", "word", "mean"])
+@pytest.mark.parametrize("kernels", ["auto", "torch"])
+def test_so_do_all_rewards_of_hard_attention_and_the_kernels_of_pytorch(kernels, reward, replays):
+    settings = {"attention": "hard", "hard_reward": reward, "hard_exact": 0.3, "hard_entropy_weight": 0.1}
+    replayed, plain, _, take = replays("cpu", kernels=kernels, **settings)
+    for seed, sizes in enumerate(SIZES):
+        given = batch(seed, *sizes)
+        assert_same(take(replayed, *given), take(plain, *given))
 
 
 @each_device
-def test_a_pass_between_another_ones_two_directions_disturbs_nothing(device):
-    _, player = player_on(device)
-    dtype, tolerance = settings(device)
-    packings = [pack(torch.zeros(5, 4, 11, dtype=torch.int64), batch(seed), torch.device(device)) for seed in (0, 1)]
-    kernels, found = native if device == "cpu" else triton_kernels, {}
-    for who in (player, None):
-        inputs = [loop_inputs(packing, 1, dtype, seed, device) for seed, packing in enumerate(packings)]
-        outputs = [
-            recur(Loop(kernels, packing, True, None, who), Inputs(*x[:5]), Weights(*x[5:]))
-            for packing, x in zip(packings, inputs, strict=True)
-        ]
-        found[who] = [
-            each
-            for x, out in reversed(list(zip(inputs, outputs, strict=True)))
-            for each in torch.autograd.grad(sum(o.square().sum() for o in out), x)
-        ]
-    assert_same(found[player], found[None], tolerance)
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float16, torch.bfloat16])
+def test_so_do_stored_types_under_autocast(dtype, device, replays):
+    replayed, plain, counted, take = replays(device, dtype=torch.float32)
+    for seed in range(6):
+        grid, *rest = batch(seed, device=device)
+        given = (3 * grid).to(dtype), *rest
+        with torch.autocast(device, torch.bfloat16, enabled=seed >= 3):
+            found, expected = take(replayed, *given), take(plain, *given)
+        assert_same(found, expected, 2e-2 if seed >= 3 else 5e-5)
+    assert counted.replayed == 12
 
 
 @each_device
-def test_a_pass_that_nobody_differentiates_holds_nothing(device):
-    counted, player = player_on(device)
-    dtype, _ = settings(device)
-    for _ in range(3):
-        with torch.no_grad():
-            packing = pack(torch.zeros(5, 4, 11, dtype=torch.int64), batch(0), torch.device(device))
-            x = loop_inputs(packing, 1, dtype, 0, device)
-            kernels = native if device == "cpu" else triton_kernels
-            recur(Loop(kernels, packing, True, None, player), Inputs(*x[:5]), Weights(*x[5:]))
-    assert (counted.recorded, counted.replayed) == (1, 2)
+def test_a_gradient_that_is_scaled_or_added_to_is_right(device, replays):
+    replayed, plain, _, take = replays(device)
+    for seed in range(4):
+        given = batch(seed, device=device)
+        found, expected = take(replayed, *given, scale=2.0**seed), take(plain, *given, scale=2.0**seed)
+        assert_same(found, expected)
+    kept = []
+    for objective in (replayed, plain):
+        take(objective, *batch(0, device=device))
+        for seed in (1, 2):
+            given = batch(seed, device=device)
+            total_loss(objective(*given), 7.0, 3.0).backward()
+        kept.append({name: each.grad.double() for name, each in objective.named_parameters()})
+    assert_same(*kept)
 
 
 @each_device
-def test_a_second_backward_pass_is_refused_as_its_words_may_be_gone(device):
-    _, player = player_on(device)
-    packing = pack(torch.zeros(5, 4, 11, dtype=torch.int64), batch(0), torch.device(device))
-    x = loop_inputs(packing, 1, settings(device)[0], 0, device)
-    kernels = native if device == "cpu" else triton_kernels
-    loss = recur(Loop(kernels, packing, True, None, player), Inputs(*x[:5]), Weights(*x[5:]))[0].square().sum()
-    torch.autograd.grad(loss, x[0], retain_graph=True)
+def test_a_forward_pass_before_the_backward_pass_of_the_last_one_takes_nothing_from_it(device, replays):
+    replayed, plain, counted, take = replays(device)
+    one, other = batch(0, device=device), batch(1, device=device)
+    take(replayed, *one)
+    found = []
+    for objective in (replayed, plain):
+        objective.zero_grad()
+        losses = [total_loss(objective(*each), 5.0, 5.0) for each in (one, other)] if objective is replayed else []
+        if objective is plain:
+            take(plain, *one)
+            plain.zero_grad()
+            losses = [total_loss(objective(*each), 5.0, 5.0) for each in (one, other)]
+        for loss in reversed(losses):
+            loss.backward()
+        found.append({name: each.grad.double() for name, each in objective.named_parameters()})
+    assert_same(*found)
+    assert counted.replayed == 4  # two of the first step, two of one of the later ones
+
+
+@each_device
+def test_what_nobody_differentiates_is_not_replayed_and_a_pass_that_was_given_up_holds_nothing(device, replays):
+    replayed, plain, counted, take = replays(device)
+    given = batch(0, device=device)
+    take(replayed, *given)
+    with torch.no_grad():
+        found = replayed(*given)
+    assert counted.replayed == 2
+    sums = replayed(*given)
+    assert counted.replayed == 3
+    assert float(found.counts["nll"]) == pytest.approx(float(sums.counts["nll"]), rel=1e-6)
+    del sums
+    assert_same(take(replayed, *given), take(plain, *given))
+    assert counted.replayed == 5
+
+
+@each_device
+def test_a_second_backward_pass_is_refused_as_its_words_may_be_gone(device, replays):
+    replayed, _, _, take = replays(device)
+    given = batch(0, device=device)
+    take(replayed, *given)
+    loss = total_loss(replayed(*given), 5.0, 5.0)
+    loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="second backward pass"):
-        torch.autograd.grad(loss, x[0])
+        loss.backward()
 
 
 @each_device
-def test_a_batch_that_is_not_finite_leaves_nothing_behind(device):
-    _, player = player_on(device)
-    dtype, tolerance = settings(device)
-    packing = pack(torch.zeros(5, 4, 11, dtype=torch.int64), batch(0), torch.device(device))
-    kernels = native if device == "cpu" else triton_kernels
-    x = [(float("nan") * each).detach().requires_grad_() for each in loop_inputs(packing, 1, dtype, 0, device)]
-    outputs = recur(Loop(kernels, packing, True, None, player), Inputs(*x[:5]), Weights(*x[5:]))
-    gradients = torch.autograd.grad(sum(o.square().sum() for o in outputs), x)
-    assert all(each.isnan().all() for each in (*outputs, *gradients))
-    for seed in (1, 2):
-        found, expected = (run(batch(seed, 4, 3), who, device, seed=seed, dtype=dtype) for who in (player, None))
-        assert_same(found, expected, tolerance)
+def test_a_batch_that_is_not_finite_leaves_nothing_behind(device, replays):
+    replayed, plain, _, take = replays(device)
+    for seed in range(3):
+        grid, *rest = batch(seed, device=device)
+        objective = replayed
+        take(objective, grid, *rest)
+        sums = objective(grid * float("nan"), *rest)
+        assert sums.counts["nll"].isnan()
+        total_loss(sums, 5.0, 5.0).backward()
+        assert all(each.grad.isnan().any() for each in objective.parameters())
+        given = batch(seed + 1, 4, 3, device=device)
+        assert_same(take(replayed, *given), take(plain, *given))
+
+
+@each_device
+def test_weights_that_change_in_place_are_read_and_others_are_recorded_anew(device, replays):
+    replayed, plain, counted, take = replays(device)
+    given = batch(0, device=device)
+    for change in (lambda each: each.mul_(0.9), lambda each: each.set_(each.clone())):
+        take(replayed, *given)
+        with torch.no_grad():
+            for each in replayed.parameters():
+                change(each)
+        assert_same(take(replayed, *given), take(plain, *given))
+    replayed.eval()
+    assert_same(take(replayed, *given), take(plain, *given))
+    replayed.train()
+    replayed.model.embedding.weight.requires_grad_(False)
+    found = take(replayed, *given)
+    assert "of model.embedding.weight" not in found
+    assert_same(found, take(plain, *given))
+    assert counted.recorded == 8
 
 
 @needs_compiler
-@pytest.mark.parametrize("images, captions", [(40, 5), (7, 5), (40, 1), (1, 3)])
-def test_each_row_is_a_running_images_and_those_that_do_not_exist_are_shared_out(images, captions):
-    _, player = player_on("cpu")
-    run(batch(0, 60, 6), player, "cpu")
-    lengths = batch(1, images, captions)
-    packing = pack(torch.zeros(*lengths.shape, 11, dtype=torch.int64), lengths)
-    x = loop_inputs(packing, 1, torch.float64, 1, "cpu")
-    outputs = recur(Loop(native, packing, True, None, player), Inputs(*x[:5]), Weights(*x[5:]))
-    there, N = player._last()._recording.passage.seen.packing, packing.rows[0]
-    owned = [there.image_rows[begin:end].tolist() for begin, end in pairwise(there.row_ends.tolist())]
-    for n, running in zip(there.rows, there.images_running, strict=True):
-        assert sorted(row for each in owned[:running] for row in each if row < n) == list(range(n)) and running <= n
-    assert [
-        each[: end - begin] for each, (begin, end) in zip(owned, pairwise(packing.row_ends.tolist()), strict=False)
-    ] == [packing.image_rows[begin:end].tolist() for begin, end in pairwise(packing.row_ends.tolist())]
-    spare = [sum(row >= N for row in each) for each in owned[: len(packing.images)]]
-    assert sum(spare) == there.rows[0] - N > 0 and max(spare) - min(spare) <= 1
-    assert all(each == sorted(each) for each in owned)
-    del outputs
-
-
-@needs_compiler
-def test_recordings_are_few_and_what_none_of_them_covers_runs_without():
-    _, player = player_on("cpu")
+def test_recordings_are_few_and_what_none_of_them_covers_is_not_replayed(replays):
+    replayed, plain, counted, take = replays("cpu")
     for seed in range(LIMIT + 20):
-        lengths = torch.full((1 + seed // 8, 33), 1 + 4 * (seed % 8))
-        found, expected = (run(lengths, who, "cpu", seed=seed) for who in (player, None))
-        assert_same(found, expected, 1e-12)
-    assert len(player._recordings) <= LIMIT
+        grid, words, lengths, *rest = batch(seed, 9 - seed // 8, 33, 30)
+        lengths.fill_(1 + 4 * (seed % 8))
+        words = words[:, :, :1].expand(-1, -1, 30).contiguous()
+        given = grid, words, lengths, *rest
+        assert_same(take(replayed, *given), take(plain, *given))
+    assert 2 * LIMIT - 8 <= counted.recorded <= 2 * LIMIT
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_a_shape_covers_its_batch_in_steps_of_rows_that_only_fall(seed):
-    lengths = batch(seed, images=3 + 7 * seed, captions=1 + seed % 6, longest=1 + seed)
-    packing = pack(torch.zeros(*lengths.shape, int(lengths.max()) + 1, dtype=torch.int64), lengths)
-    shape = Shape.of(packing)
-    assert all(mine >= needed for mine, needed in zip(shape.rows, packing.rows, strict=False))
-    assert len(shape.rows) >= len(packing.rows) and list(shape.rows) == sorted(shape.rows, reverse=True)
-    larger = shape.with_room_for(Shape(2, (64,) * 40))
-    assert shape.covers(shape) and larger.covers(shape) and not shape.covers(larger)
-    assert list(larger.rows) == sorted(larger.rows, reverse=True)
+def test_a_room_covers_its_batch_in_steps_of_rows_that_only_fall(seed):
+    _, words, lengths, *_ = batch(seed, 3 + 7 * seed, 1 + seed % 6, 1 + seed)
+    plain = pack(words, lengths)
+    needed = Room(len(plain.images), plain.rows)
+    room = rounded(needed)
+    assert covers(room, needed) and covers(room, room) and list(room.rows) == sorted(room.rows, reverse=True)
+    more = Room(room.images + 2, tuple(32 + rows for rows in room.rows))
+    assert covers(more, room) and not covers(room, more)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_plan_with_room_holds_the_words_of_the_plan_without(seed):
+    _, words, lengths, *_ = batch(seed, 2 + seed, 1 + seed % 6, 1 + seed)
+    plain = pack(words, lengths)
+    roomy = pack(words, lengths, None, lambda needed: rounded(Room(needed.images + seed % 3, needed.rows)))
+    real = roomy.real.bool()
+    assert not plain.roomy and roomy.roomy and plain.real.all() and int(real.sum()) == len(plain.targets)
+    for name in ("inputs", "targets", "word_row", "word_step"):
+        assert torch.equal(getattr(roomy, name)[real], getattr(plain, name)), name
+    for name in ("images", "row_image", "row_caption", "row_lengths"):
+        mine, theirs = getattr(roomy, name), getattr(plain, name)
+        assert torch.equal(mine[: len(theirs)], theirs), name
+    assert not roomy.row_lengths[plain.rows[0] :].any() and not roomy.inputs[~real].any()
+    ends, rows = roomy.rows_by_image
+    for image in range(len(roomy.images)):
+        mine = rows[ends[image] : ends[image + 1]]
+        assert (roomy.row_image[mine] == image).all() and roomy.row_slot[mine].tolist() == list(range(len(mine)))
+    before = torch.cat([torch.arange(roomy.rows[0]), torch.arange(len(roomy.inputs))])[roomy.previous]
+    rowwise = torch.cat([torch.arange(roomy.rows[0]), roomy.word_row])[roomy.previous]
+    assert torch.equal(rowwise, roomy.word_row) and (before >= 0).all()

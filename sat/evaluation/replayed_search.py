@@ -28,7 +28,7 @@ from sat.evaluation.beams import (
 )
 from sat.evaluation.options import DecodeOptions
 from sat.model.captioner import Memory, State
-from sat.model.replay import Record, record_on_gpu
+from sat.model.recording import Record, record_on_gpu
 from sat.text import END, START
 
 LOOKS_EVERY = 4

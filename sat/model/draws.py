@@ -8,6 +8,7 @@ element of a row (`sat.model.kernels.torch_kernels.random_integers`).
 
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import cache
 from typing import Any
 
 import torch
@@ -73,9 +74,14 @@ class Draws:
         return _derived(self.captions[self.packing.word_row], steps[self.packing.word_step])
 
     def _part(self, site: Site, steps: int) -> Tensor:
-        """int64 [steps]: a number for this site and each step, mixed on the host, where it costs no launches."""
-        mixed = mix(torch.arange(steps) + (int(site) << 32))
-        return mixed.to(self.captions.device, non_blocking=True)
+        """int64 [steps]: a number for this site and each step."""
+        return _parts(site, 1 << max(6, (steps - 1).bit_length()), self.captions.device)[:steps]
+
+
+@cache
+def _parts(site: Site, steps: int, device: torch.device) -> Tensor:
+    """Always the same, so each device keeps them: recorded work goes on reading there (`sat.model.recording`)."""
+    return mix(torch.arange(steps) + (int(site) << 32)).to(device, non_blocking=True)
 
 
 def at_step(keys: Tensor, site: Site, step: int) -> Tensor:

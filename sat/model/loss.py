@@ -45,7 +45,7 @@ class WordLoss(NamedTuple):
     nll: Tensor
     """[M], detached: negative log-likelihood of each target."""
     correct: Tensor
-    """Scalar int64: how often the most probable word is the target."""
+    """bool [M]: whether the most probable word is the target."""
 
 
 def linear_cross_entropy(
@@ -83,7 +83,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dtypes = (hidden.dtype, weight.dtype, bias.dtype)
         weight, bias = weight.to(hidden.dtype), bias.to(wide)
         chunks = _chunks(hidden, len(weight))
-        nll, correct = hidden.new_empty(len(hidden), dtype=wide), targets.new_zeros(())
+        nll, correct = hidden.new_empty(len(hidden), dtype=wide), torch.empty_like(targets, dtype=torch.bool)
         objective = nll.new_zeros(())
         gradients = None
         if any(ctx.needs_input_grad[:3]):
@@ -93,8 +93,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             fed = padded(hidden[part], rows)
             logits = fed @ weight.t()
             delta = logits[: len(nll[part])]
-            nll[part], sum_log_p, hits = kernels.cross_entropy(delta, bias, targets[part], smoothing)
-            correct += hits.sum()
+            nll[part], sum_log_p, correct[part] = kernels.cross_entropy(delta, bias, targets[part], smoothing)
             loss = nll[part]
             if factors is not None:
                 loss, sum_log_p = loss * factors[part], sum_log_p * factors[part]

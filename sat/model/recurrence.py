@@ -15,7 +15,6 @@ from sat.model.kernels.products import Plain, Prepare
 from sat.model.locations import Locations
 from sat.model.packing import Packing
 from sat.model.passage import Asked, Gradients, Inputs, Passage, Weights, Words, grad_of_grid
-from sat.model.replay import Player
 
 
 class Loop(NamedTuple):
@@ -27,8 +26,6 @@ class Loop(NamedTuple):
     """The score's non-linearity: tanh or ReLU."""
     regions: Tensor | None = None
     """int64 [B] locations that are real, the first ones of each image; None: all."""
-    player: Player | None = None
-    """Who replays it where it was recorded; None: every launch comes from Python."""
     locations: Locations | None = None
     """Where hard attention looks; None: soft attention."""
     prepare: Prepare = Plain
@@ -76,32 +73,27 @@ class _Recurrence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, loop: Loop, *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         inputs, weights = Inputs(*tensors[:5]), Weights(*tensors[5:])
-        kernels, packing, tanh, regions, player, locations, prepare = loop
+        kernels, packing, tanh, regions, locations, prepare = loop
         projection = kernels.prepare(inputs.projection, tanh)
         seen = Seen(packing, inputs.grid.contiguous(), projection, weights.score, tanh, regions)
-        ctx.loop, ctx.played = loop, None
-        if player and not locations:
-            ctx.played = player.play(kernels, seen, inputs, weights)
+        words = Words.empty(inputs, weights)
+        Passage(kernels, seen, inputs.h, inputs.c, weights, words, locations, prepare).forward(inputs.word_gates)
+        if packing.roomy:  # what looks nowhere is asked for nothing by the sums of alpha
+            words.alphas.masked_fill_((packing.real == 0)[:, None], 0)
+        ctx.loop = loop
         ctx.set_materialize_grads(False)
-        if ctx.played:
-            hidden, gated, alphas = ctx.played.outputs()
-        else:
-            words = Words.empty(inputs, weights)
-            Passage(kernels, seen, inputs.h, inputs.c, weights, words, locations, prepare).forward(inputs.word_gates)
-            ctx.save_for_backward(seen.grid, projection, inputs.h, inputs.c, *weights, *words)
-            hidden, gated, alphas = words.hidden, words.gated[: len(words.hidden)], words.alphas
+        ctx.save_for_backward(seen.grid, projection, inputs.h, inputs.c, *weights, *words)
         if not locations:
-            ctx.mark_non_differentiable(alphas)
-        return hidden, gated, kernels.alpha_sums(packing, alphas), alphas
+            ctx.mark_non_differentiable(words.alphas)
+        gated = words.gated[: len(words.hidden)]
+        return words.hidden, gated, kernels.alpha_sums(packing, words.alphas), words.alphas
 
     @staticmethod
     def backward(ctx: Any, *asks: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, gated, alpha_sum, alphas = asks
         of_grid: bool = ctx.needs_input_grad[1]
-        if ctx.played:
-            return None, *ctx.played.gradients(hidden, gated, alpha_sum, of_grid)
         grid, projection, h, c, *kept = ctx.saved_tensors
-        kernels, packing, tanh, regions, _, locations, prepare = ctx.loop
+        kernels, packing, tanh, regions, locations, prepare = ctx.loop
         weights, words = Weights(*kept[:4]), Words(*kept[4:])
         seen = Seen(packing, grid, projection, weights.score, tanh, regions)
         passage = Passage(kernels, seen, h, c, weights, words, locations, prepare)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sat.model.kernels import native, torch_kernels, triton_kernels
 from sat.model.kernels.interface import BeamKernels, Kernels
-from sat.model.replay import Player, record_on_gpu
+from sat.model.recording import Record, record_on_gpu
 
 
 def choose_kernels(kernels: str, like: Tensor) -> Kernels:
@@ -27,16 +27,19 @@ def choose_beam_kernels(kernels: str, like: Tensor) -> BeamKernels | None:
     return triton_kernels if _triton_serves(kernels, like) else None
 
 
-def choose_player(kernels: Kernels) -> Player | None:
-    """Who replays the time loop of `kernels`: on a GPU Triton's are recorded, the others' launches are not its own."""
-    return _player(torch.cuda.current_device()) if kernels is triton_kernels else None
+def choose_recorder(kernels: str, like: Tensor) -> Record | None:
+    """What records a step whose kernels are those for tensors such as `like`.
+
+    None where they are not Triton's: nothing is recorded on a CPU, and the launches of PyTorch's depend on numbers.
+    """
+    return _recorder(torch.cuda.current_device()) if choose_kernels(kernels, like) is triton_kernels else None
 
 
 @functools.cache
-def _player(device: int) -> Player:
+def _recorder(device: int) -> Record:
     """Of the current `device`; its memory is shared by all models of a process."""
     del device
-    return Player(record_on_gpu())
+    return record_on_gpu()
 
 
 def _native_serves(kernels: str, like: Tensor) -> bool:

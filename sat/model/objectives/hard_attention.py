@@ -40,9 +40,9 @@ def hard_attention_sums(
     assert alpha is not None and chosen is not None
     log_alpha = alpha.clamp_min(torch.finfo(alpha.dtype).tiny).log()
     drawn = log_alpha.gather(1, chosen.clamp_min(0)[:, None]).squeeze(1) * (chosen >= 0)
-    advantage = credited(baseline.to(nll.dtype) - nll.detach(), packing, spec.hard_reward)
+    advantage = credited((baseline.to(nll.dtype) - nll.detach()) * packing.real, packing, spec.hard_reward)
     entropy = -(alpha * log_alpha).sum()
-    return -spec.hard_reward_weight * (advantage * drawn).sum() - spec.hard_entropy_weight * entropy
+    return -spec.hard_reward_weight * (advantage * drawn * packing.real).sum() - spec.hard_entropy_weight * entropy
 
 
 def credited(gains: Tensor, packing: Packing, reward: str) -> Tensor:
@@ -60,5 +60,5 @@ def credited(gains: Tensor, packing: Packing, reward: str) -> Tensor:
             found[step] = behind[:n]
         return found
     total = gains.new_zeros(packing.rows[0]).index_add(0, packing.word_row, gains)
-    total = total / packing.row_lengths if reward == "mean" else total
+    total = total / packing.row_lengths.clamp(min=1) if reward == "mean" else total
     return total[packing.word_row]

@@ -13,7 +13,7 @@ from torch.nn.functional import embedding
 from sat.model.attention import Attended, Attention, attend_for_inference, attend_hard
 from sat.model.captioner import Captioner, Memory
 from sat.model.draws import Draws, Site, uniform
-from sat.model.kernels.choose import choose_kernels, choose_player
+from sat.model.kernels.choose import choose_kernels
 from sat.model.kernels.measured import choose_products
 from sat.model.kernels.products import enough_for, padded
 from sat.model.locations import Locations
@@ -67,20 +67,23 @@ def _features(model: Captioner, rollout: Rollout) -> Tensor:
     return model.output_features(padded(words, enough), padded(hidden, enough), context)[:M]
 
 
-def _distinct_words(model: Captioner, packing: Packing) -> Tensor:
-    """Vectors [U, E] of the distinct words, followed by zeros where products should have more rows."""
+def _fed(model: Captioner, packing: Packing) -> tuple[Tensor, Tensor]:
+    """Vectors [M, E] of the true words and their share [M, 4H] of the gates, which each distinct word meets once."""
     vectors = model.embed(packing.distinct)
-    return padded(vectors, enough_for(len(vectors), vectors))
+    if packing.roomy:
+        return vectors, model.word_gates(vectors)
+    vectors = padded(vectors, enough_for(len(vectors), vectors))
+    return embedding(packing.input_place, vectors), embedding(packing.input_place, model.word_gates(vectors))
 
 
 def fast(model: Captioner, memory: Memory, draws: Draws) -> Rollout:
-    """The true words fed, through the hand-derived loop; each distinct word meets the gates once."""
+    """The true words fed, through the hand-derived loop."""
     packing = draws.packing
     assert model.attention and model.context_gates
     dtype = memory.grid.dtype
-    place, vectors = packing.input_place, _distinct_words(model, packing)
+    words, word_gates = _fed(model, packing)
     state = [model.state_gates.weight, model.attention.query.weight]
-    gate_bias = vectors.new_empty(0)
+    gate_bias = words.new_empty(0)
     if model.gate:
         state.append(model.gate.weight)
         gate_bias = model.gate.bias.to(dtype)
@@ -91,22 +94,22 @@ def fast(model: Captioner, memory: Memory, draws: Draws) -> Rollout:
         score=model.attention.score.weight[0].to(dtype),
     )
     h, c = (state[:, 0][packing.row_image] for state in model.init_state(memory, draws.of_images))
-    inputs = Inputs(memory.grid, memory.projection, embedding(place, model.word_gates(vectors)), h.to(dtype), c)
+    inputs = Inputs(memory.grid, memory.projection, word_gates, h.to(dtype), c)
     kernels = choose_kernels(model.kernels, memory.grid)
     products, locations = choose_products(model.kernels, memory.grid), locations_of(model, draws)
-    loop = Loop(kernels, packing, model.attention.tanh, memory.regions, choose_player(kernels), locations, products)
-    return Rollout(embedding(place, vectors), *recur(loop, inputs, weights), locations.chosen if locations else None)
+    loop = Loop(kernels, packing, model.attention.tanh, memory.regions, locations, products)
+    return Rollout(words, *recur(loop, inputs, weights), locations.chosen if locations else None)
 
 
 def fast_without_attention(model: Captioner, memory: Memory, draws: Draws) -> Rollout:
     """The same for a model without attention."""
     packing, dtype = draws.packing, memory.grid.dtype
-    place, vectors = packing.input_place, _distinct_words(model, packing)
+    words, word_gates = _fed(model, packing)
     h, c = (state[:, 0][packing.row_image] for state in model.init_state(memory, draws.of_images))
-    word_gates, weight = embedding(place, model.word_gates(vectors)), model.state_gates.weight.to(dtype)
+    weight = model.state_gates.weight.to(dtype)
     kernels, products = choose_kernels(model.kernels, memory.grid), choose_products(model.kernels, memory.grid)
     hidden = recur_plain(PlainLoop(kernels, packing, products), word_gates, h.to(dtype), c, weight)
-    return Rollout(embedding(place, vectors), hidden, None, None, None, None)
+    return Rollout(words, hidden, None, None, None, None)
 
 
 def locations_of(model: Captioner, draws: Draws) -> Locations | None:

@@ -128,9 +128,9 @@ class SelfCritical(nn.Module):
         counts = {
             "nll": words.nll.sum(),
             "penalty": zero.detach(),
-            "tokens": words.correct.new_full((), len(packing.targets)),
-            "captions": words.correct.new_full((), packing.rows[0]),
-            "correct": words.correct,
+            "tokens": packing.real.sum(),
+            "captions": (packing.row_lengths > 0).sum(),
+            "correct": words.correct.sum(),
             "reward": words.nll.new_full((), float(judged.rewards.sum())),
             "baseline": words.nll.new_full((), float(judged.baselines.sum())),
         }

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from sat.model.attention import beyond
-from sat.model.captioner import END, START
+from sat.model.captioner import END, START, Memory
 from sat.model.draws import Draws
+from sat.model.kernels.choose import choose_recorder
 from sat.model.loss import LossSums
 from sat.model.objectives.hard_attention import BASELINE_DECAY, hard_attention_sums
 from sat.model.objectives.objective import Trained
+from sat.model.objectives.replayed import Replay
 from sat.model.objectives.rollout import roll_out, word_losses
 from sat.model.packing import pack
 
@@ -23,9 +25,11 @@ from sat.model.packing import pack
 class TeacherForcing(nn.Module):
     """Cross-entropy of the true words, with the regulariser of soft attention or the gradient of hard attention."""
 
-    def __init__(self, model: Trained) -> None:
+    def __init__(self, model: Trained, replays: bool = True) -> None:
+        """`replays`: whether its launches may be recorded where that serves, which hides them from a profile."""
         super().__init__()
-        self.model = model
+        self.model, self.replays = model, replays
+        self._replay: Replay | None = None
 
     def forward(
         self,
@@ -48,9 +52,12 @@ class TeacherForcing(nn.Module):
         ValueError for shapes and lengths that do not fit.
         """
         del references
-        packing = pack(captions, lengths, grid.device)
         if keys is not None and keys.shape != lengths.shape:
             raise ValueError(f"keys [B, K] of {list(lengths.shape)} expected, got {list(keys.shape)}")
+        replay = None if sampling_probability else self._replayed()
+        if replay and (replayed := replay.sums(grid, captions, lengths, regions, keys)):
+            return replayed
+        packing = pack(captions, lengths, grid.device)
         if packing.rows:
             return self._sums(grid, Draws.of(keys, packing), sampling_probability, regions)
         made_up = pack(torch.tensor([[[START, END]]]), torch.ones(1, 1, dtype=torch.int64), grid.device)
@@ -78,25 +85,42 @@ class TeacherForcing(nn.Module):
             mean = torch.as_tensor(totals["nll"] / totals["tokens"])
             baseline.lerp_(mean.to(baseline), 1 - BASELINE_DECAY)
 
+    def _replayed(self) -> Replay | None:
+        """What replays the sums where they can be recorded: on a GPU, for a model without an encoder to be trained."""
+        model = self.model.captioner
+        served = self.replays and model is self.model
+        record = choose_recorder(model.kernels, model.vocabulary.weight) if served else None
+        if record and self._replay is None:
+            self._replay = Replay(
+                model, lambda grid, draws, regions: self._sums_of(model.encode(grid, None, regions), draws, 0.0), record
+            )
+        return self._replay if record else None
+
     def _sums(self, grid: Tensor, draws: Draws, sampling_probability: float, regions: Tensor | None) -> LossSums:
+        memory = self.model.encode(grid, draws.packing.images, regions)
+        return self._sums_of(memory, draws, sampling_probability)
+
+    def _sums_of(self, memory: Memory, draws: Draws, sampling_probability: float) -> LossSums:
+        """Of images in the order of the packing."""
         model, packing = self.model.captioner, draws.packing
-        memory = self.model.encode(grid, packing.images, regions)
         rollout = roll_out(model, memory, draws, sampling_probability)
-        words = word_losses(model, rollout, draws, model.spec.label_smoothing)
+        counted = packing.real.to(rollout.hidden.dtype) if packing.roomy else None
+        words = word_losses(model, rollout, draws, model.spec.label_smoothing, counted)
         per_token, penalty, zero = words.objective, torch.zeros_like(words.nll[0]), torch.zeros_like(words.nll[0])
-        spec = model.spec
+        spec, rows = model.spec, packing.row_lengths > 0
         if spec.attention == "soft":  # the regulariser belongs to soft attention (paper, section 4.2.1)
             assert rollout.alpha_sum is not None
             real = None if memory.regions is None else memory.regions[packing.row_image]
-            penalty = spec.penalty_weight * doubly_stochastic_penalty(rollout.alpha_sum, spec.penalty, real).sum()
+            of_rows = doubly_stochastic_penalty(rollout.alpha_sum, spec.penalty, real)
+            penalty = spec.penalty_weight * (of_rows * rows).sum()
         elif spec.attention == "hard" and model.training:
             per_token = per_token + hard_attention_sums(spec, rollout, packing, words.nll, model.reward_baseline)
         counts = {
-            "nll": words.nll.sum(),
+            "nll": (words.nll * packing.real).sum(),
             "penalty": penalty.detach(),
-            "tokens": words.correct.new_full((), len(packing.targets)),
-            "captions": words.correct.new_full((), packing.rows[0]),
-            "correct": words.correct,
+            "tokens": packing.real.sum(),
+            "captions": rows.sum(),
+            "correct": (words.correct * packing.real).sum(),
         }
         if rollout.alpha is not None:
             counts |= attention_counts(rollout.alpha.detach())

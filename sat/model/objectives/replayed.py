@@ -1,0 +1,239 @@
+"""An objective's sums on a GPU, recorded and replayed: a launch from Python for each direction of a whole micro-batch.
+
+At usual batches Python is what a step waits for: it launches some three hundred programs word by word, each over in
+microseconds. A recording (`sat.model.recording`) has fixed sizes, so it is made for a `Room` that covers many batches,
+rows in multiples of `ROWS` and steps in multiples of `STEPS`, and what it computes for words that do not exist counts
+for nothing. One pass is on its way at a time: a forward pass before the last one's backward pass is not replayed, with
+the same outcome.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import zip_longest
+from typing import Any, NamedTuple, Self
+from weakref import ref
+
+import torch
+from torch import Tensor, nn
+
+from sat.model.draws import Draws
+from sat.model.loss import LossSums
+from sat.model.packing import Packing, Room, pack, side_by_side
+from sat.model.recording import Play, Record
+
+ROWS, STEPS = 32, 4
+SPARE = 1.15
+"""A recording serves whatever needs no less than its words divided by this."""
+LIMIT = 48
+"""Recordings of one objective; beyond them whatever covers serves, and what nothing covers is not replayed."""
+Compute = Callable[[Tensor, Draws, Tensor | None], LossSums]
+"""The sums of grids [B', L, D], of which the captions are that `Draws` are of, and int64 [B'] regions of each."""
+HOST = torch.device("cpu")
+
+
+def rounded(room: Room) -> Room:
+    """The least with sizes as recordings have them: a row runs on to the end of the `STEPS` steps in which it ends."""
+    begins = range(0, len(room.rows), STEPS)
+    return Room(room.images, tuple(-(-room.rows[begin] // ROWS) * ROWS for begin in begins for _ in range(STEPS)))
+
+
+def covers(room: Room, other: Room) -> bool:
+    """Whether each step of `other` finds its rows and images in `room`."""
+    enough = all(mine >= needed for mine, needed in zip_longest(room.rows, other.rows, fillvalue=0))
+    return enough and room.images >= other.images
+
+
+class _Setting(NamedTuple):
+    """What a recording holds for: everything that it has not in memory of its own."""
+
+    sizes: tuple[int, ...]
+    dtype: torch.dtype
+    regions: bool
+    autocast: torch.dtype | None
+    training: bool
+    weights: tuple[tuple[int, bool], ...]
+    """Where each is, and whether it learns; buffers among them."""
+
+    @classmethod
+    def of(cls, model: nn.Module, grid: Tensor, regions: Tensor | None) -> Self:
+        kind = grid.device.type
+        autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        weights = tuple((each.data_ptr(), each.requires_grad) for each in (*model.parameters(), *model.buffers()))
+        return cls(tuple(grid.shape[1:]), grid.dtype, regions is not None, autocast, model.training, weights)
+
+
+class _Recording:
+    """Both directions of the sums over a room, through memory that stays where it is."""
+
+    def __init__(self, plan: Packing, grid: Tensor, regions: Tensor | None, weights: Sequence[nn.Parameter]) -> None:
+        self.grid, self.regions, self.weights = grid, regions, weights
+        sizes = [len(each) for each in (*plan.indices.values(), plan.images, plan.row_image)]
+        self._indices = torch.zeros(sum(sizes), dtype=torch.int64, device=grid.device)
+        *parts, of_images, of_captions = self._indices.split(sizes)
+        self.draws = Draws(replace(plan, **dict(zip(plan.indices, parts, strict=True))), of_images, of_captions)
+        self.names: tuple[str, ...] = ()
+        self.plays: list[Play] = []
+        """Of the forward and the backward direction, as far as they are recorded."""
+        self._outputs: tuple[Tensor, Tensor] | None = None
+        self._kept: dict[str, Tensor] = {}
+
+    def fill(self, plan: Packing, keys: Tensor | None, grid: Tensor, regions: Tensor | None) -> None:
+        """Bring in a batch."""
+        draws = Draws.of(keys, plan)
+        indices = side_by_side([*plan.indices.values(), draws.images, draws.captions], self.grid.device)
+        self._indices.copy_(indices, non_blocking=True)
+        images = self.draws.packing.images
+        torch.index_select(grid, 0, images, out=self.grid)
+        if self.regions is not None and regions is not None:
+            torch.index_select(regions, 0, images, out=self.regions)
+
+    def forward(self, compute: Compute) -> None:
+        """Leave `losses` [2] and `counts` float64 [C]."""
+        kind = self.grid.device.type
+        dtype, enabled = torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
+        with torch.autocast(kind, dtype, enabled, cache_enabled=False):  # a cast that is kept is not in the recording
+            sums = compute(self.grid, self.draws, self.regions)
+        self._outputs, self.names = (sums.per_token, sums.per_caption), tuple(sums.counts)
+        self._keep("losses", torch.stack(self._outputs).detach())
+        self._keep("counts", torch.stack([each.double() for each in sums.counts.values()]))
+        if "asked" not in self._kept:
+            self._keep("asked", torch.ones_like(self["losses"]))
+
+    def backward(self) -> None:
+        """Leave the `gradient` [P] of all weights, one behind the other, of `asked` [2] times the losses."""
+        assert self._outputs
+        asks = [(loss, of) for loss, of in zip(self._outputs, self["asked"], strict=True) if loss.requires_grad]
+        losses, asked = zip(*asks, strict=True)
+        found = torch.autograd.grad(losses, self.weights, asked, retain_graph=True, materialize_grads=True)
+        self._keep("gradient", torch.cat([each.reshape(-1) for each in found]))
+
+    def release(self) -> None:
+        """Let go of the graph that led to the backward direction, once that is recorded."""
+        self._outputs = None
+
+    def __getitem__(self, name: str) -> Tensor:
+        """`losses`, `counts`, `asked` or `gradient`."""
+        return self._kept[name]
+
+    def _keep(self, name: str, value: Tensor) -> None:
+        """At one address from the first time on, when nothing is being recorded yet."""
+        if name in self._kept:
+            self._kept[name].copy_(value)
+        else:
+            self._kept[name] = value.clone()
+
+
+class _Pass:
+    """One pass of a micro-batch through a recording."""
+
+    def __init__(self, replay: "Replay", recording: _Recording) -> None:
+        self.replay, self.recording = replay, recording
+        self.on_its_way = True
+        """Whether the recording's memory is its own: from the forward pass to the end of the backward pass."""
+
+
+class Replay:
+    """Records an objective's sums for the rooms that it meets, and replays them."""
+
+    def __init__(self, model: nn.Module, compute: Compute, record: Record) -> None:
+        """`compute` uses no other weights than `model`'s."""
+        self._model, self._compute, self._record = model, compute, record
+        self._setting: _Setting | None = None
+        self._memory: tuple[Tensor, Tensor | None] | None = None
+        self._recordings: dict[Room, _Recording] = {}
+        self._last: ref[_Pass] | None = None
+
+    def sums(
+        self, grid: Tensor, captions: Tensor, lengths: Tensor, regions: Tensor | None, keys: Tensor | None
+    ) -> LossSums | None:
+        """Of a micro-batch, as `TeacherForcing.forward` is given it; None where it cannot be replayed.
+
+        The counts are float64.
+        """
+        last = self._last() if self._last else None
+        weights = [each for each in self._model.parameters() if each.requires_grad]
+        if not self._replayable(grid, weights) or (last and last.on_its_way):
+            return None
+        setting = _Setting.of(self._model, grid, regions)
+        if setting != self._setting:
+            self._setting, self._memory, self._recordings = setting, None, {}
+        plan = pack(captions, lengths, HOST, self._room_for)
+        if not plan.roomy:
+            return None
+        recording = self._recording_of(plan, grid, regions, weights)
+        recording.fill(plan, keys, grid, regions)
+        if not recording.plays:
+            recording.plays.append(self._record(lambda: recording.forward(self._compute)))
+        recording.plays[0]()
+        passing = _Pass(self, recording)
+        self._last = ref(passing)
+        losses, counts = _Replayed.apply(passing, *recording.weights)
+        per_token, per_caption = losses.unbind()
+        return LossSums(per_token, per_caption, dict(zip(recording.names, counts.unbind(), strict=True)))
+
+    def backward(self, recording: _Recording) -> None:
+        """The backward direction of the batch that went through a recording last."""
+        if len(recording.plays) == 1:
+            recording.plays.append(self._record(recording.backward))
+        recording.plays[1]()
+
+    @staticmethod
+    def _replayable(grid: Tensor, weights: list[nn.Parameter]) -> bool:
+        """Weights that move cannot be read by a recording: DeepSpeed's ZeRO 3 moves them, and marks them."""
+        alike = len({each.dtype for each in weights}) == 1 and not any(hasattr(each, "ds_id") for each in weights)
+        return alike and torch.is_grad_enabled() and not grid.requires_grad
+
+    def _room_for(self, needed: Room) -> Room | None:
+        """That of the nearest recording, or a new one."""
+        if not needed.rows:
+            return None
+        fitting = [room for room in self._recordings if covers(room, needed)]
+        nearest, least = min(fitting, key=lambda room: sum(room.rows), default=None), rounded(needed)
+        full = len(self._recordings) >= LIMIT
+        if nearest and (full or sum(nearest.rows) <= SPARE * sum(least.rows)):
+            return nearest
+        return None if full else least
+
+    def _recording_of(
+        self, plan: Packing, grid: Tensor, regions: Tensor | None, weights: list[nn.Parameter]
+    ) -> _Recording:
+        room = Room(len(plan.images), plan.rows)
+        if room in self._recordings:
+            return self._recordings[room]
+        if self._memory is None or len(self._memory[0]) < room.images:
+            self._memory, self._recordings = None, {}  # before there is new memory
+            new = grid.new_empty(room.images, *grid.shape[1:])
+            self._memory = new, None if regions is None else regions.new_ones(room.images)
+        own, beside = self._memory[0][: room.images], self._memory[1]
+        largest_first = sorted(weights, key=torch.Tensor.numel, reverse=True)  # so that their gradients lie aligned
+        self._recordings[room] = _Recording(
+            plan, own, beside if beside is None else beside[: room.images], largest_first
+        )
+        return self._recordings[room]
+
+
+class _Replayed(torch.autograd.Function):
+    """From weights to losses [2] and counts [C]; both directions are a recording's."""
+
+    @staticmethod
+    def forward(ctx: Any, passing: _Pass, *weights: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.passing = passing
+        ctx.set_materialize_grads(False)
+        losses, counts = passing.recording["losses"].clone(), passing.recording["counts"].clone()
+        ctx.mark_non_differentiable(counts)
+        return losses, counts
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        passing, of_losses = ctx.passing, grads[0]
+        if not passing.on_its_way:
+            raise RuntimeError("a second backward pass through one forward pass of an objective; take another of that")
+        recording = passing.recording
+        if of_losses is None:
+            recording["asked"].zero_()
+        else:
+            recording["asked"].copy_(of_losses)
+        passing.replay.backward(recording)
+        passing.on_its_way = False
+        gradient = recording["gradient"].clone().split([each.numel() for each in recording.weights])
+        return None, *(part.view_as(each) for part, each in zip(gradient, recording.weights, strict=True))
