@@ -250,12 +250,12 @@ def _plan(captions: Tensor, lengths: Tensor, enough: Callable[[Room], Room | Non
         "image_words": image_words,
         "step_begins": begins,
     }
-    rows, images_running, slots_running = (tuple(each.tolist()) for each in (rows, *running))
+    at_each_step = [tuple(each.tolist()) for each in (rows, *running)]
     return Packing(
         **{name: torch.from_numpy(np.ascontiguousarray(each, np.int64)) for name, each in indices.items()},
-        rows=rows,
-        images_running=images_running,
-        slots_running=slots_running,
+        rows=at_each_step[0],
+        images_running=at_each_step[1],
+        slots_running=at_each_step[2],
         words_per_image=() if room else tuple(np.diff(word_ends).tolist()),
         extent=(int(images.max()) + 1, int(row_caption.max()) + 1) if len(row_image) else (0, 0),
         roomy=room is not None,
