@@ -210,7 +210,7 @@ class _Rows(NamedTuple):
             row_caption=np.append(self.row_caption, none),
             row_lengths=np.append(self.row_lengths, none),
             rows=rows,
-            images_running=np.full(T, B),
+            images_running=np.minimum(rows, B),  # those of the rows that run are the first ones
             slots_running=np.full(T, rows[0]),
         )
 

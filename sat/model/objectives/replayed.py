@@ -2,11 +2,12 @@
 
 At usual batches Python is what a step waits for: it launches some three hundred programs word by word, each over in
 microseconds. A recording (`sat.model.recording`) has fixed sizes, so it is made for a `Room` that covers many batches,
-rows in multiples of `ROWS` and steps in multiples of `STEPS`, and what it computes for words that do not exist counts
-for nothing. One pass is on its way at a time: a forward pass before the last one's backward pass is not replayed, with
-the same outcome.
+rows in multiples of `ROWS` and steps in multiples of `STEPS`; what it computes for words that do not exist, a sixth of
+COCO's, counts for nothing. One pass is on its way at a time: a forward pass before the last one's backward pass is not
+replayed, with the same outcome.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import zip_longest
@@ -21,8 +22,10 @@ from sat.model.loss import LossSums
 from sat.model.packing import Packing, Room, pack, side_by_side
 from sat.model.recording import Play, Record
 
-ROWS, STEPS = 32, 4
-SPARE = 1.15
+ROWS, STEPS = 16, 2
+SLACK, LONGER = 1.1, 8
+"""A new room has so many times its batch's rows, and room for captions so many words longer."""
+SPARE = 1.3
 """A recording serves whatever needs no less than its words divided by this."""
 LIMIT = 48
 """Recordings of one objective; beyond them whatever covers serves, and what nothing covers is not replayed."""
@@ -31,10 +34,14 @@ Compute = Callable[[Tensor, Draws, Tensor | None], LossSums]
 HOST = torch.device("cpu")
 
 
-def rounded(room: Room) -> Room:
-    """The least with sizes as recordings have them: a row runs on to the end of the `STEPS` steps in which it ends."""
-    begins = range(0, len(room.rows), STEPS)
-    return Room(room.images, tuple(-(-room.rows[begin] // ROWS) * ROWS for begin in begins for _ in range(STEPS)))
+def rounded(room: Room, slack: float = 1.0) -> Room:
+    """The least with sizes as recordings have them: a row runs on to the end of the `STEPS` steps in which it ends.
+
+    With `slack` times the rows, but for the first ones: captions are as many in most batches.
+    """
+    wanted = [-(-math.ceil(slack * room.rows[begin]) // ROWS) * ROWS for begin in range(0, len(room.rows), STEPS)]
+    most = -(-room.rows[0] // ROWS) * ROWS
+    return Room(room.images, tuple(min(rows, most) for rows in wanted for _ in range(STEPS)))
 
 
 def covers(room: Room, other: Room) -> bool:
@@ -73,7 +80,7 @@ class _Recording:
         self.draws = Draws(replace(plan, **dict(zip(plan.indices, parts, strict=True))), of_images, of_captions)
         self.names: tuple[str, ...] = ()
         self.plays: list[Play] = []
-        """Of the forward and the backward direction, as far as they are recorded."""
+        """Of the forward and the backward direction, once they are recorded."""
         self._outputs: tuple[Tensor, Tensor] | None = None
         self._kept: dict[str, Tensor] = {}
 
@@ -87,7 +94,14 @@ class _Recording:
         if self.regions is not None and regions is not None:
             torch.index_select(regions, 0, images, out=self.regions)
 
-    def forward(self, compute: Compute) -> None:
+    def record(self, compute: Compute, record: Record) -> None:
+        """Both directions, with the batch that was brought in."""
+        self.plays.append(record(lambda: self._forward(compute)))
+        self.plays[0]()
+        self.plays.append(record(self._backward))
+        self._outputs = None  # what leads from one to the other: its memory is for the next recording to use
+
+    def _forward(self, compute: Compute) -> None:
         """Leave `losses` [2] and `counts` float64 [C]."""
         kind = self.grid.device.type
         dtype, enabled = torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
@@ -99,17 +113,13 @@ class _Recording:
         if "asked" not in self._kept:
             self._keep("asked", torch.ones_like(self["losses"]))
 
-    def backward(self) -> None:
+    def _backward(self) -> None:
         """Leave the `gradient` [P] of all weights, one behind the other, of `asked` [2] times the losses."""
         assert self._outputs
         asks = [(loss, of) for loss, of in zip(self._outputs, self["asked"], strict=True) if loss.requires_grad]
         losses, asked = zip(*asks, strict=True)
         found = torch.autograd.grad(losses, self.weights, asked, retain_graph=True, materialize_grads=True)
         self._keep("gradient", torch.cat([each.reshape(-1) for each in found]))
-
-    def release(self) -> None:
-        """Let go of the graph that led to the backward direction, once that is recorded."""
-        self._outputs = None
 
     def __getitem__(self, name: str) -> Tensor:
         """`losses`, `counts`, `asked` or `gradient`."""
@@ -126,8 +136,8 @@ class _Recording:
 class _Pass:
     """One pass of a micro-batch through a recording."""
 
-    def __init__(self, replay: "Replay", recording: _Recording) -> None:
-        self.replay, self.recording = replay, recording
+    def __init__(self, recording: _Recording) -> None:
+        self.recording = recording
         self.on_its_way = True
         """Whether the recording's memory is its own: from the forward pass to the end of the backward pass."""
 
@@ -163,19 +173,13 @@ class Replay:
         recording = self._recording_of(plan, grid, regions, weights)
         recording.fill(plan, keys, grid, regions)
         if not recording.plays:
-            recording.plays.append(self._record(lambda: recording.forward(self._compute)))
+            recording.record(self._compute, self._record)
         recording.plays[0]()
-        passing = _Pass(self, recording)
+        passing = _Pass(recording)
         self._last = ref(passing)
         losses, counts = _Replayed.apply(passing, *recording.weights)
         per_token, per_caption = losses.unbind()
         return LossSums(per_token, per_caption, dict(zip(recording.names, counts.unbind(), strict=True)))
-
-    def backward(self, recording: _Recording) -> None:
-        """The backward direction of the batch that went through a recording last."""
-        if len(recording.plays) == 1:
-            recording.plays.append(self._record(recording.backward))
-        recording.plays[1]()
 
     @staticmethod
     def _replayable(grid: Tensor, weights: list[nn.Parameter]) -> bool:
@@ -188,11 +192,11 @@ class Replay:
         if not needed.rows:
             return None
         fitting = [room for room in self._recordings if covers(room, needed)]
-        nearest, least = min(fitting, key=lambda room: sum(room.rows), default=None), rounded(needed)
-        full = len(self._recordings) >= LIMIT
-        if nearest and (full or sum(nearest.rows) <= SPARE * sum(least.rows)):
+        nearest, full = min(fitting, key=lambda room: sum(room.rows), default=None), len(self._recordings) >= LIMIT
+        if nearest and (full or sum(nearest.rows) <= SPARE * sum(rounded(needed).rows)):
             return nearest
-        return None if full else least
+        with_slack = rounded(needed, SLACK)
+        return None if full else with_slack._replace(rows=(*with_slack.rows, *[ROWS] * LONGER))
 
     def _recording_of(
         self, plan: Packing, grid: Tensor, regions: Tensor | None, weights: list[nn.Parameter]
@@ -233,7 +237,7 @@ class _Replayed(torch.autograd.Function):
             recording["asked"].zero_()
         else:
             recording["asked"].copy_(of_losses)
-        passing.replay.backward(recording)
+        recording.plays[1]()
         passing.on_its_way = False
         gradient = recording["gradient"].clone().split([each.numel() for each in recording.weights])
         return None, *(part.view_as(each) for part, each in zip(gradient, recording.weights, strict=True))
