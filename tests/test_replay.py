@@ -6,7 +6,7 @@ import torch
 from sat.model.captioner import Captioner
 from sat.model.loss import total_loss
 from sat.model.objectives import teacher_forcing
-from sat.model.objectives.replayed import LIMIT, ROWS, covers, rounded
+from sat.model.objectives.replayed import LIMIT, ROWS, covers, new_room
 from sat.model.objectives.teacher_forcing import TeacherForcing
 from sat.model.packing import Room, pack
 from sat.model.recording import record_on_gpu
@@ -264,7 +264,7 @@ def test_a_room_covers_its_batch_in_steps_of_rows_that_only_fall(seed):
     _, words, lengths, *_ = batch(seed, 3 + 7 * seed, 1 + seed % 6, 1 + seed)
     plain = pack(words, lengths)
     needed = Room(len(plain.images), plain.rows)
-    room = rounded(needed, 1 + seed / 10)
+    room = new_room(needed)
     assert covers(room, needed) and covers(room, room) and list(room.rows) == sorted(room.rows, reverse=True)
     assert room.rows[0] < needed.rows[0] + ROWS and all(rows % ROWS == 0 for rows in room.rows)
     more = Room(room.images + 2, tuple(32 + rows for rows in room.rows))
@@ -275,7 +275,7 @@ def test_a_room_covers_its_batch_in_steps_of_rows_that_only_fall(seed):
 def test_a_plan_with_room_holds_the_words_of_the_plan_without(seed):
     _, words, lengths, *_ = batch(seed, 2 + seed, 1 + seed % 6, 1 + seed)
     plain = pack(words, lengths)
-    roomy = pack(words, lengths, None, lambda needed: rounded(Room(needed.images + seed % 3, needed.rows)))
+    roomy = pack(words, lengths, None, lambda needed: new_room(Room(needed.images + seed % 3, needed.rows)))
     real = roomy.real.bool()
     assert not plain.roomy and roomy.roomy and plain.real.all() and int(real.sum()) == len(plain.targets)
     for name in ("inputs", "targets", "word_row", "word_step"):

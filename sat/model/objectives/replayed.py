@@ -23,10 +23,10 @@ from sat.model.packing import Packing, Room, pack, side_by_side
 from sat.model.recording import Play, Record
 
 ROWS, STEPS = 16, 2
-SLACK, LONGER = 1.1, 8
+SLACK, LONGER = 1.15, 4
 """A new room has so many times its batch's rows, and room for captions so many words longer."""
-SPARE = 1.3
-"""A recording serves whatever needs no less than its words divided by this."""
+SPARE = 1.2
+"""A recording serves where a new one would go through no less than its words divided by this."""
 LIMIT = 48
 """Recordings of one objective; beyond them whatever covers serves, and what nothing covers is not replayed."""
 Compute = Callable[[Tensor, Draws, Tensor | None], LossSums]
@@ -34,14 +34,14 @@ Compute = Callable[[Tensor, Draws, Tensor | None], LossSums]
 HOST = torch.device("cpu")
 
 
-def rounded(room: Room, slack: float = 1.0) -> Room:
-    """The least with sizes as recordings have them: a row runs on to the end of the `STEPS` steps in which it ends.
+def new_room(needed: Room) -> Room:
+    """Of a recording that is made for a batch: a row runs on to the end of the `STEPS` steps in which it ends.
 
-    With `slack` times the rows, but for the first ones: captions are as many in most batches.
+    There are no more rows than the batch needs at first: captions are as many in most batches.
     """
-    wanted = [-(-math.ceil(slack * room.rows[begin]) // ROWS) * ROWS for begin in range(0, len(room.rows), STEPS)]
-    most = -(-room.rows[0] // ROWS) * ROWS
-    return Room(room.images, tuple(min(rows, most) for rows in wanted for _ in range(STEPS)))
+    wanted = [-(-math.ceil(SLACK * needed.rows[begin]) // ROWS) * ROWS for begin in range(0, len(needed.rows), STEPS)]
+    most = -(-needed.rows[0] // ROWS) * ROWS
+    return Room(needed.images, (*(min(rows, most) for rows in wanted for _ in range(STEPS)), *[ROWS] * LONGER))
 
 
 def covers(room: Room, other: Room) -> bool:
@@ -192,11 +192,11 @@ class Replay:
         if not needed.rows:
             return None
         fitting = [room for room in self._recordings if covers(room, needed)]
-        nearest, full = min(fitting, key=lambda room: sum(room.rows), default=None), len(self._recordings) >= LIMIT
-        if nearest and (full or sum(nearest.rows) <= SPARE * sum(rounded(needed).rows)):
+        nearest, new = min(fitting, key=lambda room: sum(room.rows), default=None), new_room(needed)
+        full = len(self._recordings) >= LIMIT
+        if nearest and (full or sum(nearest.rows) <= SPARE * sum(new.rows)):
             return nearest
-        with_slack = rounded(needed, SLACK)
-        return None if full else with_slack._replace(rows=(*with_slack.rows, *[ROWS] * LONGER))
+        return None if full else new
 
     def _recording_of(
         self, plan: Packing, grid: Tensor, regions: Tensor | None, weights: list[nn.Parameter]
