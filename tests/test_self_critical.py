@@ -165,7 +165,7 @@ def test_samples_are_scored_under_the_dropout_that_they_were_drawn_under(preset,
         packing = pack(captions[:, :4], lengths[:, :4])
         draws = Draws.of(keys, packing)
         words = word_losses(model, roll_out(model, memory.pick(packing.images), draws, 0.0), draws, 0.0)
-        assert int(words.correct) == int(lengths[:, :4].sum())
+        assert int(words.correct.sum()) == int(lengths[:, :4].sum())
         greedy = draw_samples(model.eval(), model.encode(grid), keys[:, :1], 8, greedy=False)
     width = greedy.captions.shape[2]
     assert torch.equal(captions[:, 4, :width], greedy.captions[:, 0]) and not captions[:, 4, width:].any()
