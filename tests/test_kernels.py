@@ -8,7 +8,10 @@ from sat.model.kernels.interface import Gate, Seen
 from sat.model.packing import pack
 from tests.helpers_kernels import both_scores, every_kernels, needs_compiler
 
-LENGTHS = torch.tensor([[3, 1, 4], [0, 0, 0], [2, 2, 0], [1, 0, 3]])
+LENGTHS = torch.tensor(
+    [[3, 2, 4, 2, 3], [0, 0, 0, 0, 0], [2, 2, 0, 0, 0], [1, 0, 3, 0, 0], [2, 2, 1, 4, 2], [1, 1, 0, 0, 0]]
+)
+"""At the second word five, two, one, four and no rows of an image run."""
 L, D, A, H, V = 7, 19, 18, 17, 23
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 few_and_many_features = pytest.mark.parametrize("features", [D, 2100])
@@ -27,15 +30,20 @@ def assert_close(found, expected, dtype):
 
 
 class Attention:
-    """What a kernel is given and should find, of step 1: in float64, every row with its own copy of its image."""
+    """What a kernel is given and should find, of step 1: in float64, every row with its own copy of its image.
 
-    def __init__(self, tanh: bool, features: int = D):
+    The numbers that it is given are those of the type `given`.
+    """
+
+    def __init__(self, tanh: bool, features: int = D, given: torch.dtype = torch.float64):
         self.packing, self.tanh = pack(torch.zeros(*LENGTHS.shape, 5, dtype=torch.int64), LENGTHS), tanh
         self.t, self.n = 1, self.packing.rows[1]
         B, M = len(self.packing.images), len(self.packing.inputs)
-        self.grid, self.projection = random(B, L, features, seed=1), random(B, L, A, seed=2).requires_grad_()
-        self.score = random(A, seed=3).requires_grad_()
-        self.query = random(M, A, seed=4).requires_grad_()
+        shapes = (B, L, features), (B, L, A), (A,), (M, A)
+        numbers = [random(*shape, seed=seed).to(given).double() for seed, shape in enumerate(shapes, 1)]
+        self.grid, self.projection, self.score, self.query = numbers
+        for each in numbers[1:]:
+            each.requires_grad_()
         self.alpha, self.context = self.attend(self.packing.row_image[self.packing.word_row])
         self.step = self.packing.steps[self.t]
 
@@ -143,6 +151,31 @@ def test_attend_backward_shared_gives_the_gradients_of_projection_and_score(kern
     assert_close(found[1], score, dtype)
 
 
+@needs_compiler
+@few_and_many_features
+def test_native_attention_in_bf16_rounds_only_what_it_returns_in_bf16(features):
+    bf16, wide = torch.bfloat16, torch.float32
+    expected = Attention(False, features, bf16)
+    seen, query, n = expected.seen(native, bf16), expected.rows(expected.query, bf16), expected.n
+    alpha, context = torch.full((n, L), torch.nan), torch.full((n, features), torch.nan, dtype=bf16)
+    native.attend(seen, expected.t, query, alpha, context)
+    exact = expected.alpha[expected.step].detach()
+    assert_close(alpha, exact, wide)
+    assert torch.allclose(context.double(), expected.context[expected.step].detach(), rtol=2**-8, atol=1e-5)
+
+    grad_context, grad_alpha = random(n, features, seed=5).to(bf16), random(n, L, seed=6)
+    scores, found = torch.full((n, L), torch.nan), torch.full((n, A), torch.nan, dtype=bf16)
+    given = exact.to(wide), grad_context, grad_alpha.to(wide)
+    native.attend_backward(seen, expected.t, query, *given, scores, found)
+    image = expected.packing.row_image[:n]
+    total = grad_alpha + torch.einsum("nd,nld->nl", grad_context.double(), expected.grid[image])
+    of_scores = exact * (total - (exact * total).sum(1, keepdim=True))
+    assert_close(scores, of_scores, wide)
+    hidden = expected.projection[image] + expected.query[expected.step, None]
+    of_query = torch.einsum("nl,nla->na", of_scores, (hidden > 0).double()) * expected.score
+    assert torch.allclose(found.double(), of_query, rtol=2**-8, atol=1e-4)
+
+
 def plain_cell(gates, c_before):
     i, f, g, o = gates.chunk(4, 1)
     c = f.sigmoid() * c_before + i.sigmoid() * g.tanh()
@@ -191,11 +224,12 @@ def test_cross_entropy_leaves_its_gradient_in_the_logits(kernels, smoothing, dty
 @needs_compiler
 @every_dtype
 @both_scores
-def test_attend_beams_sees_what_each_beam_alone_would_see(tanh, dtype):
+@pytest.mark.parametrize("beams", [1, 3, 7])
+def test_attend_beams_sees_what_each_beam_alone_would_see(beams, tanh, dtype):
     grid, projection, query, score = (
         random(3, L, D),
         random(3, L, A, seed=1),
-        random(3, 4, A, seed=2),
+        random(3, beams, A, seed=2),
         random(A, seed=3),
     )
     hidden = projection[:, None] + query[:, :, None]

@@ -126,7 +126,7 @@ void cross_entropy(int64_t n, int64_t V, T* logits, const Wide<T>* bias, const i
 #pragma omp parallel for num_threads(threads)
   for (int64_t r = 0; r < n; ++r) {
     T* row = logits + r * V;
-    Scratch<W> x(new W[V]);
+    Scratch<W> x(V);
     W total = 0, sum = 0;
 #pragma omp simd reduction(+ : total)
     for (int64_t v = 0; v < V; ++v) total += x[v] = wide(row[v]) + bias[v];

@@ -20,7 +20,7 @@ from sat.model.kernels.torch_kernels import alpha_sums as alpha_sums  # nothing 
 from sat.model.kernels.torch_kernels import dropout_threshold
 
 FLAGS = ["-std=c++17", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC"]
-SOURCE, *HEADERS = (Path(__file__).with_name(name) for name in ("native.cpp", "attention.h", "numbers.h"))
+SOURCE, *HEADERS = (Path(__file__).with_name(name) for name in ("native.cpp", "attention.h", "tiles.h", "numbers.h"))
 NO_GATE = (0, 0, 0, 0, 0)
 """Its width, values, their stride, its bias and where the gated context goes."""
 
