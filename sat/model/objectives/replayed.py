@@ -8,7 +8,7 @@ replayed, with the same outcome.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import zip_longest
 from typing import Any, NamedTuple, Self
@@ -16,6 +16,7 @@ from weakref import ref
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from sat.model.draws import Draws
 from sat.model.loss import LossSums
@@ -69,16 +70,38 @@ class _Setting(NamedTuple):
         return cls(tuple(grid.shape[1:]), grid.dtype, regions is not None, autocast, model.training, weights)
 
 
-class _Recording:
-    """Both directions of the sums over a room, through memory that stays where it is."""
+class _Computing(nn.Module):
+    """What is recorded, as a module: so that it can be called with other weights."""
 
-    def __init__(self, plan: Packing, grid: Tensor, regions: Tensor | None, weights: Sequence[nn.Parameter]) -> None:
-        self.grid, self.regions, self.weights = grid, regions, weights
+    def __init__(self, model: nn.Module, compute: Compute) -> None:
+        super().__init__()
+        self.model, self.compute = model, compute
+
+    def forward(self, grid: Tensor, draws: Draws, regions: Tensor | None) -> LossSums:
+        return self.compute(grid, draws, regions)
+
+
+class _Recording:
+    """Both directions of the sums over a room, through memory that stays where it is.
+
+    They are of aliases of the weights: what accumulates a weight's own gradient belongs to the stream on which it was
+    made, and an engine may hold it.
+    """
+
+    def __init__(self, computing: _Computing, plan: Packing, grid: Tensor, regions: Tensor | None) -> None:
+        self.computing, self.grid, self.regions = computing, grid, regions
+        learning = {name: each for name, each in computing.named_parameters() if each.requires_grad}
+        largest_first = sorted(
+            learning.items(), key=lambda item: item[1].numel(), reverse=True
+        )  # gradients lie aligned
+        self.weights = [each for _, each in largest_first]
+        self._aliases = {name: each.detach().requires_grad_() for name, each in largest_first}
         sizes = [len(each) for each in (*plan.indices.values(), plan.images, plan.row_image)]
         self._indices = torch.zeros(sum(sizes), dtype=torch.int64, device=grid.device)
         *parts, of_images, of_captions = self._indices.split(sizes)
         self.draws = Draws(replace(plan, **dict(zip(plan.indices, parts, strict=True))), of_images, of_captions)
-        self.names: tuple[str, ...] = ()
+        self.counted: dict[str, tuple[torch.dtype, int]] = {}
+        """Where each count is: its place among those of its type."""
         self.plays: list[Play] = []
         """Of the forward and the backward direction, once they are recorded."""
         self._outputs: tuple[Tensor, Tensor] | None = None
@@ -94,35 +117,41 @@ class _Recording:
         if self.regions is not None and regions is not None:
             torch.index_select(regions, 0, images, out=self.regions)
 
-    def record(self, compute: Compute, record: Record) -> None:
+    def record(self, record: Record) -> None:
         """Both directions, with the batch that was brought in."""
-        self.plays.append(record(lambda: self._forward(compute)))
+        self.plays.append(record(self._forward))
         self.plays[0]()
         self.plays.append(record(self._backward))
         self._outputs = None  # what leads from one to the other: its memory is for the next recording to use
 
-    def _forward(self, compute: Compute) -> None:
-        """Leave `losses` [2] and `counts` float64 [C]."""
+    def _forward(self) -> None:
+        """Leave `losses` [2] and the counts of each type."""
         kind = self.grid.device.type
         dtype, enabled = torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
         with torch.autocast(kind, dtype, enabled, cache_enabled=False):  # a cast that is kept is not in the recording
-            sums = compute(self.grid, self.draws, self.regions)
-        self._outputs, self.names = (sums.per_token, sums.per_caption), tuple(sums.counts)
+            sums = functional_call(self.computing, self._aliases, (self.grid, self.draws, self.regions))
+        self._outputs = sums.per_token, sums.per_caption
         self._keep("losses", torch.stack(self._outputs).detach())
-        self._keep("counts", torch.stack([each.double() for each in sums.counts.values()]))
-        if "asked" not in self._kept:
-            self._keep("asked", torch.ones_like(self["losses"]))
+        self._keep("asked", self["losses"])
+        counts: dict[torch.dtype, list[Tensor]] = {}
+        for name, each in sums.counts.items():
+            alike = counts.setdefault(each.dtype, [])
+            self.counted[name] = each.dtype, len(alike)
+            alike.append(each)
+        for dtype, alike in counts.items():
+            self._keep(str(dtype), torch.stack(alike))
 
     def _backward(self) -> None:
         """Leave the `gradient` [P] of all weights, one behind the other, of `asked` [2] times the losses."""
         assert self._outputs
         asks = [(loss, of) for loss, of in zip(self._outputs, self["asked"], strict=True) if loss.requires_grad]
         losses, asked = zip(*asks, strict=True)
-        found = torch.autograd.grad(losses, self.weights, asked, retain_graph=True, materialize_grads=True)
+        aliases = list(self._aliases.values())
+        found = torch.autograd.grad(losses, aliases, asked, retain_graph=True, materialize_grads=True)
         self._keep("gradient", torch.cat([each.reshape(-1) for each in found]))
 
     def __getitem__(self, name: str) -> Tensor:
-        """`losses`, `counts`, `asked` or `gradient`."""
+        """`losses`, `asked`, `gradient`, or the counts by the name of their type."""
         return self._kept[name]
 
     def _keep(self, name: str, value: Tensor) -> None:
@@ -147,7 +176,7 @@ class Replay:
 
     def __init__(self, model: nn.Module, compute: Compute, record: Record) -> None:
         """`compute` uses no other weights than `model`'s."""
-        self._model, self._compute, self._record = model, compute, record
+        self._computing, self._record = _Computing(model, compute), record
         self._setting: _Setting | None = None
         self._memory: tuple[Tensor, Tensor | None] | None = None
         self._recordings: dict[Room, _Recording] = {}
@@ -156,36 +185,29 @@ class Replay:
     def sums(
         self, grid: Tensor, captions: Tensor, lengths: Tensor, regions: Tensor | None, keys: Tensor | None
     ) -> LossSums | None:
-        """Of a micro-batch, as `TeacherForcing.forward` is given it; None where it cannot be replayed.
-
-        The counts are float64.
-        """
-        last = self._last() if self._last else None
-        weights = [each for each in self._model.parameters() if each.requires_grad]
-        if not self._replayable(grid, weights) or (last and last.on_its_way):
+        """Of a micro-batch, as `TeacherForcing.forward` is given it; None where it cannot be replayed."""
+        last, model = self._last() if self._last else None, self._computing.model
+        if not _replayable(grid, model) or (last and last.on_its_way):
             return None
-        setting = _Setting.of(self._model, grid, regions)
+        setting = _Setting.of(model, grid, regions)
         if setting != self._setting:
             self._setting, self._memory, self._recordings = setting, None, {}
         plan = pack(captions, lengths, HOST, self._room_for)
         if not plan.roomy:
             return None
-        recording = self._recording_of(plan, grid, regions, weights)
+        recording = self._recording_of(plan, grid, regions)
         recording.fill(plan, keys, grid, regions)
         if not recording.plays:
-            recording.record(self._compute, self._record)
+            recording.record(self._record)
         recording.plays[0]()
         passing = _Pass(recording)
         self._last = ref(passing)
-        losses, counts = _Replayed.apply(passing, *recording.weights)
-        per_token, per_caption = losses.unbind()
-        return LossSums(per_token, per_caption, dict(zip(recording.names, counts.unbind(), strict=True)))
-
-    @staticmethod
-    def _replayable(grid: Tensor, weights: list[nn.Parameter]) -> bool:
-        """Weights that move cannot be read by a recording: DeepSpeed's ZeRO 3 moves them, and marks them."""
-        alike = len({each.dtype for each in weights}) == 1 and not any(hasattr(each, "ds_id") for each in weights)
-        return alike and torch.is_grad_enabled() and not grid.requires_grad
+        per_token, per_caption = _Replayed.apply(passing, *recording.weights).unbind()
+        types = {dtype for dtype, _ in recording.counted.values()}
+        counts = {dtype: recording[str(dtype)].clone().unbind() for dtype in types}
+        return LossSums(
+            per_token, per_caption, {name: counts[dtype][place] for name, (dtype, place) in recording.counted.items()}
+        )
 
     def _room_for(self, needed: Room) -> Room | None:
         """That of the nearest recording, or a new one."""
@@ -198,9 +220,7 @@ class Replay:
             return nearest
         return None if full else new
 
-    def _recording_of(
-        self, plan: Packing, grid: Tensor, regions: Tensor | None, weights: list[nn.Parameter]
-    ) -> _Recording:
+    def _recording_of(self, plan: Packing, grid: Tensor, regions: Tensor | None) -> _Recording:
         room = Room(len(plan.images), plan.rows)
         if room in self._recordings:
             return self._recordings[room]
@@ -208,35 +228,34 @@ class Replay:
             self._memory, self._recordings = None, {}  # before there is new memory
             new = grid.new_empty(room.images, *grid.shape[1:])
             self._memory = new, None if regions is None else regions.new_ones(room.images)
-        own, beside = self._memory[0][: room.images], self._memory[1]
-        largest_first = sorted(weights, key=torch.Tensor.numel, reverse=True)  # so that their gradients lie aligned
-        self._recordings[room] = _Recording(
-            plan, own, beside if beside is None else beside[: room.images], largest_first
-        )
+        own, beside = self._memory
+        kept = own[: room.images], None if beside is None else beside[: room.images]
+        self._recordings[room] = _Recording(self._computing, plan, *kept)
         return self._recordings[room]
 
 
+def _replayable(grid: Tensor, model: nn.Module) -> bool:
+    """Weights that move cannot be read by a recording: DeepSpeed's ZeRO 3 moves them, and marks them."""
+    learning = [each for each in model.parameters() if each.requires_grad]
+    alike = len({each.dtype for each in learning}) == 1 and not any(hasattr(each, "ds_id") for each in learning)
+    return alike and torch.is_grad_enabled() and not grid.requires_grad
+
+
 class _Replayed(torch.autograd.Function):
-    """From weights to losses [2] and counts [C]; both directions are a recording's."""
+    """From weights to losses [2]; both directions are a recording's."""
 
     @staticmethod
-    def forward(ctx: Any, passing: _Pass, *weights: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, passing: _Pass, *weights: Tensor) -> Tensor:
         ctx.passing = passing
-        ctx.set_materialize_grads(False)
-        losses, counts = passing.recording["losses"].clone(), passing.recording["counts"].clone()
-        ctx.mark_non_differentiable(counts)
-        return losses, counts
+        return passing.recording["losses"].clone()
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        passing, of_losses = ctx.passing, grads[0]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        passing = ctx.passing
         if not passing.on_its_way:
             raise RuntimeError("a second backward pass through one forward pass of an objective; take another of that")
         recording = passing.recording
-        if of_losses is None:
-            recording["asked"].zero_()
-        else:
-            recording["asked"].copy_(of_losses)
+        recording["asked"].copy_(grads[0])
         recording.plays[1]()
         passing.on_its_way = False
         gradient = recording["gradient"].clone().split([each.numel() for each in recording.weights])
