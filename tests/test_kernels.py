@@ -197,10 +197,12 @@ def test_cell_and_cell_backward_are_the_lstms(kernels, dtype):
 
     grad_h, grad_c = random(5, H, seed=4), random(5, H, seed=5)
     gates, before = torch.autograd.grad((h * grad_h).sum() + (c * grad_c).sum(), (shares[0], c_before))
-    found, found_before = torch.empty(5, 4 * H, dtype=dtype), grad_c.to(dtype)
-    kernels.cell_backward(state, c_before.detach().to(dtype), found_c, grad_h.to(dtype), found_before, found)
-    assert_close(found, gates, dtype)
-    assert_close(found_before, before, dtype)
+    for asked in (None, random(5, H, seed=6).to(dtype)):
+        of_next = (grad_h if asked is None else grad_h - asked).to(dtype)
+        found, found_before = torch.empty(5, 4 * H, dtype=dtype), grad_c.to(dtype, copy=True)
+        kernels.cell_backward(state, c_before.detach().to(dtype), found_c, of_next, asked, found_before, found)
+        assert_close(found, gates, dtype)
+        assert_close(found_before, before, dtype)
 
 
 @every_dtype

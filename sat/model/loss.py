@@ -94,15 +94,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
             logits = fed @ weight.t()
             delta = logits[: len(nll[part])]
             nll[part], sum_log_p, correct[part] = kernels.cross_entropy(delta, bias, targets[part], smoothing)
-            loss = nll[part]
+            loss, counted = nll[part], None
             if factors is not None:
                 loss, sum_log_p = loss * factors[part], sum_log_p * factors[part]
-                delta *= factors[part, None]
+                counted = padded(factors[part, None], rows)
             objective += (1 - smoothing) * loss.sum() - smoothing / len(weight) * sum_log_p.sum()
             if gradients is not None:  # of what was made up the logits are zeros, which add nothing
-                torch.mm(logits, weight, out=of_hidden[part.start : part.start + rows])
+                of_part, once = of_hidden[part.start : part.start + rows], logits.new_ones(1, rows)
+                torch.mm(logits, weight, out=of_part)
+                if counted is not None:  # not the logits, which are larger than all the rest
+                    of_part *= counted
+                    fed, once = (fed * counted).to(fed.dtype), counted.t().to(logits.dtype)
                 _add_product(gradients[1], logits.t(), fed)
-                gradients[2].add_((logits.new_ones(1, rows) @ logits)[0])
+                gradients[2].add_((once @ logits)[0])
         if gradients is not None:
             ctx.save_for_backward(*gradients)
             ctx.dtypes = dtypes

@@ -101,8 +101,7 @@ class Asked(NamedTuple):
         """As autograd gives them to a loop of so many `rows` that left `words`."""
         if alpha_sum is None:
             alpha_sum = torch.zeros_like(words.alphas[:rows])
-        if gated is not None:
-            gated = gated.contiguous()  # that of a sum is one number, expanded
+        hidden, gated = (None if each is None else each.contiguous() for each in (hidden, gated))  # of a sum: expanded
         return cls(hidden, gated, alpha_sum.contiguous(), alphas)
 
     def of_alpha(self, step: slice, rows: int) -> Tensor:
@@ -124,14 +123,14 @@ class Gradients(NamedTuple):
     contexts: Tensor
     """[M, D]"""
     h: Tensor
-    """[N, H] wide"""
+    """[N, H]"""
     c: Tensor
     """[N, H] wide"""
 
     @classmethod
     def empty(cls, words: Words, c: Tensor) -> Self:
         """Room for those of `words`, in a loop that begins with `c` [N, H]."""
-        like = (words.alphas, words.contexts, c, c)
+        like = (words.alphas, words.contexts, words.hidden[: len(c)], c)
         states = room_for(len(words.states), words.states.shape[1], words.states)
         return cls(states, *(torch.empty_like(each) for each in like))
 
@@ -183,10 +182,9 @@ class Passage(NamedTuple):
             step, n = packing.steps[t], packing.rows[t]
             s, grad_s = words.states[step], grads.states[step]
             c_before = words.cells[packing.steps[t - 1]][:n] if t else c_first
-            if asked.hidden is not None:
-                grads.h[:n] += asked.hidden[step]
+            of_hidden = None if asked.hidden is None else asked.hidden[step]
             kernels.cell_backward(
-                s[:, : 4 * H], c_before, words.cells[step], grads.h[:n], grads.c[:n], grad_s[:, : 4 * H]
+                s[:, : 4 * H], c_before, words.cells[step], grads.h[:n], of_hidden, grads.c[:n], grad_s[:, : 4 * H]
             )
             grad, wanted = by_context.times(grad_s[:, : 4 * H]), None if asked.gated is None else asked.gated[step]
             gate, of_context = Gate(s[:, 4 * H + A :], weights.gate_bias), grads.contexts[step]
@@ -194,7 +192,7 @@ class Passage(NamedTuple):
             through_alpha = locations.through_alpha(of_context) if locations else of_context
             of_step = (through_alpha, asked.of_alpha(step, n), grads.scores[step], grad_s[:, query])
             kernels.attend_backward(seen, t, s[:, query], words.alphas[step], *of_step)
-            grads.h[:n] = by_state.times(grad_s)
+            by_state.into(grad_s, grads.h[:n])
 
     def shared(self, grads: Gradients) -> tuple[Tensor, Weights]:
         """Gradients of the projection [B, L, A] and of the weights, from all words at once, after `backward`."""

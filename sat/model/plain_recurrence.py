@@ -60,13 +60,13 @@ class _PlainRecurrence(torch.autograd.Function):
         kernels, packing, prepare = ctx.loop
         by_state = prepare(state_weight)
         grad_gates = room_for(len(states), states.shape[1], states)
-        grad_h, grad_c = torch.zeros_like(c_first), torch.zeros_like(c_first)
+        grad_h, grad_c, asked = torch.zeros_like(h_first), torch.zeros_like(c_first), grads[0].contiguous()
         for t in reversed(range(len(packing.rows))):
             step, n = packing.steps[t], packing.rows[t]
             c_before = cells[packing.steps[t - 1]][:n] if t else c_first
-            grad_h[:n] += grads[0][step]
-            kernels.cell_backward(states[step], c_before, cells[step], grad_h[:n], grad_c[:n], grad_gates[step])
-            grad_h[:n] = by_state.times(grad_gates[step])
+            of_h = grad_h[:n], asked[step]
+            kernels.cell_backward(states[step], c_before, cells[step], *of_h, grad_c[:n], grad_gates[step])
+            by_state.into(grad_gates[step], grad_h[:n])
         before = padded(torch.cat([h_first, hidden])[packing.previous], len(grad_gates))
         of_words = grad_gates[: len(hidden)]
-        return None, of_words, grad_h.to(h_first.dtype), grad_c, grad_gates.t() @ before
+        return None, of_words, grad_h, grad_c, grad_gates.t() @ before

@@ -103,4 +103,4 @@ class _Recurrence(torch.autograd.Function):
         weighed = locations.weights(words.alphas) if locations and of_grid else words.alphas
         grad_grid = grad_of_grid(packing, weighed, grads.contexts) if of_grid else None
         of_words = grads.states[: len(words.hidden), : 4 * h.shape[1]]
-        return None, grad_grid, grad_projection, of_words, grads.h.to(h.dtype), grads.c, *of_weights
+        return None, grad_grid, grad_projection, of_words, grads.h, grads.c, *of_weights

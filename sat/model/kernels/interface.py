@@ -93,9 +93,19 @@ class Kernels(Protocol):
         """
 
     def cell_backward(
-        self, activations: Tensor, c_before: Tensor, c: Tensor, grad_h: Tensor, grad_c: Tensor, grad_gates: Tensor
+        self,
+        activations: Tensor,
+        c_before: Tensor,
+        c: Tensor,
+        grad_h: Tensor,
+        asked: Tensor | None,
+        grad_c: Tensor,
+        grad_gates: Tensor,
     ) -> None:
-        """Fill `grad_gates` [n, 4H] and turn `grad_c` [n, H] into that of the step before."""
+        """Fill `grad_gates` [n, 4H] and turn `grad_c` [n, H] into that of the step before.
+
+        From the gradient of h, which is `grad_h` [n, H], the next step's, and what the output layer `asked` [n, H].
+        """
 
     def cross_entropy(
         self, logits: Tensor, bias: Tensor, targets: Tensor, smoothing: float

@@ -17,7 +17,7 @@ from torch import Tensor
 from sat.model.kernels.build import build
 from sat.model.kernels.interface import Gate, Seen
 from sat.model.kernels.torch_kernels import alpha_sums as alpha_sums  # nothing is gained by kernels of its own
-from sat.model.kernels.torch_kernels import dropout_threshold
+from sat.model.kernels.torch_kernels import both, dropout_threshold
 
 FLAGS = ["-std=c++17", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC"]
 SOURCE, *HEADERS = (Path(__file__).with_name(name) for name in ("native.cpp", "attention.h", "tiles.h", "numbers.h"))
@@ -184,9 +184,18 @@ def cell(state: Tensor, word: Tensor, context: Tensor, c_before: Tensor, c: Tens
 
 
 def cell_backward(
-    activations: Tensor, c_before: Tensor, c: Tensor, grad_h: Tensor, grad_c: Tensor, grad_gates: Tensor
+    activations: Tensor,
+    c_before: Tensor,
+    c: Tensor,
+    grad_h: Tensor,
+    asked: Tensor | None,
+    grad_c: Tensor,
+    grad_gates: Tensor,
 ) -> None:
-    """Fill `grad_gates` [n, 4H] and turn `grad_c` [n, H] into that of the step before."""
+    """Fill `grad_gates` [n, 4H] and turn `grad_c` [n, H] into that of the step before.
+
+    From the gradient of h, which is `grad_h` [n, H], the next step's, and what the output layer `asked` [n, H].
+    """
     n, H = c.shape
     _call(
         "cell_backward",
@@ -197,7 +206,7 @@ def cell_backward(
         activations.stride(0),
         c_before,
         c,
-        grad_h,
+        both(grad_h, asked, c),
         grad_c,
         grad_gates,
         grad_gates.stride(0),

@@ -135,16 +135,31 @@ def cell(state: Tensor, word: Tensor, context: Tensor, c_before: Tensor, c: Tens
 
 
 def cell_backward(
-    activations: Tensor, c_before: Tensor, c: Tensor, grad_h: Tensor, grad_c: Tensor, grad_gates: Tensor
+    activations: Tensor,
+    c_before: Tensor,
+    c: Tensor,
+    grad_h: Tensor,
+    asked: Tensor | None,
+    grad_c: Tensor,
+    grad_gates: Tensor,
 ) -> None:
-    """Fill `grad_gates` [n, 4H] and turn `grad_c` [n, H] into that of the step before."""
+    """Fill `grad_gates` [n, 4H] and turn `grad_c` [n, H] into that of the step before.
+
+    From the gradient of h, which is `grad_h` [n, H], the next step's, and what the output layer `asked` [n, H].
+    """
     i, f, g, o = activations.to(c.dtype).chunk(4, 1)
+    grad_h = both(grad_h, asked, c)
     y = c.tanh()
     grad_c += grad_h * o * (1 - y * y)
     grad_i, grad_f = i * (1 - i) * g * grad_c, f * (1 - f) * c_before * grad_c
     grad_g, grad_o = i * (1 - g * g) * grad_c, o * (1 - o) * y * grad_h
     grad_gates.copy_(torch.cat([grad_i, grad_f, grad_g, grad_o], 1))
     grad_c *= f
+
+
+def both(grad_h: Tensor, asked: Tensor | None, like: Tensor) -> Tensor:
+    """Their sum [n, H] in the type of `like`."""
+    return grad_h.to(like.dtype) if asked is None else grad_h.to(like.dtype) + asked
 
 
 def cross_entropy(logits: Tensor, bias: Tensor, targets: Tensor, smoothing: float) -> tuple[Tensor, Tensor, Tensor]:

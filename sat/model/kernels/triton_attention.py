@@ -120,84 +120,75 @@ def look(
     L,
     D,
     GATE: tl.constexpr,
-    EMULATED: tl.constexpr,
     WHOLE: tl.constexpr,
-    BK: tl.constexpr,
     BL: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """Grid: images, blocks of D. Softmax, weighted sum of the grid, and its gate: GATE 0 none, 1 scalar, 2 vector."""
+    """Grid: images, blocks of D. Softmax, weighted sum of the grid, and its gate: GATE 0 none, 1 scalar, 2 vector.
+
+    A product of tensor cores would be of sixteen rows, and images have five: each row by itself was faster on an H200.
+    """
     image, part = tl.program_id(0), tl.program_id(1)
     place, end = _bounds(ends, image)
-    first = _row(rows, place, end, n)
-    if first >= n:
+    row = _row(rows, place, end, n)
+    if row >= n:
         return
     d, location = part * BD + tl.arange(0, BD), tl.arange(0, BL)
     columns, kept = d < D, 0.0
     grid += image.to(tl.int64) * L * D
-    if WHOLE and BK == 1:
+    if WHOLE:
         kept = _block(grid, location, d, L, D)
     if GATE == 1:
         shift = tl.load(bias).to(tl.float32)
     if GATE == 2:
-        shift = tl.load(bias + d, mask=columns, other=0.0).to(tl.float32)[None, :]
-    while first < n:
-        row = _row(rows, place + tl.arange(0, BK), end, n)
-        running = row < n
-        place += BK
-        first = _row(rows, place, end, n)
-        mask = running[:, None] & columns[None, :]
+        shift = tl.load(bias + d, mask=columns, other=0.0).to(tl.float32)
+    while row < n:
+        place += 1
+        following = _row(rows, place, end, n)
+        own = row * L + location
         if GATE == 1:
-            closed = tl.load(gate + row * gate_stride, mask=running, other=0.0)[:, None]
+            closed = tl.load(gate + row * gate_stride)
         if GATE == 2:
-            own = gate + (row * gate_stride)[:, None] + d[None, :]
-            closed = tl.load(own, mask=mask, other=0.0)
-        found = tl.zeros([BK, BD], dtype=tl.float32)
+            closed = tl.load(gate + row * gate_stride + d, mask=columns, other=0.0)
         if WHOLE:
-            score = _scores(scores, row, running, location, L)
-            tile = kept if BK == 1 else _block(grid, location, d, L, D)
-            likely = tl.exp(score - tl.where(running, tl.max(score, axis=1), 0.0)[:, None])
-            share = likely / tl.where(running, tl.sum(likely, axis=1), 1.0)[:, None]
-            _keep(alpha, share, row, running, location, L, part)
-            found = _product(share, tile, found, EMULATED, BK)
+            score = tl.load(scores + own, mask=location < L, other=-float("inf"))
+            likely = tl.exp(score - tl.max(score, axis=0))
+            share = likely / tl.sum(likely, axis=0)
+            tl.store(alpha + own, share, mask=(location < L) & (part == 0))  # the first part writes it for all of them
+            found = _weighed(share, kept)
         else:
-            top, total = _softmax_sums(scores, row, running, L, BK, BL)
-            for low in tl.range(0, L, BL, num_stages=3):
-                share = tl.exp(_scores(scores, row, running, low + location, L) - top[:, None]) / total[:, None]
-                _keep(alpha, share, row, running, low + location, L, part)
-                found = _product(share, _block(grid, low + location, d, L, D), found, EMULATED, BK)
-        out = (row * D)[:, None] + d[None, :]
-        tl.store(context + out, found, mask=mask)
+            top, total = _softmax_sums(scores, row, L, BL)
+            found = tl.zeros([BD], dtype=tl.float32)
+            for low in range(0, L, BL):
+                here = low + location < L
+                share = tl.exp(tl.load(scores + low + own, mask=here, other=-float("inf")) - top) / total
+                tl.store(alpha + low + own, share, mask=here & (part == 0))
+                found += _weighed(share, _block(grid, low + location, d, L, D))
+        tl.store(context + row * D + d, found, mask=columns)
         if GATE:
             opened = sigmoid(closed.to(tl.float32) + shift)
-            tl.store(gated + out, found * opened, mask=mask)
+            tl.store(gated + row * D + d, found * opened, mask=columns)
             if GATE == 2:
-                tl.store(own, opened, mask=mask)
+                tl.store(gate + row * gate_stride + d, opened, mask=columns)
+        row = following
 
 
 @triton.jit
-def _scores(scores, row, running, location, L):
-    mask = running[:, None] & (location < L)[None, :]
-    return tl.load(scores + (row * L)[:, None] + location[None, :], mask=mask, other=-float("inf"))
+def _weighed(share, tile):
+    return tl.sum(share[:, None] * tile.to(tl.float32), axis=0)
 
 
 @triton.jit
-def _keep(alpha, share, row, running, location, L, part):
-    """The first part of an image writes alpha for all of them."""
-    mask = running[:, None] & (location < L)[None, :] & (part == 0)
-    tl.store(alpha + (row * L)[:, None] + location[None, :], share, mask=mask)
-
-
-@triton.jit
-def _softmax_sums(scores, row, running, L, BK: tl.constexpr, BL: tl.constexpr):
-    """Greatest score of each row and the sum of exp(score - greatest)."""
-    top, total = tl.full([BK], -float("inf"), dtype=tl.float32), tl.zeros([BK], dtype=tl.float32)
+def _softmax_sums(scores, row, L, BL: tl.constexpr):
+    """Greatest score of a row and the sum of exp(score - greatest)."""
+    top, total = -float("inf"), 0.0
     for low in range(0, L, BL):
-        score = _scores(scores, row, running, low + tl.arange(0, BL), L)
-        higher = tl.where(running, tl.maximum(top, tl.max(score, axis=1)), 0.0)
-        total = total * tl.exp(top - higher) + tl.sum(tl.exp(score - higher[:, None]), axis=1)
+        location = low + tl.arange(0, BL)
+        score = tl.load(scores + row * L + location, mask=location < L, other=-float("inf"))
+        higher = tl.maximum(top, tl.max(score, axis=0))
+        total = total * tl.exp(top - higher) + tl.sum(tl.exp(score - higher), axis=0)
         top = higher
-    return top, tl.where(running, total, 1.0)
+    return top, total
 
 
 # ------------------------------------------------------------------ backward

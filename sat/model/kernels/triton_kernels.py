@@ -21,12 +21,14 @@ from sat.model.packing import Packing
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 CAPABILITY = (8, 0)
 """The oldest GPUs served: those that compute in bfloat16."""
-TILE = 4096
+TILE = 1024
 """Elements of a projection that a program holds: with more, too few of a GPU's programs wait for memory at once."""
 ROWS = 16
-"""Rows of an image that meet its grid in one product: the fewest that tensor cores take."""
+"""Rows of an image that meet its grid in one product of `backward_alpha`: the fewest that tensor cores take."""
 HELD = 256
 """Most locations that a program holds at once."""
+WARP = 8192
+"""Bytes of a tile that a warp holds in registers."""
 PROGRAMS = 1024
 """Enough for all processors of a large GPU to have several."""
 
@@ -133,12 +135,11 @@ def _look(sight: _Sight, query: Tensor, gate: Gate | None, alpha: Tensor, contex
         REGIONS=sight.regions is not None,
         BL=block,
         BA=wide,
+        num_warps=1,
     )
     width = 0 if gate is None else gate.values.shape[1]
     values, stride, bias = (None, 0, None) if gate is None else (gate.values, gate.values.stride(0), gate.bias)
-    together = 1 if sight.grid.dtype == torch.float32 else ROWS
-    block = max(16, _power(L)) if (HELD if together == 1 else 64) >= L else 64
-    part = min(max(16, _power(D)), 64 if block <= 64 else 32)
+    block, part = _held_grid(sight, L, D)
     _attention().look[sight.images, _blocks(D, part)](
         scores,
         sight.grid,
@@ -154,13 +155,22 @@ def _look(sight: _Sight, query: Tensor, gate: Gate | None, alpha: Tensor, contex
         L,
         D,
         GATE=_kind(width, D),
-        EMULATED=_emulated(),
         WHOLE=block >= L,
-        BK=together,
         BL=block,
         BD=part,
         num_stages=1,
+        num_warps=1,
     )
+
+
+def _held_grid(sight: _Sight, L: int, D: int) -> tuple[int, int]:
+    """Locations and features that a program of `look` holds, which is one warp: what was fastest on an H200."""
+    block = max(16, _power(L)) if L <= HELD else 64
+    if sight.grid.dtype == torch.float32:
+        part = max(16, 2048 // block)
+    else:
+        part = 128 if block <= 64 and sight.images >= 128 else 4096 // block
+    return block, min(part, max(16, _power(D)))
 
 
 def attend_backward(
@@ -195,7 +205,7 @@ def attend_backward(
         **how,
     )
     block = _power(L) if L <= HELD else 32
-    part = 64 if block <= 64 else 32
+    part = 16 if block > 128 and seen.grid.itemsize == 2 else 32
     _attention().backward_query[sight.images, _blocks(A, part)](
         *(sight.projection, query, query.stride(0), sight.score, sight.ends, sight.rows, n, alpha, totals),
         *(grad_scores, grad_query, grad_query.stride(0), L, A),
@@ -206,14 +216,15 @@ def attend_backward(
         BL=block,
         BA=part,
         num_stages=1,
+        num_warps=max(1, block * part * seen.grid.itemsize // WARP),
     )
 
 
 def _parts_of_alpha(sight: _Sight, L: int, D: int) -> dict[str, int]:
     """How `backward_alpha` divides its work: by parts of D too, where images and locations are too few programs."""
     if sight.grid.dtype == torch.float32:
-        width = min(_power(D), 512)
-        return {"SPAN": width, "STAGES": 1, "BK": 1, "BL": 8, "BD": width}
+        width = min(_power(D), 256)
+        return {"SPAN": width, "STAGES": 1, "BK": 1, "BL": 4, "BD": width, "num_warps": 1}
     wanted = min(_blocks(PROGRAMS, sight.images * _blocks(L, 32)), _blocks(D, 256))
     span = _blocks(D, 64 * _power(wanted)) * 64
     return {"SPAN": span, "STAGES": 3, "BK": ROWS, "BL": 32, "BD": 64}
@@ -282,9 +293,18 @@ def cell(state: Tensor, word: Tensor, context: Tensor, c_before: Tensor, c: Tens
 
 
 def cell_backward(
-    activations: Tensor, c_before: Tensor, c: Tensor, grad_h: Tensor, grad_c: Tensor, grad_gates: Tensor
+    activations: Tensor,
+    c_before: Tensor,
+    c: Tensor,
+    grad_h: Tensor,
+    asked: Tensor | None,
+    grad_c: Tensor,
+    grad_gates: Tensor,
 ) -> None:
-    """Fill `grad_gates` [n, 4H] and turn `grad_c` [n, H] into that of the step before."""
+    """Fill `grad_gates` [n, 4H] and turn `grad_c` [n, H] into that of the step before.
+
+    From the gradient of h, which is `grad_h` [n, H], the next step's, and what the output layer `asked` [n, H].
+    """
     n, H = c.shape
     block = min(_power(H), 512)
     _programs().cell_backward[n, _blocks(H, block)](
@@ -293,10 +313,12 @@ def cell_backward(
         c_before,
         c,
         grad_h,
+        asked,
         grad_c,
         grad_gates,
         grad_gates.stride(0),
         H,
+        ASKED=asked is not None,
         BLOCK=block,
     )
 

@@ -50,7 +50,20 @@ def _gate(state, word, context, real):
 
 
 @triton.jit
-def cell_backward(activations, stride, c_before, c, grad_h, grad_c, grad_gates, grad_stride, H, BLOCK: tl.constexpr):
+def cell_backward(
+    activations,
+    stride,
+    c_before,
+    c,
+    grad_h,
+    asked,
+    grad_c,
+    grad_gates,
+    grad_stride,
+    H,
+    ASKED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """Grid: rows, blocks of H."""
     row, unit = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     real, place, own = unit < H, row * H + unit, activations + row * stride + unit
@@ -58,14 +71,16 @@ def cell_backward(activations, stride, c_before, c, grad_h, grad_c, grad_gates, 
     f = tl.load(own + H, mask=real, other=0.0).to(tl.float32)
     g = tl.load(own + 2 * H, mask=real, other=0.0).to(tl.float32)
     o = tl.load(own + 3 * H, mask=real, other=0.0).to(tl.float32)
-    asked = tl.load(grad_h + place, mask=real, other=0.0)
+    of_h = tl.load(grad_h + place, mask=real, other=0.0).to(tl.float32)
+    if ASKED:
+        of_h += tl.load(asked + place, mask=real, other=0.0).to(tl.float32)
     y = tanh(tl.load(c + place, mask=real, other=0.0))
-    of_c = tl.load(grad_c + place, mask=real, other=0.0) + asked * o * (1.0 - y * y)
+    of_c = tl.load(grad_c + place, mask=real, other=0.0) + of_h * o * (1.0 - y * y)
     out = grad_gates + row * grad_stride + unit
     tl.store(out, i * (1.0 - i) * g * of_c, mask=real)
     tl.store(out + H, f * (1.0 - f) * tl.load(c_before + place, mask=real, other=0.0) * of_c, mask=real)
     tl.store(out + 2 * H, i * (1.0 - g * g) * of_c, mask=real)
-    tl.store(out + 3 * H, o * (1.0 - o) * y * asked, mask=real)
+    tl.store(out + 3 * H, o * (1.0 - o) * y * of_h, mask=real)
     tl.store(grad_c + place, of_c * f, mask=real)
 
 
