@@ -86,11 +86,9 @@ def test_batches_are_copied_beside_the_computing_and_arrive_whole():
         batch = CaptionBatch(grid, captions, lengths, keys.pin_memory(), **nothing)
         busy = (busy @ busy).clamp(-1, 1)
         there = batch.to("cuda")
-        assert there.grid.device.type == there.keys.device.type == "cuda"
-        assert there.captions is captions and there.lengths is lengths
-        sums.append(
-            torch.stack([there.grid.amin(), there.grid.amax(), (there.keys.sum() == keys.sum().cuda()).float()])
-        )
-        expected.append([number, number, 1])
+        assert there.grid.device.type == "cuda"
+        assert there.captions is captions and there.lengths is lengths and there.keys is batch.keys
+        sums.append(torch.stack([there.grid.amin(), there.grid.amax()]))
+        expected.append([number, number])
         del batch, there, grid
     assert torch.stack(sums).tolist() == expected

@@ -80,32 +80,32 @@ class CaptionBatch:
         return self.boxes[row, : int(self.regions[row])].numpy()
 
     def to(self, device: torch.device | str) -> "CaptionBatch":
-        """What the model computes with on `device`; captions and lengths stay on the host, where the step is planned.
+        """What the model computes with on `device`; captions, lengths and keys stay on the host, where steps are planned.
 
         From pinned memory nobody waits for the copy, and a GPU copies beside what it still computes of the last step.
         """
         if torch.device(device).type == "cuda":
             return self._beside(torch.device(device))
-        there = self._map(lambda tensor: tensor.to(device))
-        return replace(there, captions=self.captions, lengths=self.lengths)
+        return self._inputs(lambda tensor: tensor.to(device))
 
     def _beside(self, device: torch.device) -> "CaptionBatch":
         """Copied by a stream of its own, for which the computing one waits."""
         computing, copying = torch.cuda.current_stream(device), _copying_stream(device)
         with torch.cuda.stream(copying):
-            there = self._map(lambda tensor: tensor.to(device, non_blocking=True))
+            there = self._inputs(lambda tensor: tensor.to(device, non_blocking=True))
         computing.wait_stream(copying)
-        there._map(lambda tensor: _keep_for(computing, tensor))
-        return replace(there, captions=self.captions, lengths=self.lengths)
+        return there._inputs(lambda tensor: _keep_for(computing, tensor))
 
     def pin_memory(self) -> "CaptionBatch":
         """Called by the DataLoader: page-locked copies of the tensors."""
-        return self._map(Tensor.pin_memory)
+        planned = (each.pin_memory() for each in (self.captions, self.lengths, self.keys))
+        return replace(
+            self._inputs(Tensor.pin_memory), **dict(zip(("captions", "lengths", "keys"), planned, strict=True))
+        )
 
-    def _map(self, function: Callable[[Tensor], Tensor]) -> "CaptionBatch":
-        regions = None if self.regions is None else function(self.regions)
-        grid, captions, lengths = function(self.grid), function(self.captions), function(self.lengths)
-        return replace(self, grid=grid, captions=captions, lengths=lengths, keys=function(self.keys), regions=regions)
+    def _inputs(self, function: Callable[[Tensor], Tensor]) -> "CaptionBatch":
+        """With what `function` makes of the inputs, which are the grid and the regions."""
+        return replace(self, grid=function(self.grid), regions=None if self.regions is None else function(self.regions))
 
 
 @functools.cache

@@ -82,7 +82,7 @@ class SelfCritical(nn.Module):
         there = images.to(grid.device, non_blocking=True)
         memory = self.model.encode(grid, there, regions)
         numbers = torch.arange(n, device=grid.device) + (int(Site.SAMPLE) << 32)
-        drawn = derive(keys.to(grid.device)[there, :1], numbers)  # [B', n]
+        drawn = derive(keys.to(grid.device, non_blocking=True)[there, :1], numbers)  # [B', n]
         greedy, longest = self.options.baseline == "greedy", self.options.max_length
         with weights_at_rest([model]):
             samples = draw_samples(model, model.for_decoding(memory), drawn, longest, greedy).cpu()
