@@ -80,7 +80,7 @@ class CaptionBatch:
         return self.boxes[row, : int(self.regions[row])].numpy()
 
     def to(self, device: torch.device | str) -> "CaptionBatch":
-        """What the model computes with on `device`; captions, lengths and keys stay on the host, where steps are planned.
+        """What the model computes with on `device`; the others stay on the host, where a step is planned.
 
         From pinned memory nobody waits for the copy, and a GPU copies beside what it still computes of the last step.
         """
@@ -98,10 +98,8 @@ class CaptionBatch:
 
     def pin_memory(self) -> "CaptionBatch":
         """Called by the DataLoader: page-locked copies of the tensors."""
-        planned = (each.pin_memory() for each in (self.captions, self.lengths, self.keys))
-        return replace(
-            self._inputs(Tensor.pin_memory), **dict(zip(("captions", "lengths", "keys"), planned, strict=True))
-        )
+        captions, lengths, keys = (each.pin_memory() for each in (self.captions, self.lengths, self.keys))
+        return replace(self._inputs(Tensor.pin_memory), captions=captions, lengths=lengths, keys=keys)
 
     def _inputs(self, function: Callable[[Tensor], Tensor]) -> "CaptionBatch":
         """With what `function` makes of the inputs, which are the grid and the regions."""
