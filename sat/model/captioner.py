@@ -304,11 +304,13 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 def _mean(memory: Memory) -> Tensor:
     """The mean location [B, 1, D], summed in float32 or wider."""
-    wide = _wide(memory.grid.dtype)
-    if memory.regions is None:
-        return memory.grid.mean(1, keepdim=True, dtype=wide).to(memory.grid.dtype)
-    total = memory.grid.sum(1, keepdim=True, dtype=wide)  # zeros beyond the regions
-    return (total / memory.regions[:, None, None]).to(memory.grid.dtype)
+    grid, wide = memory.grid, _wide(memory.grid.dtype)
+    if grid.device.type == "cpu" and len(grid):  # image by image: PyTorch would widen the whole grid before it sums
+        total = torch.stack([image.sum(0, keepdim=True, dtype=wide) for image in grid])
+    else:
+        total = grid.sum(1, keepdim=True, dtype=wide)
+    count = grid.shape[1] if memory.regions is None else memory.regions[:, None, None]  # zeros beyond the regions
+    return (total / count).to(grid.dtype)
 
 
 def _uniform(memory: Memory, like: Tensor) -> Tensor:
