@@ -5,8 +5,10 @@ import torch
 
 from sat.model.captioner import Captioner
 from sat.model.loss import total_loss
-from sat.model.objectives import teacher_forcing
+from sat.model.objectives import replayed as replayed_module
+from sat.model.objectives.options import SelfCriticalOptions
 from sat.model.objectives.replayed import LIMIT, ROWS, covers, new_room
+from sat.model.objectives.self_critical import SelfCritical
 from sat.model.objectives.teacher_forcing import TeacherForcing
 from sat.model.packing import Room, pack
 from sat.model.recording import record_on_gpu
@@ -47,16 +49,16 @@ class Counted:
 def replays(monkeypatch):
     """Objectives of a model on a device: one that is replayed, its recorder, and one that is not."""
 
-    def make(device, preset="paper", kernels="auto", dtype=None, **settings):
+    def make(device, preset="paper", kernels="auto", dtype=None, objective=TeacherForcing, **settings):
         torch.manual_seed(0)
         spec = CaptionerSpec.of_preset(preset, **WIDTHS | settings)
         model = Captioner(spec, Sizes(V, L, D), kernels)
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter, std=0.4)
         model.to(device=device, dtype=dtype or (torch.float64 if device == "cpu" else torch.float32))
-        counted, replayed, plain = Counted(device), TeacherForcing(model), TeacherForcing(model)
+        counted, replayed, plain = Counted(device), objective(model), objective(model)
         recorders = {id(replayed): counted}
-        monkeypatch.setattr(teacher_forcing, "choose_recorder", lambda *_: recorders["now"])
+        monkeypatch.setattr(replayed_module, "choose_recorder", lambda *_: recorders["now"])
 
         def take(objective, *batch, **how):
             recorders["now"] = recorders.get(id(objective))
@@ -130,6 +132,25 @@ def test_so_do_all_rewards_of_hard_attention_and_the_kernels_of_pytorch(kernels,
     for seed, sizes in enumerate(SIZES):
         given = batch(seed, *sizes)
         assert_same(take(replayed, *given), take(plain, *given))
+
+
+@each_device
+@pytest.mark.parametrize("attention", ["soft", "none"])
+def test_so_do_samples_that_are_rewarded(attention, device, replays):
+    def reward(samples, references):
+        return [sum(words) % 7 + len(texts[0]) for words, texts in zip(samples, references, strict=True)]
+
+    def objective(model):
+        return SelfCritical(model, reward, SelfCriticalOptions(samples=3, max_length=9))
+
+    replayed, plain, counted, take = replays(device, objective=objective, attention=attention, dropout=0.4)
+    for seed, sizes in enumerate([*SIZES[:6], (6, 3, 2)]):
+        given = *batch(seed, *sizes, device=device, regions=bool(seed % 2)), [["a" * b] for b in range(1, sizes[0] + 1)]
+        found, expected = take(replayed, *given), take(plain, *given)
+        for each in (found, expected):
+            del each["sampling_seconds"], each["reward_seconds"]
+        assert_same(found, expected)
+    assert counted.replayed == 2 * 7 + counted.recorded // 2
 
 
 @each_device

@@ -18,7 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from sat.model.captioner import Captioner, Memory
 from sat.model.draws import Draws
+from sat.model.kernels.choose import choose_recorder
 from sat.model.loss import LossSums
 from sat.model.packing import Packing, Room, pack, side_by_side
 from sat.model.recording import Play, Record
@@ -30,9 +32,26 @@ SPARE = 1.2
 """A recording serves where a new one would go through no less than its words divided by this."""
 LIMIT = 48
 """Recordings of one objective; beyond them whatever covers serves, and what nothing covers is not replayed."""
-Compute = Callable[[Tensor, Draws, Tensor | None], LossSums]
-"""The sums of grids [B', L, D], of which the captions are that `Draws` are of, and int64 [B'] regions of each."""
+Compute = Callable[[Memory, Draws, Tensor | None], LossSums]
+"""The sums of images in the order of the packing that `Draws` are of, and the gains [N] of its rows, if it has any."""
 HOST = torch.device("cpu")
+
+
+class MicroBatch(NamedTuple):
+    """What an objective is given; but for grid and regions on the host."""
+
+    grid: Tensor
+    """[B, L, D]"""
+    captions: Tensor
+    """int64 [B, K, T + 1]"""
+    lengths: Tensor
+    """int64 [B, K]"""
+    regions: Tensor | None
+    """int64 [B]"""
+    keys: Tensor | None
+    """int64 [B, K]"""
+    gains: Tensor | None = None
+    """float64 [B, K] that captions are weighed by; none where that is the objective's own matter."""
 
 
 def new_room(needed: Room) -> Room:
@@ -73,12 +92,12 @@ class _Setting(NamedTuple):
 class _Computing(nn.Module):
     """What is recorded, as a module: so that it can be called with other weights."""
 
-    def __init__(self, model: nn.Module, compute: Compute) -> None:
+    def __init__(self, model: Captioner, compute: Compute) -> None:
         super().__init__()
         self.model, self.compute = model, compute
 
-    def forward(self, grid: Tensor, draws: Draws, regions: Tensor | None) -> LossSums:
-        return self.compute(grid, draws, regions)
+    def forward(self, grid: Tensor, draws: Draws, regions: Tensor | None, gains: Tensor | None) -> LossSums:
+        return self.compute(self.model.encode(grid, None, regions), draws, gains)
 
 
 class _Recording:
@@ -88,8 +107,9 @@ class _Recording:
     made, and an engine may hold it.
     """
 
-    def __init__(self, computing: _Computing, plan: Packing, grid: Tensor, regions: Tensor | None) -> None:
+    def __init__(self, computing: _Computing, plan: Packing, grid: Tensor, regions: Tensor | None, gains: bool) -> None:
         self.computing, self.grid, self.regions = computing, grid, regions
+        self.gains = torch.zeros(plan.rows[0], dtype=torch.float64, device=grid.device) if gains else None
         learning = {name: each for name, each in computing.named_parameters() if each.requires_grad}
         largest_first = sorted(
             learning.items(), key=lambda item: item[1].numel(), reverse=True
@@ -107,15 +127,17 @@ class _Recording:
         self._outputs: tuple[Tensor, Tensor] | None = None
         self._kept: dict[str, Tensor] = {}
 
-    def fill(self, plan: Packing, keys: Tensor | None, grid: Tensor, regions: Tensor | None) -> None:
-        """Bring in a batch."""
-        draws = Draws.of(keys, plan)
+    def fill(self, plan: Packing, batch: MicroBatch) -> None:
+        """Bring in a batch and its plan."""
+        draws = Draws.of(batch.keys, plan)
         indices = side_by_side([*plan.indices.values(), draws.images, draws.captions], self.grid.device)
         self._indices.copy_(indices, non_blocking=True)
         images = self.draws.packing.images
-        torch.index_select(grid, 0, images, out=self.grid)
-        if self.regions is not None and regions is not None:
-            torch.index_select(regions, 0, images, out=self.regions)
+        torch.index_select(batch.grid, 0, images, out=self.grid)
+        if self.regions is not None and batch.regions is not None:
+            torch.index_select(batch.regions, 0, images, out=self.regions)
+        if self.gains is not None and batch.gains is not None:
+            self.gains.copy_(batch.gains[plan.images[plan.row_image], plan.row_caption])
 
     def record(self, record: Record) -> None:
         """Both directions, with the batch that was brought in."""
@@ -129,7 +151,7 @@ class _Recording:
         kind = self.grid.device.type
         dtype, enabled = torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
         with torch.autocast(kind, dtype, enabled, cache_enabled=False):  # a cast that is kept is not in the recording
-            sums = functional_call(self.computing, self._aliases, (self.grid, self.draws, self.regions))
+            sums = functional_call(self.computing, self._aliases, (self.grid, self.draws, self.regions, self.gains))
         self._outputs = sums.per_token, sums.per_caption
         self._keep("losses", torch.stack(self._outputs).detach())
         self._keep("asked", self["losses"])
@@ -174,31 +196,30 @@ class _Pass:
 class Replay:
     """Records an objective's sums for the rooms that it meets, and replays them."""
 
-    def __init__(self, model: nn.Module, compute: Compute, record: Record) -> None:
+    def __init__(self, model: Captioner, compute: Compute) -> None:
         """`compute` uses no other weights than `model`'s."""
-        self._computing, self._record = _Computing(model, compute), record
+        self._computing = _Computing(model, compute)
         self._setting: _Setting | None = None
         self._memory: tuple[Tensor, Tensor | None] | None = None
         self._recordings: dict[Room, _Recording] = {}
         self._last: ref[_Pass] | None = None
 
-    def sums(
-        self, grid: Tensor, captions: Tensor, lengths: Tensor, regions: Tensor | None, keys: Tensor | None
-    ) -> LossSums | None:
-        """Of a micro-batch, as `TeacherForcing.forward` is given it; None where it cannot be replayed."""
+    def sums(self, batch: MicroBatch) -> LossSums | None:
+        """None where it cannot be replayed."""
         last, model = self._last() if self._last else None, self._computing.model
-        if not _replayable(grid, model) or (last and last.on_its_way):
+        record = None if last and last.on_its_way else _recorder_for(model, batch.grid)
+        if record is None:
             return None
-        setting = _Setting.of(model, grid, regions)
+        setting = _Setting.of(model, batch.grid, batch.regions)
         if setting != self._setting:
             self._setting, self._memory, self._recordings = setting, None, {}
-        plan = pack(captions, lengths, HOST, self._room_for)
+        plan = pack(batch.captions, batch.lengths, HOST, self._room_for)
         if not plan.roomy:
             return None
-        recording = self._recording_of(plan, grid, regions)
-        recording.fill(plan, keys, grid, regions)
+        recording = self._recording_of(plan, batch)
+        recording.fill(plan, batch)
         if not recording.plays:
-            recording.record(self._record)
+            recording.record(record)
         recording.plays[0]()
         passing = _Pass(recording)
         self._last = ref(passing)
@@ -220,25 +241,29 @@ class Replay:
             return nearest
         return None if full else new
 
-    def _recording_of(self, plan: Packing, grid: Tensor, regions: Tensor | None) -> _Recording:
+    def _recording_of(self, plan: Packing, batch: MicroBatch) -> _Recording:
         room = Room(len(plan.images), plan.rows)
         if room in self._recordings:
             return self._recordings[room]
         if self._memory is None or len(self._memory[0]) < room.images:
             self._memory, self._recordings = None, {}  # before there is new memory
-            new = grid.new_empty(room.images, *grid.shape[1:])
-            self._memory = new, None if regions is None else regions.new_ones(room.images)
-        own, beside = self._memory
-        kept = own[: room.images], None if beside is None else beside[: room.images]
-        self._recordings[room] = _Recording(self._computing, plan, *kept)
+            grid, regions = batch.grid.new_empty(room.images, *batch.grid.shape[1:]), batch.regions
+            self._memory = grid, None if regions is None else regions.new_ones(room.images)
+        grid, regions = self._memory
+        own = grid[: room.images], None if regions is None else regions[: room.images]
+        self._recordings[room] = _Recording(self._computing, plan, *own, batch.gains is not None)
         return self._recordings[room]
 
 
-def _replayable(grid: Tensor, model: nn.Module) -> bool:
-    """Weights that move cannot be read by a recording: DeepSpeed's ZeRO 3 moves them, and marks them."""
+def _recorder_for(model: Captioner, grid: Tensor) -> Record | None:
+    """What records; None where that does not serve.
+
+    Weights that move cannot be read by a recording: DeepSpeed's ZeRO 3 moves them, and marks them.
+    """
     learning = [each for each in model.parameters() if each.requires_grad]
     alike = len({each.dtype for each in learning}) == 1 and not any(hasattr(each, "ds_id") for each in learning)
-    return alike and torch.is_grad_enabled() and not grid.requires_grad
+    served = alike and torch.is_grad_enabled() and not grid.requires_grad
+    return choose_recorder(model.kernels, model.vocabulary.weight) if served else None
 
 
 class _Replayed(torch.autograd.Function):

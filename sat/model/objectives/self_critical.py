@@ -24,6 +24,7 @@ from sat.model.draws import Draws, Site, derive
 from sat.model.loss import LossSums
 from sat.model.objectives.objective import Trained
 from sat.model.objectives.options import SelfCriticalOptions
+from sat.model.objectives.replayed import MicroBatch, Replay
 from sat.model.objectives.rollout import roll_out, word_losses
 from sat.model.objectives.sampling import Samples, draw_samples
 from sat.model.objectives.teacher_forcing import TeacherForcing, attention_counts
@@ -55,6 +56,7 @@ class SelfCritical(nn.Module):
         if model.captioner.spec.attention == "hard":
             raise ValueError("self-critical training knows no hard attention")
         self.model, self.reward, self.options = model, reward, options
+        self._replay = Replay(model.captioner, self._sums_of) if model is model.captioner else None
 
     def forward(
         self,
@@ -74,7 +76,7 @@ class SelfCritical(nn.Module):
         """
         images = (lengths > 0).any(1).nonzero().squeeze(1)  # [B']
         if not len(images):
-            return self._nothing(TeacherForcing(self.model)(grid, captions, lengths, 0.0, regions))
+            return self._nothing(TeacherForcing(self.model, replays=False)(grid, captions, lengths, 0.0, regions))
         if keys is None:
             keys = torch.randint(-(1 << 63), (1 << 63) - 1, lengths.shape)
         assert references is not None and not sampling_probability
@@ -89,9 +91,16 @@ class SelfCritical(nn.Module):
         sampled = time.perf_counter()
         judged = self._judge(samples.listed(), [references[image] for image in images.tolist()])
         rewarded = time.perf_counter()
-        sums = self._sums(memory, Samples(samples.captions[:, :n], samples.lengths[:, :n]), drawn, judged)
-        seconds = {"sampling_seconds": sampled - began, "reward_seconds": rewarded - sampled}
-        return sums._replace(counts=sums.counts | {name: _scalar(value, sums) for name, value in seconds.items()})
+        scored = Samples(samples.captions[:, :n], samples.lengths[:, :n])
+        batch = MicroBatch(grid, *scored, regions, drawn.cpu(), judged.rewards - judged.baselines)
+        sums = self._sums(batch, there, memory)
+        more = {
+            "reward": float(judged.rewards.sum()),
+            "baseline": float(judged.baselines.sum()),
+            "sampling_seconds": sampled - began,
+            "reward_seconds": rewarded - sampled,
+        }
+        return sums._replace(counts=sums.counts | {name: _scalar(value, sums) for name, value in more.items()})
 
     def weighs(self, lengths: Tensor) -> tuple[int, int]:
         """No token is known before the samples are; their number is."""
@@ -115,24 +124,32 @@ class SelfCritical(nn.Module):
             return _Judged(rewards[:, :n], rewards[:, n:].expand(-1, n))
         return _Judged(rewards, (rewards.sum(1, keepdim=True) - rewards) / (n - 1))
 
-    def _sums(self, memory: Memory, samples: Samples, keys: Tensor, judged: _Judged) -> LossSums:
-        """The samples scored again, their words weighted by what they gain."""
-        model, packing = self.model.captioner, pack(*samples, memory.grid.device)
-        draws = Draws.of(keys, packing)
-        rollout = roll_out(model, memory.pick(packing.images), draws, 0.0)
-        gains = (judged.rewards - judged.baselines).to(memory.grid.device)
-        of_rows = gains[packing.images[packing.row_image], packing.row_caption]  # [N]
-        factors = of_rows[packing.word_row].to(torch.promote_types(rollout.hidden.dtype, torch.float32))
+    def _sums(self, batch: MicroBatch, images: Tensor, memory: Memory) -> LossSums:
+        """The samples scored again; they are those of `images` int64 [B'] of the grid, whose `memory` is there."""
+        assert batch.gains is not None
+        if self._replay:
+            regions = None if batch.regions is None else batch.regions[images]
+            replayed = self._replay.sums(batch._replace(grid=batch.grid[images], regions=regions))
+            if replayed:
+                return replayed
+        packing = pack(batch.captions, batch.lengths, memory.grid.device)
+        gains = batch.gains.to(memory.grid.device)[packing.images[packing.row_image], packing.row_caption]
+        return self._sums_of(memory.pick(packing.images), Draws.of(batch.keys, packing), gains)
+
+    def _sums_of(self, memory: Memory, draws: Draws, gains: Tensor | None) -> LossSums:
+        """Of images in the order of the packing; each word is weighed by what its caption gains, float64 [N]."""
+        assert gains is not None
+        model, packing = self.model.captioner, draws.packing
+        rollout = roll_out(model, memory, draws, 0.0)
+        factors = (gains[packing.word_row] * packing.real).to(torch.promote_types(rollout.hidden.dtype, torch.float32))
         words = word_losses(model, rollout, draws, 0.0, factors)
         zero = torch.zeros_like(words.objective)
         counts = {
-            "nll": words.nll.sum(),
+            "nll": (words.nll * packing.real).sum(),
             "penalty": zero.detach(),
             "tokens": packing.real.sum(),
             "captions": (packing.row_lengths > 0).sum(),
-            "correct": words.correct.sum(),
-            "reward": words.nll.new_full((), float(judged.rewards.sum())),
-            "baseline": words.nll.new_full((), float(judged.baselines.sum())),
+            "correct": (words.correct * packing.real).sum(),
         }
         if rollout.alpha is not None:
             counts |= attention_counts(rollout.alpha.detach())

@@ -13,11 +13,10 @@ from torch import Tensor, nn
 from sat.model.attention import beyond
 from sat.model.captioner import END, START, Memory
 from sat.model.draws import Draws
-from sat.model.kernels.choose import choose_recorder
 from sat.model.loss import LossSums
 from sat.model.objectives.hard_attention import BASELINE_DECAY, hard_attention_sums
 from sat.model.objectives.objective import Trained
-from sat.model.objectives.replayed import Replay
+from sat.model.objectives.replayed import MicroBatch, Replay
 from sat.model.objectives.rollout import roll_out, word_losses
 from sat.model.packing import pack
 
@@ -28,8 +27,8 @@ class TeacherForcing(nn.Module):
     def __init__(self, model: Trained, replays: bool = True) -> None:
         """`replays`: whether its launches may be recorded where that serves, which hides them from a profile."""
         super().__init__()
-        self.model, self.replays = model, replays
-        self._replay: Replay | None = None
+        self.model = model
+        self._replay = Replay(model.captioner, self._sums_of) if replays and model is model.captioner else None
 
     def forward(
         self,
@@ -54,9 +53,10 @@ class TeacherForcing(nn.Module):
         del references
         if keys is not None and keys.shape != lengths.shape:
             raise ValueError(f"keys [B, K] of {list(lengths.shape)} expected, got {list(keys.shape)}")
-        replay = None if sampling_probability else self._replayed()
-        if replay and (replayed := replay.sums(grid, captions, lengths, regions, keys)):
-            return replayed
+        if self._replay and not sampling_probability:
+            replayed = self._replay.sums(MicroBatch(grid, captions, lengths, regions, keys))
+            if replayed:
+                return replayed
         packing = pack(captions, lengths, grid.device)
         if packing.rows:
             return self._sums(grid, Draws.of(keys, packing), sampling_probability, regions)
@@ -85,23 +85,15 @@ class TeacherForcing(nn.Module):
             mean = torch.as_tensor(totals["nll"] / totals["tokens"])
             baseline.lerp_(mean.to(baseline), 1 - BASELINE_DECAY)
 
-    def _replayed(self) -> Replay | None:
-        """What replays the sums where they can be recorded: on a GPU, for a model without an encoder to be trained."""
-        model = self.model.captioner
-        served = self.replays and model is self.model
-        record = choose_recorder(model.kernels, model.vocabulary.weight) if served else None
-        if record and self._replay is None:
-            self._replay = Replay(
-                model, lambda grid, draws, regions: self._sums_of(model.encode(grid, None, regions), draws, 0.0), record
-            )
-        return self._replay if record else None
-
     def _sums(self, grid: Tensor, draws: Draws, sampling_probability: float, regions: Tensor | None) -> LossSums:
         memory = self.model.encode(grid, draws.packing.images, regions)
-        return self._sums_of(memory, draws, sampling_probability)
+        return self._sums_of(memory, draws, None, sampling_probability)
 
-    def _sums_of(self, memory: Memory, draws: Draws, sampling_probability: float) -> LossSums:
-        """Of images in the order of the packing."""
+    def _sums_of(
+        self, memory: Memory, draws: Draws, gains: Tensor | None = None, sampling_probability: float = 0.0
+    ) -> LossSums:
+        """Of images in the order of the packing; all captions count alike, so there are no `gains`."""
+        del gains
         model, packing = self.model.captioner, draws.packing
         rollout = roll_out(model, memory, draws, sampling_probability)
         counted = packing.real.to(rollout.hidden.dtype) if packing.roomy else None
