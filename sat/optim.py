@@ -1,4 +1,4 @@
-"""Optimizer, learning rate and weight average.
+"""Optimizer, learning rate, clipping and weight average.
 
 The surprise: the rate is a pure function of the step, set on the groups before each update. A scheduler object has
 state that a resumed run, or one with another number of ranks, gets wrong.
@@ -6,9 +6,10 @@ state that a resumed run, or one with another number of ranks, gets wrong.
 
 import copy
 import math
+from collections.abc import Iterable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 def build_optimizer(
@@ -45,6 +46,19 @@ def learning_rate(step: int, *, peak: float, warmup_steps: int, total_steps: int
         return peak * (step + 1) / warmup_steps
     done = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
     return peak * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+
+
+@torch.no_grad()
+def clip_gradients(parameters: Iterable[nn.Parameter], most: float) -> Tensor:
+    """The norm of all gradients, which are scaled down to that of `most` where it is above.
+
+    As PyTorch's, which scales by one where it is not: on a CPU one more pass over all of them.
+    """
+    gradients = [each for each in parameters if each.grad is not None]
+    norm = nn.utils.get_total_norm([each.grad for each in gradients if each.grad is not None])
+    if norm.device.type != "cpu" or not norm + 1e-6 <= most:
+        nn.utils.clip_grads_with_norm_(gradients, most, norm)
+    return norm
 
 
 class WeightAverage(nn.Module):

@@ -11,7 +11,7 @@ from torch import nn
 
 from sat.model.captioner import Captioner
 from sat.model.spec import CaptionerSpec, Sizes
-from sat.optim import WeightAverage, build_optimizer, learning_rate
+from sat.optim import WeightAverage, build_optimizer, clip_gradients, learning_rate
 
 
 def captioner() -> Captioner:
@@ -32,6 +32,21 @@ def test_matrices_decay_and_biases_vectors_and_embeddings_never_do():
             assert group["weight_decay"] == (0.1 if matrix else 0.0), name
             assert group["peak_lr"] == (1e-5 if name.startswith("encoder.") else 1e-3), name
     assert sorted(seen) == sorted(names.values())
+
+
+@pytest.mark.parametrize("share", [0.5, 1.0, 1.000001, 2.0])
+@pytest.mark.parametrize("value", [1.0, math.nan, math.inf])
+def test_gradients_are_clipped_as_pytorch_clips_them_to_the_last_bit(value, share):
+    found, expected = captioner(), captioner()
+    for module in (found, expected):
+        module.embedding.weight.requires_grad_(False)
+        for parameter in filter(lambda each: each.requires_grad, module.parameters()):
+            parameter.grad = torch.full_like(parameter, value)
+    most = share * math.sqrt(sum(each.numel() for each in found.parameters() if each.requires_grad))
+    norms = clip_gradients(found.parameters(), most), nn.utils.clip_grad_norm_(expected.parameters(), most)
+    torch.testing.assert_close(*norms, rtol=0, atol=0, equal_nan=True)
+    for mine, theirs in zip(found.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad, rtol=0, atol=0, equal_nan=True)
 
 
 def test_closed_parameters_are_left_out():

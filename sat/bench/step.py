@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from torch import Tensor, nn
+from torch import Tensor
 
 from sat.bench import limit
 from sat.bench.captions import CAPTIONS, VOCABULARY, caption_batches
@@ -24,7 +24,7 @@ from sat.model.captioner import Captioner
 from sat.model.loss import total_loss
 from sat.model.objectives.teacher_forcing import TeacherForcing
 from sat.model.spec import CaptionerSpec, Sizes
-from sat.optim import build_optimizer
+from sat.optim import build_optimizer, clip_gradients
 
 WIDTH, FEATURES = 512, 2048
 GRIDS = {"7x7": 49, "14x14": 196}
@@ -174,7 +174,7 @@ def our_step(
         optimizer.zero_grad()
         total_loss(sums, float(lengths.sum()), float((lengths > 0).sum())).backward()
         with labelled("optimizer"):
-            nn.utils.clip_grad_norm_(model.parameters(), 5.0)
+            clip_gradients(model.parameters(), 5.0)
             optimizer.step()
 
     return step

@@ -16,6 +16,7 @@ from sat.engine.loss_scale import LossScale
 from sat.engine.processes import Processes
 from sat.engine.state import MOMENTS, STEP, WEIGHTS, host_copies, model_of, open_parameters, part, weights_of
 from sat.model.loss import LossSums
+from sat.optim import clip_gradients
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class DdpStepper:
         if self.loss_scale:
             gradients = [each.grad for each in self.objective.parameters() if each.grad is not None]
             torch._foreach_mul_(gradients, self.loss_scale.scale.reciprocal())
-        norm = nn.utils.clip_grad_norm_(self.objective.parameters(), self.clip_norm).detach()
+        norm = clip_gradients(self.objective.parameters(), self.clip_norm)
         skipped = norm.isfinite().logical_not()
         self.optimizer.found_inf = skipped.float()  # type: ignore[attr-defined]  # as GradScaler hands it over
         self.optimizer.step()
