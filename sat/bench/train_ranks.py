@@ -1,9 +1,10 @@
 """One rank of `sat bench train`: usage: python -m sat.bench.train_ranks CONFIG STEPS ROUNDS
 
 Takes turns of STEPS steps: in the loop of `sat.train`, bare, and in the loop until a checkpoint is written. What each
-part of a step takes is timed where the loop calls it; a GPU is waited for at the ends of the parts. Exchange is what a
-rank waits for the others: the sums of counts, and in the backward pass what comes after its own last gradient (the
-exchange that is hidden behind the pass costs nothing but computing power).
+part of a step takes is timed where the loop calls it; a GPU is waited for at the ends of a turn alone, so its parts are
+what the host takes to ask for them. Exchange is what a rank waits for the others: the sums of counts, and in the
+backward pass what comes after its own last gradient (the exchange that is hidden behind the pass costs nothing but
+computing power).
 """
 
 import sys
@@ -58,9 +59,9 @@ class Clock:
 
     def computed(self, function: Callable[[], T]) -> T:
         """The result of `function()`, its time booked as computing."""
-        began = self.now()
+        began = time.perf_counter()
         result = function()
-        self.compute += self.now() - began
+        self.compute += time.perf_counter() - began
         return result
 
     def watch(self, model: nn.Module) -> None:
@@ -103,9 +104,9 @@ class TimedStepper:
 
     def backward(self, loss: Tensor) -> None:
         """Time after the last gradient of its own is the exchange's."""
-        began = self.clock.now()
+        began = time.perf_counter()
         self.plain.backward(loss)
-        end = self.clock.now()
+        end = time.perf_counter()
         ready = self.clock.ready if self.clock.device.type == "cpu" else end
         self.clock.compute += ready - began
         self.clock.exchange += end - ready
