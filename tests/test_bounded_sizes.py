@@ -9,8 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sat.model import loss
 from sat.model.captioner import Captioner
 from sat.model.draws import Draws
-from sat.model.kernels import measured, products
-from sat.model.kernels.measured import choose_products
+from sat.model.kernels import choose, products
+from sat.model.kernels.choose import choose_products
 from sat.model.kernels.products import Bounded, Plain, enough_for, enough_rows, padded, prepares_for_sizes, room_for
 from sat.model.loss import LossSums, total_loss
 from sat.model.objectives.hard_attention import hard_attention_sums
@@ -34,7 +34,7 @@ def prepares(monkeypatch):
     """A function that says whether products prepare for sizes, from then on."""
 
     def say(answer: bool) -> None:
-        for module in (products, measured, loss):
+        for module in (products, choose, loss):
             monkeypatch.setattr(module, "prepares_for_sizes", lambda like: answer)
 
     return say
@@ -230,7 +230,7 @@ def test_words_in_bf16_beside_a_state_in_float32_are_made_up_to_the_same_number(
     monkeypatch.setattr(products, "OCTAVE", 1)
     found = []
     for answer in (lambda like: False, lambda like: like.dtype == torch.bfloat16):
-        for module in (products, measured, loss):
+        for module in (products, choose, loss):
             monkeypatch.setattr(module, "prepares_for_sizes", answer)
         model = make_model(torch.float32, **preset)
         with torch.autocast("cpu", torch.bfloat16):

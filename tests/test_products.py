@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sat.model.kernels import measured, native, torch_kernels
-from sat.model.kernels.measured import choose_products
-from sat.model.kernels.products import OCTAVE, Packed, Plain, enough_rows
+from sat.model.kernels import choose, measured, native, torch_kernels
+from sat.model.kernels.choose import choose_products
+from sat.model.kernels.products import FEW, OCTAVE, Packed, Plain, enough_rows
 from sat.model.packing import pack
 from sat.model.passage import Inputs, Weights
 from sat.model.plain_recurrence import PlainLoop, recur_plain
@@ -48,6 +48,42 @@ def test_a_packed_product_is_that_of_pytorch_for_every_number_of_rows(K, N):
                 factor.into(rows, out)
                 assert factor.times(rows).shape == (n, N)
                 assert close(factor.times(rows), exact) and close(out, exact)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.float64, 1e-14), (torch.bfloat16, 2**-8)])
+@pytest.mark.parametrize("K, N", [(1, 1), (5, 3), (64, 96), (129, 33), (70, 700)])
+def test_the_native_product_of_few_rows_is_exact_and_the_same_for_any_number_of_threads(K, N, dtype, tolerance):
+    generator = torch.Generator().manual_seed(K)
+    storage = torch.randn(7, K + 7, generator=generator).to(dtype)
+    for matrix in (
+        torch.randn(K, N, generator=generator).to(dtype),
+        torch.randn(N, K, generator=generator).to(dtype).t(),
+    ):
+        for n in range(8):
+            rows = storage[:n, 3 : 3 + K]
+            exact, found, threads = rows.double() @ matrix.double(), [], torch.get_num_threads()
+            try:
+                for number in (1, 3):
+                    torch.set_num_threads(number)
+                    found.append(native.few_rows(rows, matrix))
+            finally:
+                torch.set_num_threads(threads)
+            assert found[0].dtype == dtype and torch.equal(*found)
+            assert (found[0].double() - exact).norm() <= tolerance * exact.norm()
+
+
+@needs_compiler
+def test_few_rows_in_the_time_loop_are_multiplied_by_the_native_product(monkeypatch):
+    monkeypatch.setattr(choose, "packs", lambda *_: False)
+    monkeypatch.setattr(choose, "prepares_for_sizes", lambda _: True)
+    asked = []
+    monkeypatch.setattr(native, "few_rows", lambda rows, matrix: asked.append(len(rows)) or rows @ matrix)
+    for kernels in ("auto", "torch"):
+        factor = choose_products(kernels, torch.zeros(1))(torch.randn(3, 2))
+        for n in (1, FEW, FEW + 1):
+            assert factor.times(torch.randn(n, 3)).shape == (n, 2)
+    assert asked == [1, FEW]
 
 
 def gradients_of(outputs, inputs):
@@ -150,7 +186,7 @@ def test_other_threads_types_and_settings_are_measured_for_themselves(fresh_cach
 @pytest.mark.parametrize("ratio, prepare", [(1.3, Packed.of), (1.05, Plain), (0.7, Plain), (0.0, Plain)])
 def test_packed_products_serve_where_they_were_faster(ratio, prepare, fresh_cache, monkeypatch):
     monkeypatch.setattr(measured, "_measure", lambda dtype: ratio)
-    monkeypatch.setattr(measured, "prepares_for_sizes", lambda like: False)
+    monkeypatch.setattr(choose, "prepares_for_sizes", lambda like: False)
     assert choose_products("auto", torch.zeros(1)) == choose_products("native", torch.zeros(1)) == prepare
     assert choose_products("torch", torch.zeros(1)) is Plain
     for other in (

@@ -58,7 +58,7 @@ template <bool TANH, int R, int P, class T>
 void scores(int64_t A, int64_t whole, const T* projection, const Wide<T>* q, const Wide<T>* u, Wide<T>* const* out) {
   using W = Wide<T>;
   Vector<W> sum[R][P] = {};
-  for_pairs<P>(A, projection, TILE * A, [&](int64_t a, const T* const* row) {
+  for_pairs<P>(A, A, projection, [&](int64_t a, const T* const* row) INLINE {
     for (int i = 0; i < 2; ++i) {
       const int64_t from = a + i * VECTOR<W>;
       Vector<W> x[P];
@@ -131,7 +131,7 @@ void attend(int64_t n, int64_t B, int64_t L, int64_t A, int64_t D, const int64_t
     for (int64_t a = 0; a < A; a += PAIR<W>) store_pair(load_pair(score + a, A - a), &u[a]);
     for (int64_t j = 0; j < image.k; ++j)
       prepare_query<TANH>(A, query + image.row[j] * query_stride, &q[j * whole]);
-    for_tiles(image, [&](auto R, auto P, int64_t j, int64_t l) {
+    for_tiles(image.k, image.real, [&](auto R, auto P, int64_t j, int64_t l) {
       W* to[R];
       for (int64_t r = 0; r < R; ++r) to[r] = alpha + image.row[j + r] * L + l;
       scores<TANH, R, P>(A, whole, projection + (b * L + l) * A, &q[j * whole], u.get(), to);
@@ -152,7 +152,7 @@ void add_slopes(int64_t A, int64_t whole, const T* projection, const Wide<T>* q,
   using W = Wide<T>;
   W weight[R][P];
   for (int r = 0; r < R; ++r) std::copy_n(grad[r], P, weight[r]);
-  for_pairs<P>(A, projection, TILE * A, [&](int64_t a, const T* const* row) {
+  for_pairs<P>(A, A, projection, [&](int64_t a, const T* const* row) INLINE {
     for (int i = 0; i < 2; ++i) {
       Vector<W> x[P];
       for (int p = 0; p < P; ++p) x[p] = load_half(row[p], i);
@@ -202,7 +202,7 @@ void attend_backward(int64_t n, int64_t B, int64_t L, int64_t A, int64_t D, cons
     }
     dot_products(image, L, D, features, grid + b * L * D, x.get(), grad_scores);
     for (int64_t j = 0; j < k; ++j) softmax_backward(real, alpha + row[j] * L, grad_scores + row[j] * L);
-    for_tiles(image, [&](auto R, auto P, int64_t j, int64_t l) {
+    for_tiles(image.k, image.real, [&](auto R, auto P, int64_t j, int64_t l) {
       const W* from[R];
       for (int64_t r = 0; r < R; ++r) from[r] = grad_scores + row[j + r] * L + l;
       add_slopes<TANH, R, P>(A, whole, projection + (b * L + l) * A, &q[j * whole], from, &sum[j * whole]);
@@ -218,7 +218,7 @@ template <bool TANH, int P, class T>
 void shared_tile(int64_t k, int64_t A, int64_t whole, const T* projection, const Wide<T>* q, const Wide<T>* grad,
                  Wide<T>* of_p, Wide<T>* of_u) {
   using W = Wide<T>;
-  for_pairs<P>(A, projection, TILE * A, [&](int64_t a, const T* const* row) {
+  for_pairs<P>(A, A, projection, [&](int64_t a, const T* const* row) INLINE {
     for (int64_t i = 0, from = a; i < 2; ++i, from += VECTOR<W>) {
       Vector<W> x[P], sum[P] = {}, units[P] = {};  // a sum for each location, so that none waits for the one before
       for (int p = 0; p < P; ++p) x[p] = load_half(row[p], i);

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from sat.model.kernels import native, torch_kernels, triton_kernels
 from sat.model.kernels.interface import BeamKernels, Kernels
+from sat.model.kernels.measured import packs
+from sat.model.kernels.products import Bounded, Packed, Plain, Prepare, prepares_for_sizes
 from sat.model.recording import Record, record_on_gpu
 
 
@@ -25,6 +27,18 @@ def choose_beam_kernels(kernels: str, like: Tensor) -> BeamKernels | None:
     if _native_serves(kernels, like):
         return native
     return triton_kernels if _triton_serves(kernels, like) else None
+
+
+def choose_products(kernels: str, like: Tensor) -> Prepare:
+    """What a matrix goes through before many batches of rows such as `like` are multiplied by it.
+
+    `kernels`: with `torch` it is PyTorch's own product; else what is the quickest on this machine.
+    """
+    if packs(kernels, like):
+        return Packed.of
+    if not prepares_for_sizes(like):
+        return Plain
+    return functools.partial(Bounded, few=native.few_rows) if _native_serves(kernels, like) else Bounded
 
 
 def choose_recorder(kernels: str, like: Tensor) -> Record | None:

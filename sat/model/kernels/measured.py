@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sat import files
 from sat.model.kernels.build import cpu_kind
-from sat.model.kernels.products import Bounded, Packed, Plain, Prepare, prepares_for_sizes
+from sat.model.kernels.products import Packed, Plain, Prepare
 
 TYPES = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 """What is packed, and the relative error that such a product of inner length 512 may have."""
@@ -44,18 +44,8 @@ class Gain(NamedTuple):
         return self.ratio >= WORTH
 
 
-def choose_products(kernels: str, like: Tensor) -> Prepare:
-    """What a matrix goes through before many batches of rows such as `like` are multiplied by it.
-
-    `kernels`: with `torch` it is PyTorch's own product; else what is the quicker one on this machine.
-    """
-    if packs(kernels, like):
-        return Packed.of
-    return Bounded if prepares_for_sizes(like) else Plain
-
-
 def packs(kernels: str, like: Tensor) -> bool:
-    """Whether that is a packed product."""
+    """Whether rows such as `like` meet packed matrices; never where `kernels` is `torch`."""
     return kernels != "torch" and like.device.type == "cpu" and like.dtype in TYPES and gain(like.dtype).packs
 
 

@@ -1,5 +1,5 @@
 // The parts of the training step that are no matrix product: the LSTM cell, the context's gate, the loss, dropout, and
-// attention, which is in attention.h.
+// attention, which is in attention.h; and products of a few rows, which are in few_rows.h.
 //
 // Compiled on first use by native.py with -march=native and called through ctypes: plain pointers, no PyTorch headers,
 // so building takes seconds. Inner loops are written for the compiler's vectoriser or in its vectors. Every image (or
@@ -18,6 +18,7 @@
 #include <limits>
 
 #include "attention.h"
+#include "few_rows.h"
 #include "numbers.h"
 
 namespace {
@@ -237,6 +238,8 @@ void dropout(int64_t n, int64_t width, const int64_t* keys, int64_t threshold, d
   void* gate_backward_##NAME = (void*)gate_backward<T>;                               \
   void* cross_entropy_##NAME = (void*)cross_entropy<T>;                               \
   void* dropout_##NAME = (void*)dropout<T>;                                           \
+  void* few_rows_##NAME = (void*)few_rows<T>;                                         \
+  void* few_rows_transposed_##NAME = (void*)few_rows_transposed<T>;                   \
   }
 
 extern "C" {

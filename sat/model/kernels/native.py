@@ -20,7 +20,9 @@ from sat.model.kernels.torch_kernels import alpha_sums as alpha_sums  # nothing 
 from sat.model.kernels.torch_kernels import both, dropout_threshold
 
 FLAGS = ["-std=c++17", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC"]
-SOURCE, *HEADERS = (Path(__file__).with_name(name) for name in ("native.cpp", "attention.h", "tiles.h", "numbers.h"))
+SOURCE, *HEADERS = (
+    Path(__file__).with_name(name) for name in ("native.cpp", "attention.h", "few_rows.h", "tiles.h", "numbers.h")
+)
 NO_GATE = (0, 0, 0, 0, 0)
 """Its width, values, their stride, its bias and where the gated context goes."""
 
@@ -237,6 +239,15 @@ def best_words(logits: Tensor, blocked: Sequence[int], count: int) -> tuple[Tens
     rows = logits.contiguous(), len(unwanted), unwanted
     _call("best_words", logits.dtype, logits.numel() // V, V, count, *rows, values, ids)
     return values, ids
+
+
+def few_rows(rows: Tensor, matrix: Tensor) -> Tensor:
+    """[n, N] of `rows` [n, K] and `matrix` [K, N], which or whose transpose is contiguous; quick where n is small."""
+    out = rows.new_empty(len(rows), matrix.shape[1])
+    name, stored = ("few_rows", matrix) if matrix.is_contiguous() else ("few_rows_transposed", matrix.t())
+    assert stored.is_contiguous()
+    _call(name, rows.dtype, len(rows), *matrix.shape, rows, rows.stride(0), stored, out)
+    return out
 
 
 def dropout(x: Tensor, keys: Tensor, rate: float) -> Tensor:

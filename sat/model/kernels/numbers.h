@@ -8,6 +8,9 @@
 #include <cstring>
 #include <type_traits>
 
+// Of what is handed sums by reference: in a function of its own they would be in memory.
+#define INLINE __attribute__((always_inline))
+
 namespace {
 
 constexpr int64_t LANES = 16;  // see `dropout`

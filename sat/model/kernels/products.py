@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+FEW = 5
+"""Rows for which the native kernels, which leave the matrix as it lies, take half of oneDNN's time or less."""
 OCTAVE = 16
 """Numbers of rows between one power of two and the next: at most a sixteenth of the rows is made up."""
 
@@ -49,9 +51,13 @@ class Bounded(NamedTuple):
     """The same over few numbers of rows."""
 
     matrix: Tensor
+    few: Callable[[Tensor, Tensor], Tensor] | None = None
+    """What multiplies at most FEW rows."""
 
     def times(self, rows: Tensor) -> Tensor:
         """See `Factor`."""
+        if self.few and len(rows) <= FEW:
+            return self.few(rows, self.matrix)
         return (padded(rows, enough_rows(len(rows))) @ self.matrix)[: len(rows)]
 
     def into(self, rows: Tensor, out: Tensor) -> None:

@@ -59,20 +59,20 @@ struct Image {
         real(regions ? regions[b] : L) {}
 };
 
-// Calls f(d, row) for the pairs from the d-th number on of rows [P, width], to which `row` [P] points, zeros behind
-// their ends; fetches what lies `ahead` of them.
+// Calls f(d, row) for the pairs from the d-th number on of rows [P, width] that are so far apart, to which `row` [P]
+// points, zeros behind their ends; fetches those of the next tile.
 template <int P, class T, class F>
-inline void for_pairs(int64_t width, const T* rows, int64_t ahead, F f) {
+INLINE inline void for_pairs(int64_t width, int64_t apart, const T* rows, F f) {
   constexpr int64_t N = PAIR<Wide<T>>;
   const T* row[P];
   int64_t d = 0;
   for (; d + N <= width; d += N) {
-    for (int p = 0; p < P; ++p) fetch<N>(row[p] = rows + p * width + d, ahead);
+    for (int p = 0; p < P; ++p) fetch<N>(row[p] = rows + p * apart + d, TILE * apart);
     f(d, row);
   }
   if (d == width) return;
   T last[P][N] = {};
-  for (int p = 0; p < P; ++p) row[p] = last[p], std::copy_n(rows + p * width + d, width - d, last[p]);
+  for (int p = 0; p < P; ++p) row[p] = last[p], std::copy_n(rows + p * apart + d, width - d, last[p]);
   f(d, row);
 }
 
@@ -86,27 +86,27 @@ void for_rows(int64_t k, F f) {
   }
 }
 
-// Calls f(R, P, j, l) for R rows from the j-th and P locations from the l-th, tile by tile.
+// Calls f(R, P, j, l) for R of k rows from the j-th and P of so many locations from the l-th, tile by tile.
 template <class F>
-void for_tiles(const Image& image, F f) {
-  for (int64_t begin = 0; begin < image.real; begin += TILE)
-    for_rows(image.k, [&](auto R, int64_t j) {
+void for_tiles(int64_t k, int64_t locations, F f) {
+  for (int64_t begin = 0; begin < locations; begin += TILE)
+    for_rows(k, [&](auto R, int64_t j) {
       constexpr int P = LOCATIONS<R>;
-      const int64_t end = std::min(begin + TILE, image.real);
+      const int64_t end = std::min(begin + TILE, locations);
       int64_t l = begin;
       for (; l + P <= end; l += P) f(R, std::integral_constant<int, P>(), j, l);
       for (; l < end; ++l) f(R, std::integral_constant<int, 1>(), j, l);
     });
 }
 
-// out[r][d] += sum over p of weight[r][p] grid[p D + d] for R rows, as pairs [R, whole], and P locations.
+// out[r][d] += sum over p of weight[r][p] grid[p apart + d] for R rows, as pairs [R, whole], and P locations.
 template <int R, int P, class T>
-void add_tile(int64_t D, int64_t whole, const T* grid, const Wide<T>* const* weight, Wide<T>* out) {
+void add_tile(int64_t D, int64_t apart, int64_t whole, const T* grid, const Wide<T>* const* weight, Wide<T>* out) {
   using W = Wide<T>;
   W w[P][R];
   for (int p = 0; p < P; ++p)
     for (int r = 0; r < R; ++r) w[p][r] = weight[r][p];
-  for_pairs<P>(D, grid, TILE * D, [&](int64_t d, const T* const* row) {
+  for_pairs<P>(D, apart, grid, [&](int64_t d, const T* const* row) INLINE {
     for (int i = 0; i < 2; ++i) {
       Vector<W> sum[R];
       for (int r = 0; r < R; ++r) sum[r] = load(out + r * whole + d + i * VECTOR<W>);
@@ -125,16 +125,16 @@ template <class T>
 void weighted_sums(const Image& image, int64_t L, int64_t D, int64_t whole, const T* grid, const Wide<T>* weight,
                    Wide<T>* out) {
   std::fill_n(out, image.k * whole, Wide<T>(0));
-  for_tiles(image, [&](auto R, auto P, int64_t j, int64_t l) {
+  for_tiles(image.k, image.real, [&](auto R, auto P, int64_t j, int64_t l) {
     const Wide<T>* w[R];
     for (int64_t r = 0; r < R; ++r) w[r] = weight + image.row[j + r] * L + l;
-    add_tile<R, P>(D, whole, grid + l * D, w, out + j * whole);
+    add_tile<R, P>(D, D, whole, grid + l * D, w, out + j * whole);
   });
 }
 
 // sum[r][p] += the products of the pairs at g[p] and x + r whole.
 template <int R, int P, class T>
-inline void add_products(const T* const* g, const T* x, int64_t whole, Vector<Wide<T>> (&sum)[R][P]) {
+INLINE inline void add_products(const T* const* g, const T* x, int64_t whole, Vector<Wide<T>> (&sum)[R][P]) {
   using W = Wide<T>;
 #if defined(__AVX512BF16__)
   if constexpr (std::is_same_v<T, bf16>) {  // has an instruction, in which they are summed as float
@@ -161,7 +161,7 @@ inline void add_products(const T* const* g, const T* x, int64_t whole, Vector<Wi
 template <int R, int P, class T>
 void dot_tile(int64_t D, int64_t whole, const T* grid, const T* x, Wide<T>* const* out) {
   Vector<Wide<T>> sum[R][P] = {};
-  for_pairs<P>(D, grid, TILE * D, [&](int64_t d, const T* const* row) { add_products<R, P>(row, x + d, whole, sum); });
+  for_pairs<P>(D, D, grid, [&](int64_t d, const T* const* row) INLINE { add_products<R, P>(row, x + d, whole, sum); });
   for (int r = 0; r < R; ++r)
     for (int p = 0; p < P; ++p) out[r][p] += sum_of<Wide<T>>(sum[r][p]);
 }
@@ -169,7 +169,7 @@ void dot_tile(int64_t D, int64_t whole, const T* grid, const T* x, Wide<T>* cons
 // out[row[j] L + l] += grid[l D ...] . x[j whole ...] for the rows of an image: the grid streams by once.
 template <class T>
 void dot_products(const Image& image, int64_t L, int64_t D, int64_t whole, const T* grid, const T* x, Wide<T>* out) {
-  for_tiles(image, [&](auto R, auto P, int64_t j, int64_t l) {
+  for_tiles(image.k, image.real, [&](auto R, auto P, int64_t j, int64_t l) {
     Wide<T>* to[R];
     for (int64_t r = 0; r < R; ++r) to[r] = out + image.row[j + r] * L + l;
     dot_tile<R, P>(D, whole, grid + l * D, x + j * whole, to);

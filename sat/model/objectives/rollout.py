@@ -13,8 +13,7 @@ from torch.nn.functional import embedding
 from sat.model.attention import Attended, Attention, attend_for_inference, attend_hard
 from sat.model.captioner import Captioner, Memory
 from sat.model.draws import Draws, Site, uniform
-from sat.model.kernels.choose import choose_kernels
-from sat.model.kernels.measured import choose_products
+from sat.model.kernels.choose import choose_kernels, choose_products
 from sat.model.kernels.products import enough_for, padded
 from sat.model.locations import Locations
 from sat.model.loss import WordLoss, linear_cross_entropy
