@@ -1,5 +1,10 @@
 """An objective's sums through a recording: those without one, whatever came before in the same memory."""
 
+import copy
+import gc
+import pickle
+from weakref import ref
+
 import pytest
 import torch
 
@@ -7,10 +12,9 @@ from sat.model.captioner import Captioner
 from sat.model.loss import total_loss
 from sat.model.objectives import replayed as replayed_module
 from sat.model.objectives.options import SelfCriticalOptions
-from sat.model.objectives.replayed import LIMIT, ROWS, covers, new_room
+from sat.model.objectives.replayed import LIMIT
 from sat.model.objectives.self_critical import SelfCritical
 from sat.model.objectives.teacher_forcing import TeacherForcing
-from sat.model.packing import Room, pack
 from sat.model.recording import record_on_gpu
 from sat.model.spec import CaptionerSpec, Sizes
 from tests.helpers_captioner import all_attentions
@@ -206,6 +210,21 @@ def test_a_forward_pass_before_the_backward_pass_of_the_last_one_takes_nothing_f
 
 
 @each_device
+def test_nor_does_one_of_another_objective_as_they_share_memory(device, replays):
+    replayed, plain, counted, take = replays(device)
+    given, other = batch(0, device=device), TeacherForcing(replayed.model)
+    expected = take(plain, *given)
+    take(replayed, *given)
+    before = counted.replayed
+    replayed.zero_grad()
+    for sums in [each(*given) for each in (replayed, other)]:
+        (total_loss(sums, float(given[2].sum()), float((given[2] > 0).sum())) / 2).backward()
+    assert counted.replayed == before + 2
+    found = {f"of {name}": each.grad.double() for name, each in replayed.named_parameters()}
+    assert_same(found, {name: each for name, each in expected.items() if name in found})
+
+
+@each_device
 def test_what_nobody_differentiates_is_not_replayed_and_a_pass_that_was_given_up_holds_nothing(device, replays):
     replayed, plain, counted, take = replays(device)
     given = batch(0, device=device)
@@ -280,35 +299,75 @@ def test_recordings_are_few_and_what_none_of_them_covers_is_not_replayed(replays
     assert counted.recorded == 2 * LIMIT
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_a_room_covers_its_batch_in_steps_of_rows_that_only_fall(seed):
-    _, words, lengths, *_ = batch(seed, 3 + 7 * seed, 1 + seed % 6, 1 + seed)
-    plain = pack(words, lengths)
-    needed = Room(len(plain.images), plain.rows)
-    room = new_room(needed)
-    assert covers(room, needed) and covers(room, room) and list(room.rows) == sorted(room.rows, reverse=True)
-    assert room.rows[0] < needed.rows[0] + ROWS and all(rows % ROWS == 0 for rows in room.rows)
-    more = Room(room.images + 2, tuple(32 + rows for rows in room.rows))
-    assert covers(more, room) and not covers(room, more)
+@each_device
+def test_grids_of_regions_of_any_length_have_the_same_recordings(device, replays):
+    replayed, plain, counted, take = replays(device)
+    for longest in (L, 3, 7, 1, L, 5):
+        grid, words, lengths, none, regions, keys = batch(0, device=device, regions=True)
+        given = grid[:, :longest], words, lengths, none, regions.clamp(max=longest), keys
+        assert_same(take(replayed, *given), take(plain, *given))
+    assert counted.recorded == 2
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_a_plan_with_room_holds_the_words_of_the_plan_without(seed):
-    _, words, lengths, *_ = batch(seed, 2 + seed, 1 + seed % 6, 1 + seed)
-    plain = pack(words, lengths)
-    roomy = pack(words, lengths, None, lambda needed: new_room(Room(needed.images + seed % 3, needed.rows)))
-    real = roomy.real.bool()
-    assert not plain.roomy and roomy.roomy and plain.real.all() and int(real.sum()) == len(plain.targets)
-    for name in ("inputs", "targets", "word_row", "word_step"):
-        assert torch.equal(getattr(roomy, name)[real], getattr(plain, name)), name
-    for name in ("images", "row_image", "row_caption", "row_lengths"):
-        mine, theirs = getattr(roomy, name), getattr(plain, name)
-        assert torch.equal(mine[: len(theirs)], theirs), name
-    assert not roomy.row_lengths[plain.rows[0] :].any() and not roomy.inputs[~real].any()
-    ends, rows = roomy.rows_by_image
-    for image in range(len(roomy.images)):
-        mine = rows[ends[image] : ends[image + 1]]
-        assert (roomy.row_image[mine] == image).all() and roomy.row_slot[mine].tolist() == list(range(len(mine)))
-    before = torch.cat([torch.arange(roomy.rows[0]), torch.arange(len(roomy.inputs))])[roomy.previous]
-    rowwise = torch.cat([torch.arange(roomy.rows[0]), roomy.word_row])[roomy.previous]
-    assert torch.equal(rowwise, roomy.word_row) and (before >= 0).all()
+@each_device
+def test_regions_that_do_not_fit_are_refused_with_the_numbers_of_the_batch(device, replays):
+    replayed, *_, take = replays(device)
+    grid, *given, regions, keys = batch(0, device=device, regions=True)
+    for wrong in (regions[:2], regions.repeat(2)):
+        with pytest.raises(ValueError, match=f"of the {L} locations"):
+            take(replayed, grid, *given, wrong, keys)
+    with pytest.raises(ValueError, match=rf"got \[5, {L}, {D - 1}\]"):
+        take(replayed, grid[..., 1:], *given, None, keys)
+
+
+@needs_compiler
+@pytest.mark.parametrize("fails", [1, 2])
+def test_a_recording_that_failed_in_either_direction_is_made_again(fails, replays):
+    replayed, plain, counted, take = replays("cpu")
+    given = batch(0)
+
+    def failing(work):
+        if counted.recorded == fails - 1:
+            raise torch.OutOfMemoryError
+        return again(work)
+
+    counted.record = failing
+    with pytest.raises(torch.OutOfMemoryError):
+        take(replayed, *given)
+    counted.record = again
+    assert_same(take(replayed, *given), take(plain, *given))
+
+
+@each_device
+def test_recordings_leave_their_results_in_the_same_memory(device, replays):
+    replayed, _, counted, take = replays(device)
+    for seed, sizes in enumerate(SIZES):
+        take(replayed, *batch(seed, *sizes, device=device))
+    recordings = replayed._replay._recordings.values()
+    assert counted.recorded > 2 and len({each["gradient"].data_ptr() for each in recordings}) == 1 < len(recordings)
+
+
+@each_device
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda objective: pickle.loads(pickle.dumps(objective))])
+def test_a_copy_of_an_objective_records_for_itself(copied, device, replays):
+    replayed, plain, counted, take = replays(device)
+    given = batch(0, device=device)
+    take(replayed, *given)
+    other, before = copied(replayed), counted.recorded
+    with torch.no_grad():
+        for each in other.parameters():
+            each.zero_()
+    other(*given)
+    assert counted.recorded == before + 2 and other._replay._model is other.model
+    assert_same(take(replayed, *given), take(plain, *given))
+
+
+def test_an_objective_that_nobody_holds_is_gone_at_once():
+    objective = TeacherForcing(Captioner(CaptionerSpec.of_preset("paper", **WIDTHS), Sizes(V, L, D)))
+    held = ref(objective)
+    gc.disable()
+    try:
+        del objective
+        assert held() is None
+    finally:
+        gc.enable()

@@ -128,7 +128,7 @@ class Captioner(nn.Module):
         image are looked at (at least one), and L may be below the model's. Raises ValueError where L, D or `regions` do
         not fit the model.
         """
-        self._refuse(grid, regions)
+        self.refuse(grid, regions)
         if regions is not None:
             regions = (regions if order is None else regions[order]).clamp(min=1)  # padding rows have none
         grid = self._standardised(grid, order, regions)
@@ -143,7 +143,8 @@ class Captioner(nn.Module):
             prepared = kernels.prepare(projection, self.attention.tanh)
         return memory._replace(grid=grid, projection=projection, prepared=prepared)
 
-    def _refuse(self, grid: Tensor, regions: Tensor | None) -> None:
+    def refuse(self, grid: Tensor, regions: Tensor | None) -> None:
+        """Raise ValueError where L, D or `regions` do not fit the model."""
         L, D = self.sizes.grid_size, self.sizes.feature_dim
         if regions is None:
             if list(grid.shape[1:]) != [L, D]:

@@ -1,8 +1,8 @@
 """One pass through the fast time loop, word by word: what enters it, what it leaves, and both directions.
 
 It writes into tensors that it is given, asks nothing of the host but the number of rows of each step, and allocates
-only what a step needs for itself: so a GPU can record it (`sat.model.replay`). The formulas: `sat.model.recurrence`. N
-rows, n of them running at step t, M packed words, L locations; H LSTM, A attention, D feature width, G width of the
+only what a step needs for itself: so a GPU can record it (`sat.model.recording`). The formulas: `sat.model.recurrence`.
+N rows, n of them running at step t, M packed words, L locations; H LSTM, A attention, D feature width, G width of the
 gate (0, 1 or D).
 """
 

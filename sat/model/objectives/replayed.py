@@ -3,15 +3,16 @@
 At usual batches Python is what a step waits for: it launches some three hundred programs word by word, each over in
 microseconds. A recording (`sat.model.recording`) has fixed sizes, so it is made for a `Room` that covers many batches,
 rows in multiples of `ROWS` and steps in multiples of `STEPS`; what it computes for words that do not exist, a sixth of
-COCO's, counts for nothing. One pass is on its way at a time: a forward pass before the last one's backward pass is not
-replayed, with the same outcome.
+COCO's, counts for nothing. Recordings share the memory of what leads from one direction to the other, those of all
+objectives: one pass is on its way at a time. A forward pass before the last one's backward pass is not replayed, with
+the same outcome.
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import zip_longest
-from typing import Any, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self
 from weakref import ref
 
 import torch
@@ -73,7 +74,6 @@ def covers(room: Room, other: Room) -> bool:
 class _Setting(NamedTuple):
     """What a recording holds for: everything that it has not in memory of its own."""
 
-    sizes: tuple[int, ...]
     dtype: torch.dtype
     regions: bool
     autocast: torch.dtype | None
@@ -82,11 +82,11 @@ class _Setting(NamedTuple):
     """Where each is, and whether it learns; buffers among them."""
 
     @classmethod
-    def of(cls, model: nn.Module, grid: Tensor, regions: Tensor | None) -> Self:
+    def of(cls, model: Captioner, grid: Tensor, regions: Tensor | None) -> Self:
         kind = grid.device.type
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         weights = tuple((each.data_ptr(), each.requires_grad) for each in (*model.parameters(), *model.buffers()))
-        return cls(tuple(grid.shape[1:]), grid.dtype, regions is not None, autocast, model.training, weights)
+        return cls(grid.dtype, regions is not None, autocast, model.training, weights)
 
 
 class _Computing(nn.Module):
@@ -100,6 +100,14 @@ class _Computing(nn.Module):
         return self.compute(self.model.encode(grid, None, regions), draws, gains)
 
 
+class _Inputs(NamedTuple):
+    """Memory that batches are brought into."""
+
+    grid: Tensor
+    regions: Tensor | None
+    gains: Tensor | None
+
+
 class _Recording:
     """Both directions of the sums over a room, through memory that stays where it is.
 
@@ -107,25 +115,23 @@ class _Recording:
     made, and an engine may hold it.
     """
 
-    def __init__(self, computing: _Computing, plan: Packing, grid: Tensor, regions: Tensor | None, gains: bool) -> None:
-        self.computing, self.grid, self.regions = computing, grid, regions
-        self.gains = torch.zeros(plan.rows[0], dtype=torch.float64, device=grid.device) if gains else None
-        learning = {name: each for name, each in computing.named_parameters() if each.requires_grad}
-        largest_first = sorted(
-            learning.items(), key=lambda item: item[1].numel(), reverse=True
-        )  # gradients lie aligned
-        self.weights = [each for _, each in largest_first]
-        self._aliases = {name: each.detach().requires_grad_() for name, each in largest_first}
+    def __init__(self, model: Captioner, plan: Packing, memory: _Inputs, kept: dict[str, Tensor]) -> None:
+        """`kept` is what recordings of the same sizes leave their results in."""
+        self.grid, self.regions, self.gains = memory
+        learning = [(name, each) for name, each in model.named_parameters() if each.requires_grad]
+        learning.sort(key=lambda item: item[1].numel(), reverse=True)  # the large gradients lie aligned
+        self.weights = [each for _, each in learning]
+        self._aliases = {f"model.{name}": each.detach().requires_grad_() for name, each in learning}
         sizes = [len(each) for each in (*plan.indices.values(), plan.images, plan.row_image)]
-        self._indices = torch.zeros(sum(sizes), dtype=torch.int64, device=grid.device)
+        self._indices = torch.zeros(sum(sizes), dtype=torch.int64, device=self.grid.device)
         *parts, of_images, of_captions = self._indices.split(sizes)
         self.draws = Draws(replace(plan, **dict(zip(plan.indices, parts, strict=True))), of_images, of_captions)
         self.counted: dict[str, tuple[torch.dtype, int]] = {}
         """Where each count is: its place among those of its type."""
         self.plays: list[Play] = []
-        """Of the forward and the backward direction, once they are recorded."""
+        """Of the forward and the backward direction."""
         self._outputs: tuple[Tensor, Tensor] | None = None
-        self._kept: dict[str, Tensor] = {}
+        self._kept = kept
 
     def fill(self, plan: Packing, batch: MicroBatch) -> None:
         """Bring in a batch and its plan."""
@@ -133,25 +139,27 @@ class _Recording:
         indices = side_by_side([*plan.indices.values(), draws.images, draws.captions], self.grid.device)
         self._indices.copy_(indices, non_blocking=True)
         images = self.draws.packing.images
-        torch.index_select(batch.grid, 0, images, out=self.grid)
+        torch.index_select(batch.grid, 0, images, out=self.grid[:, : batch.grid.shape[1]])  # none looks behind
         if self.regions is not None and batch.regions is not None:
             torch.index_select(batch.regions, 0, images, out=self.regions)
         if self.gains is not None and batch.gains is not None:
             self.gains.copy_(batch.gains[plan.images[plan.row_image], plan.row_caption])
 
-    def record(self, record: Record) -> None:
+    def record(self, record: Record, computing: _Computing) -> None:
         """Both directions, with the batch that was brought in."""
-        self.plays.append(record(self._forward))
-        self.plays[0]()
-        self.plays.append(record(self._backward))
-        self._outputs = None  # what leads from one to the other: its memory is for the next recording to use
+        try:
+            forward = record(lambda: self._forward(computing))
+            forward()
+            self.plays = [forward, record(self._backward)]
+        finally:
+            self._outputs = None  # what leads from one to the other: its memory is for the next recording to use
 
-    def _forward(self) -> None:
+    def _forward(self, computing: _Computing) -> None:
         """Leave `losses` [2] and the counts of each type."""
         kind = self.grid.device.type
         dtype, enabled = torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
         with torch.autocast(kind, dtype, enabled, cache_enabled=False):  # a cast that is kept is not in the recording
-            sums = functional_call(self.computing, self._aliases, (self.grid, self.draws, self.regions, self.gains))
+            sums = functional_call(computing, self._aliases, (self.grid, self.draws, self.regions, self.gains))
         self._outputs = sums.per_token, sums.per_caption
         self._keep("losses", torch.stack(self._outputs).detach())
         self._keep("asked", self["losses"])
@@ -194,35 +202,44 @@ class _Pass:
 
 
 class Replay:
-    """Records an objective's sums for the rooms that it meets, and replays them."""
+    """Records an objective's sums for the rooms that it meets, and replays them. A copy has recorded nothing."""
 
-    def __init__(self, model: Captioner, compute: Compute) -> None:
-        """`compute` uses no other weights than `model`'s."""
-        self._computing = _Computing(model, compute)
+    _last: ClassVar[ref[_Pass] | None] = None
+    """Of all objectives, as memory is shared by them."""
+
+    def __init__(self, model: Captioner) -> None:
+        self._model = model
         self._setting: _Setting | None = None
         self._memory: tuple[Tensor, Tensor | None] | None = None
         self._recordings: dict[Room, _Recording] = {}
-        self._last: ref[_Pass] | None = None
+        self._kept: dict[str, Tensor] = {}
 
-    def sums(self, batch: MicroBatch) -> LossSums | None:
-        """None where it cannot be replayed."""
-        last, model = self._last() if self._last else None, self._computing.model
-        record = None if last and last.on_its_way else _recorder_for(model, batch.grid)
+    def __reduce__(self) -> tuple[type[Self], tuple[Captioner]]:
+        return type(self), (self._model,)
+
+    def sums(self, batch: MicroBatch, compute: Compute) -> LossSums | None:
+        """None where it cannot be replayed. `compute`, always the same, uses no other weights than the model's.
+
+        It is no field, as it holds the objective, which holds this: they would outlive their last user.
+        """
+        last = Replay._last() if Replay._last else None
+        record = None if last and last.on_its_way else _recorder_for(self._model, batch.grid)
         if record is None:
             return None
-        setting = _Setting.of(model, batch.grid, batch.regions)
+        self._model.refuse(batch.grid, batch.regions)
+        setting = _Setting.of(self._model, batch.grid, batch.regions)
         if setting != self._setting:
-            self._setting, self._memory, self._recordings = setting, None, {}
+            self._setting, self._memory, self._recordings, self._kept = setting, None, {}, {}
         plan = pack(batch.captions, batch.lengths, HOST, self._room_for)
         if not plan.roomy:
             return None
         recording = self._recording_of(plan, batch)
         recording.fill(plan, batch)
         if not recording.plays:
-            recording.record(record)
+            recording.record(record, _Computing(self._model, compute))
         recording.plays[0]()
         passing = _Pass(recording)
-        self._last = ref(passing)
+        Replay._last = ref(passing)
         per_token, per_caption = _Replayed.apply(passing, *recording.weights).unbind()
         types = {dtype for dtype, _ in recording.counted.values()}
         counts = {dtype: recording[str(dtype)].clone().unbind() for dtype in types}
@@ -247,11 +264,13 @@ class Replay:
             return self._recordings[room]
         if self._memory is None or len(self._memory[0]) < room.images:
             self._memory, self._recordings = None, {}  # before there is new memory
-            grid, regions = batch.grid.new_empty(room.images, *batch.grid.shape[1:]), batch.regions
+            sizes, regions = self._model.sizes, batch.regions  # grids of regions are as long as their longest image's
+            grid = batch.grid.new_empty(room.images, sizes.grid_size, sizes.feature_dim)
             self._memory = grid, None if regions is None else regions.new_ones(room.images)
         grid, regions = self._memory
-        own = grid[: room.images], None if regions is None else regions[: room.images]
-        self._recordings[room] = _Recording(self._computing, plan, *own, batch.gains is not None)
+        gains = None if batch.gains is None else grid.new_zeros(room.rows[0], dtype=torch.float64)
+        own = _Inputs(grid[: room.images], None if regions is None else regions[: room.images], gains)
+        self._recordings[room] = _Recording(self._model, plan, own, self._kept)
         return self._recordings[room]
 
 

@@ -7,7 +7,8 @@ The expected reward J = sum_y p(y | a) r(y) of the captions y of an image a has 
 for any b that does not depend on y. Of n samples each is an estimate of it; b is the reward of the caption that greedy
 search finds (Rennie et al. 2017, eq. 8), or the mean reward of the image's other samples (Luo 2020, "A Better Variant
 of Self-Critical Sequence Training"). Samples are drawn without gradients by the batched decoder and then scored again
-along the fast path of teacher forcing, each word weighted by its caption's r - b; images are encoded once for both.
+along the fast path of teacher forcing, each word weighted by its caption's r - b; images are encoded once for both, or
+once more in a recording (`sat.model.objectives.replayed`).
 Surprising: the reward is all that counts. Neither the regulariser of attention nor smoothing of labels takes part.
 """
 
@@ -56,7 +57,7 @@ class SelfCritical(nn.Module):
         if model.captioner.spec.attention == "hard":
             raise ValueError("self-critical training knows no hard attention")
         self.model, self.reward, self.options = model, reward, options
-        self._replay = Replay(model.captioner, self._sums_of) if model is model.captioner else None
+        self._replay = Replay(model.captioner) if model is model.captioner else None
 
     def forward(
         self,
@@ -129,7 +130,7 @@ class SelfCritical(nn.Module):
         assert batch.gains is not None
         if self._replay:
             regions = None if batch.regions is None else batch.regions[images]
-            replayed = self._replay.sums(batch._replace(grid=batch.grid[images], regions=regions))
+            replayed = self._replay.sums(batch._replace(grid=batch.grid[images], regions=regions), self._sums_of)
             if replayed:
                 return replayed
         packing = pack(batch.captions, batch.lengths, memory.grid.device)

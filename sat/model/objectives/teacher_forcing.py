@@ -28,7 +28,7 @@ class TeacherForcing(nn.Module):
         """`replays`: whether its launches may be recorded where that serves, which hides them from a profile."""
         super().__init__()
         self.model = model
-        self._replay = Replay(model.captioner, self._sums_of) if replays and model is model.captioner else None
+        self._replay = Replay(model.captioner) if replays and model is model.captioner else None
 
     def forward(
         self,
@@ -54,7 +54,7 @@ class TeacherForcing(nn.Module):
         if keys is not None and keys.shape != lengths.shape:
             raise ValueError(f"keys [B, K] of {list(lengths.shape)} expected, got {list(keys.shape)}")
         if self._replay and not sampling_probability:
-            replayed = self._replay.sums(MicroBatch(grid, captions, lengths, regions, keys))
+            replayed = self._replay.sums(MicroBatch(grid, captions, lengths, regions, keys), self._sums_of)
             if replayed:
                 return replayed
         packing = pack(captions, lengths, grid.device)
