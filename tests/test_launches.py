@@ -138,6 +138,22 @@ def test_the_forward_pass_waits_for_nothing_and_costs_few_launches_a_word(preset
         assert counted.launches <= 5 * len(planned.rows) + 160
 
 
+def test_the_host_waits_for_keys_on_a_gpu_that_it_is_to_read():
+    copies, planned = [], make_packing()
+
+    class Copies(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function is torch.ops.aten._to_copy.default:
+                copies.append((args[0].device.type, (kwargs or {}).get("non_blocking", False)))
+            return function(*args, **(kwargs or {}))
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        keys = torch.empty(8, 5, dtype=torch.int64, device="cuda")
+        with Copies():
+            assert Draws.of(keys, planned).captions.device.type == "cpu"
+    assert copies == [("cuda", False)]
+
+
 @pytest.mark.parametrize("gate_width", [0, 1, D])
 def test_a_word_costs_five_launches_forward_and_nine_backward(gate_width, counted):
     planned = make_packing()

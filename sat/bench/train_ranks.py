@@ -2,7 +2,7 @@
 
 Takes turns of STEPS steps: in the loop of `sat.train`, bare, and in the loop until a checkpoint is written. What each
 part of a step takes is timed where the loop calls it; a GPU is waited for at the ends of a turn alone, so its parts are
-what the host takes to ask for them. Exchange is what a rank waits for the others: the sums of counts, and in the
+what the host takes to ask for them. Exchange is what a rank waits for the others: the sums of counts, and in a CPU's
 backward pass what comes after its own last gradient (the exchange that is hidden behind the pass costs nothing but
 computing power).
 """
@@ -103,7 +103,7 @@ class TimedStepper:
         return self.clock.computed(lambda: self.plain(*batch))
 
     def backward(self, loss: Tensor) -> None:
-        """Time after the last gradient of its own is the exchange's."""
+        """On a CPU time after the last gradient of its own is the exchange's."""
         began = time.perf_counter()
         self.plain.backward(loss)
         end = time.perf_counter()

@@ -57,7 +57,7 @@ class Draws:
         if keys is None:
             keys = torch.randint(-(1 << 63), (1 << 63) - 1, packing.extent)
         image = packing.images
-        keys = keys.to(image.device, non_blocking=True)
+        keys = keys.to(image.device, non_blocking=image.device.type != "cpu")  # the host reads at once what it gets
         return cls(packing, keys[image, 0], keys[image[packing.row_image], packing.row_caption])
 
     def of_images(self, site: Site) -> Tensor:

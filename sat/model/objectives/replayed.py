@@ -150,6 +150,7 @@ class _Recording:
         try:
             forward = record(lambda: self._forward(computing))
             forward()
+            self._keep("asked", self["losses"])
             self.plays = [forward, record(self._backward)]
         finally:
             self._outputs = None  # what leads from one to the other: its memory is for the next recording to use
@@ -162,7 +163,6 @@ class _Recording:
             sums = functional_call(computing, self._aliases, (self.grid, self.draws, self.regions, self.gains))
         self._outputs = sums.per_token, sums.per_caption
         self._keep("losses", torch.stack(self._outputs).detach())
-        self._keep("asked", self["losses"])
         counts: dict[torch.dtype, list[Tensor]] = {}
         for name, each in sums.counts.items():
             alike = counts.setdefault(each.dtype, [])
