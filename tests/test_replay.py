@@ -252,6 +252,19 @@ def test_a_second_backward_pass_is_refused_as_its_words_may_be_gone(device, repl
         loss.backward()
 
 
+@needs_compiler
+def test_weights_that_change_between_the_passes_are_refused(replays):
+    replayed, _, counted, take = replays("cpu")
+    given = batch(0)
+    counted.record = lambda work: (again(work), int)[1]  # a graph does not look at versions of weights either
+    take(replayed, *given)
+    loss = total_loss(replayed(*given), 5.0, 5.0)
+    with torch.no_grad():
+        replayed.model.vocabulary.bias.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 @each_device
 def test_a_batch_that_is_not_finite_leaves_nothing_behind(device, replays):
     replayed, plain, _, take = replays(device)

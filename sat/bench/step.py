@@ -91,9 +91,9 @@ def measure(
     rounds = (len(batches) - before - profiled) // steps - 1
     features = torch.randn(images, GRIDS[grid], FEATURES).relu().bfloat16()
     ours = our_step(features.to(device), batches, dtype, kernels)
-    memory = peak_memory_mb(lambda: [ours() for _ in range(2)], device)
-    asked = traffic(ours, device)
-    for _ in range(before - (5 if asked else 2)):
+    memory = peak_memory_mb(lambda: [ours() for _ in range(before - 3)], device)
+    asked = traffic(ours, device)  # once recordings are made
+    for _ in range(0 if asked else 3):
         ours()
     ceilings = Ceilings.of(dtype, device)
     loops = {}

@@ -291,6 +291,7 @@ class _Replayed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, passing: _Pass, *weights: Tensor) -> Tensor:
         ctx.passing = passing
+        ctx.save_for_backward(*weights)
         return passing.recording["losses"].clone()
 
     @staticmethod
@@ -298,6 +299,7 @@ class _Replayed(torch.autograd.Function):
         passing = ctx.passing
         if not passing.on_its_way:
             raise RuntimeError("a second backward pass through one forward pass of an objective; take another of that")
+        assert ctx.saved_tensors  # raises where weights have changed since, as autograd does without a recording
         recording = passing.recording
         recording["asked"].copy_(grads[0])
         recording.plays[1]()
