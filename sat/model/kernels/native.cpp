@@ -124,6 +124,7 @@ template <class T>
 void cross_entropy(int64_t n, int64_t V, T* logits, const Wide<T>* bias, const int64_t* targets, double smoothing,
                    Wide<T>* nll, Wide<T>* sum_log_p, bool* correct, int64_t threads) {
   using W = Wide<T>;
+  constexpr int64_t BLOCK = 512;
 #pragma omp parallel for num_threads(threads)
   for (int64_t r = 0; r < n; ++r) {
     T* row = logits + r * V;
@@ -132,8 +133,11 @@ void cross_entropy(int64_t n, int64_t V, T* logits, const Wide<T>* bias, const i
 #pragma omp simd reduction(+ : total)
     for (int64_t v = 0; v < V; ++v) total += x[v] = wide(row[v]) + bias[v];
     const W top = greatest(V, x.get()), target = x[targets[r]];
+    for (int64_t begin = 0; begin < V; begin += BLOCK) {
+      fetch<BLOCK>(row + begin, V);  // the next row's
 #pragma omp simd reduction(+ : sum)
-    for (int64_t v = 0; v < V; ++v) sum += x[v] = exponential(x[v] - top);
+      for (int64_t v = begin; v < std::min(begin + BLOCK, V); ++v) sum += x[v] = exponential(x[v] - top);
+    }
     const W log_sum = top + std::log(sum), share = W(smoothing) / V, scale = 1 / sum;
 #pragma omp simd
     for (int64_t v = 0; v < V; ++v) narrow(x[v] * scale - share, row[v]);
