@@ -18,7 +18,8 @@ void few_rows_transposed(int64_t n, int64_t K, int64_t N, const T* x, int64_t ap
   using W = Wide<T>;
   const int64_t whole = padded<W>(K), span = (N + threads - 1) / threads;
   Scratch<T> rows(n * whole);
-  for (int64_t r = 0; r < n; ++r) std::fill(std::copy_n(x + r * apart, K, &rows[r * whole]), &rows[(r + 1) * whole], T());
+  for (int64_t r = 0; r < n; ++r)
+    std::fill(std::copy_n(x + r * apart, K, &rows[r * whole]), &rows[(r + 1) * whole], T());
 #pragma omp parallel for num_threads(threads)
   for (int64_t begin = 0; begin < N; begin += span) {
     const int64_t count = std::min(span, N - begin);
