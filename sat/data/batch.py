@@ -97,9 +97,8 @@ class CaptionBatch:
         return there._inputs(lambda tensor: _keep_for(computing, tensor))
 
     def pin_memory(self) -> "CaptionBatch":
-        """Called by the DataLoader: page-locked copies of the tensors."""
-        captions, lengths, keys = (each.pin_memory() for each in (self.captions, self.lengths, self.keys))
-        return replace(self._inputs(Tensor.pin_memory), captions=captions, lengths=lengths, keys=keys)
+        """Called by the DataLoader: page-locked copies of what a GPU may be given."""
+        return replace(self._inputs(Tensor.pin_memory), keys=self.keys.pin_memory())
 
     def _inputs(self, function: Callable[[Tensor], Tensor]) -> "CaptionBatch":
         """With what `function` makes of the inputs, which are the grid and the regions."""
