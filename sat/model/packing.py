@@ -23,7 +23,10 @@ Indices = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Packing:
-    """N rows (captions that exist), M packed words (sum of their lengths), T steps. All indices are int64."""
+    """N rows (captions that exist), M packed words (sum of their lengths), T steps. All indices are int64.
+
+    A plan with room has more of all, and more images (`Room`).
+    """
 
     images: Tensor
     """[B'] positions in the batch of the images that have a caption, by their longest caption."""

@@ -4,6 +4,7 @@ A launch is dearer for Python than what it launches often is for the GPU. A grap
 with the same sizes, so whoever has work recorded brings its inputs into memory that stays, and takes results from such.
 """
 
+import contextlib
 import gc
 from collections.abc import Callable
 
@@ -33,15 +34,19 @@ def record_on_gpu() -> Record:
 
 
 def _captured(work: Callable[[], object], beside: torch.cuda.CUDAGraph | None) -> torch.cuda.CUDAGraph:
-    graph = torch.cuda.CUDAGraph()
-    # Other threads pin batches meanwhile, which is none of this one's business.
-    graph.capture_begin(pool=beside.pool() if beside else None, capture_error_mode="thread_local")
-    collecting = gc.isenabled()
+    graph, collecting = torch.cuda.CUDAGraph(), gc.isenabled()
     gc.disable()  # an older recording that is collected meanwhile would spoil this one
     try:
-        work()
+        # Other threads pin batches meanwhile, which is none of this one's business.
+        graph.capture_begin(pool=beside.pool() if beside else None, capture_error_mode="thread_local")
+        try:
+            work()
+        except BaseException:
+            with contextlib.suppress(RuntimeError):  # the first error says what spoilt it
+                graph.capture_end()
+            raise
+        graph.capture_end()
     finally:
         if collecting:
             gc.enable()
-        graph.capture_end()
     return graph
