@@ -38,7 +38,9 @@ def choose_products(kernels: str, like: Tensor) -> Prepare:
         return Packed.of
     if not prepares_for_sizes(like):
         return Plain
-    return functools.partial(Bounded, few=native.few_rows) if _native_serves(kernels, like) else Bounded
+    if torch.is_grad_enabled() and _native_serves(kernels, like):
+        return functools.partial(Bounded, few=native.few_rows)
+    return Bounded  # a score does not depend, in its last bit, on how many rows a rank has
 
 
 def choose_recorder(kernels: str, like: Tensor) -> Record | None:
