@@ -38,9 +38,7 @@ def choose_products(kernels: str, like: Tensor) -> Prepare:
         return Packed.of
     if not prepares_for_sizes(like):
         return Plain
-    if torch.is_grad_enabled() and _native_serves(kernels, like):
-        return functools.partial(Bounded, few=native.few_rows)
-    return Bounded  # a score does not depend, in its last bit, on how many rows a rank has
+    return functools.partial(Bounded, few=native.few_rows) if _native_serves(kernels, like) else Bounded
 
 
 def choose_recorder(kernels: str, like: Tensor) -> Record | None:
