@@ -1,7 +1,8 @@
 """What each phase of a step takes: a profile of steps, whose operations are told apart by who called them.
 
 The phases are those of `sat.bench.limit`. What undoes an operation in the backward pass belongs to its phase, by
-autograd's sequence numbers. What is no matrix product in the time loop, the LSTM's cell included, counts as attention.
+autograd's sequence numbers. What is no matrix product of PyTorch's in the time loop counts as attention: the LSTM's
+cell too, and the products of few rows in native kernels.
 On a GPU the times are those of the programs that an operation has launched there; what the host takes is not in them.
 """
 
