@@ -6,6 +6,7 @@ import torch
 
 from preprocessing.features.lite import FAMILY, convert_lite
 from sat.model.encoders.encoder import GridEncoder
+from sat.model.encoders.folding import pairs
 from sat.model.encoders.geometry import measure_centre, pads_one_side
 from sat.model.encoders.table import build_encoder, load_encoder
 from sat.shards.features import FeatureSpec
@@ -123,3 +124,12 @@ def test_a_lite_looks_where_its_file_says_by_the_gradient(name, stage, lites):
 def test_the_gradient_finds_the_centre_of_a_network_without_such_padding():
     encoder = encoder_of("resnet50", 2, None)
     assert abs(measure_centre(encoder, 2) - encoder.spec.first_centre) <= encoder.spec.stride / 4
+
+
+@pytest.mark.parametrize("name", ["resnet50", "timm/tf_efficientnet_lite0", "timm/vit_tiny_patch16_224"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_an_encoder_gives_does_not_go_with_the_type_that_it_computes_in(name, dtype):
+    wide, narrow = (build_encoder(name, 0).requires_grad_(False).eval().to(each) for each in (torch.float32, dtype))
+    assert narrow.spec == wide.spec
+    if "vit" not in name:
+        assert pairs(narrow) == pairs(wide) != []

@@ -48,7 +48,7 @@ def pairs(encoder: ResNet | TimmNetwork) -> list[tuple[str, str]]:
 
 def follow(encoder: ResNet | TimmNetwork) -> list[tuple[str, str]]:
     """(module, module) by name: the second's input is the first's output, which nothing else uses; each is run once."""
-    network = copy.deepcopy(encoder).eval().to("meta")
+    network = copy.deepcopy(encoder).eval().to("meta", torch.float32)  # whatever type it computes in
     made: dict[int, tuple[str, Any]] = {}
     found, runs = [], Counter[str]()
     uses = _Uses()

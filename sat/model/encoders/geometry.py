@@ -35,7 +35,7 @@ WHOLE = 32
 def spec_of(encoder: GridEncoder) -> EncoderSpec:
     """What an encoder's features are and where its cells look. ValueError where it does not give a square grid."""
     size = encoder.pixels.size if encoder.fixed_size else PROBE
-    network = copy.deepcopy(encoder).eval().to("meta")
+    network = copy.deepcopy(encoder).eval().to("meta", torch.float32)  # whatever type it computes in
     with torch.no_grad(), _Follow() as follow:
         picture = follow.begin_with(torch.empty(1, 3, size, size, device="meta"))
         grid = network(picture)
