@@ -2,8 +2,8 @@
 
 At usual batches Python is what a step waits for: it launches some three hundred programs word by word, each over in
 microseconds. A recording (`sat.model.recording`) has fixed sizes, so it is made for a `Room` that covers many batches,
-rows in multiples of `ROWS` and steps in multiples of `STEPS`; what it computes for words that do not exist, a sixth of
-COCO's, counts for nothing. Recordings share the memory of what leads from one direction to the other, those of all
+rows in multiples of `ROWS` and steps in multiples of `STEPS`; what it computes for words that do not exist counts for
+nothing. Recordings share the memory of what leads from one direction to the other, those of all
 objectives: one pass is on its way at a time. A forward pass before the last one's backward pass is not replayed, with
 the same outcome.
 """
