@@ -30,7 +30,7 @@ from sat.model.encoders.weights import RESNETS, AboutWeights
 
 
 def main(
-    images: Annotated[int, typer.Option(min=8, help="pictures per run of the job")] = 1024,
+    images: Annotated[int, typer.Option(min=8, help="pictures per run of the job")] = 2048,
     encoder: Annotated[str, typer.Option(help="architecture: resnet50, resnet101, resnet152 or timm/NAME")] = RESNETS[
         0
     ],

@@ -74,6 +74,14 @@ def test_loaded_encoder_is_frozen_and_classifier_is_optional(reference, weights_
     torch.testing.assert_close(encoder(images), load_encoder(weights_file)(images), rtol=0, atol=0)
 
 
+def test_loading_draws_no_first_weights_that_the_files_replace(weights_file):
+    before = torch.random.get_rng_state()
+    load_encoder(weights_file)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    build_encoder("resnet50")
+    assert not torch.equal(torch.random.get_rng_state(), before)
+
+
 def test_a_file_that_does_not_fit_is_refused_with_the_keys(reference, tmp_path):
     weights = {k: v for k, v in reference.state_dict().items() if k != "layer2.1.conv3.weight"}
     weights["head.weight"] = torch.zeros(1)

@@ -18,7 +18,7 @@ from preprocessing import fetch_weights
 from preprocessing.annotations.read import read_annotations
 from preprocessing.extract_features import extract_stripe, finalize_features
 from preprocessing.extract_features import main as extract_program
-from preprocessing.features import network
+from preprocessing.features import extractor, network
 from preprocessing.features.network import COMPUTE, fast_forward, load_network
 from preprocessing.features.plan import plan_features
 from preprocessing.features.recipe import FeatureOptions
@@ -129,6 +129,24 @@ def test_every_grid_is_that_of_the_plain_encoder_in_every_format(made, tmp_path,
     assert all(
         manifest.rows(i).select(columns).equals(source.rows(i).select(columns)) for i in range(len(source.shards))
     )
+
+
+@pytest.mark.parametrize(("cores", "shares"), [(1, [1]), (2, [1, 1]), (3, [2, 1]), (16, [8, 8])])
+def test_batches_in_the_network_share_the_cores_and_change_no_bit(made, tmp_path, monkeypatch, cores, shares):
+    taken, take, before = [], torch.set_num_threads, torch.get_num_threads()
+    monkeypatch.setattr(extractor, "available_cores", lambda: cores)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: cores)
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: (taken.append(number), take(min(number, 2))))
+    try:
+        with extractor._network_threads("cpu") as pool:
+            together = threading.Barrier(len(shares))
+            list(pool.map(lambda _: together.wait(60), shares))
+        assert sorted(taken) == sorted(shares)
+        manifest = extract(made, tmp_path / "features")
+        assert taken[-1] == cores  # for threads to come
+    finally:
+        take(before)
+    assert manifest.digest == extract(made, tmp_path / "again").digest
 
 
 def test_statistics_are_those_of_the_stored_values_of_the_training_split(made, tmp_path):

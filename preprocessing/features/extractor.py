@@ -1,16 +1,19 @@
 """One process's share of an extraction: reads verified pictures, runs the network, writes feature shards.
 
-The surprising decision: the network has a thread of its own, fed by two shards that are under way at once. While it
-computes, the others decode, resize, write, sync and hash; it waits for nothing but the first batch. torch is imported
-when the first picture is there.
+The surprising decision: the network has threads of its own, fed by two shards that are under way at once. While they
+compute, the others decode, resize, write, sync and hash; they wait for nothing but the first batch. On a CPU two of
+them share the cores, a batch each: one that had all cores would stand still as a whole whenever another thread takes
+one of them. The features are the same bits. torch is imported when the first picture is there.
 """
 
 import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, TypeVar
 
 import numpy as np
@@ -24,11 +27,15 @@ from preprocessing.sharding.made_on import MADE_ON, made_on
 from preprocessing.sharding.plan import FeatureSettings, ImageRecord, Plan, PlannedShard
 from preprocessing.sharding.rebuild import Before, as_before
 from preprocessing.sharding.write import Sample, write_shard
+from sat.machine import available_cores
 from sat.shards.location import read_retrying
 from sat.shards.manifest import Manifest
 from sat.shards.pictures import BadPicture, PixelBudget, decode, fit
 from sat.shards.schema import SampleRow, Sidecar, sample_rows
 from sat.shards.tar import read_members
+
+BATCHES_AT_ONCE = 2
+"""In the network on a CPU."""
 
 Item = TypeVar("Item")
 Outcome = TypeVar("Outcome")
@@ -53,12 +60,13 @@ class Extractor:
         self.plan, self.recipe, self.source, self.scale, self.device = plan, recipe, source, scale, device
         self.settings = plan.settings_as(FeatureSettings)
         self.decoding = ThreadPoolExecutor(decode_threads, thread_name_prefix="decode")
-        self.computing = ThreadPoolExecutor(1, thread_name_prefix="network")
+        self.computing = _network_threads(device)
         self.room = PixelBudget()
         self.before: Mapping[str, Before] | None = None
         """Of shards that are built again."""
         self.progress: Callable[[int], None] = lambda images: None
         self.network: Callable[[Pixels], Grids] | None = None
+        self.loading = threading.Lock()
 
     def __enter__(self) -> "Extractor":
         return self
@@ -66,6 +74,10 @@ class Extractor:
     def __exit__(self, *exception: object) -> None:
         self.decoding.shutdown(cancel_futures=True)
         self.computing.shutdown(cancel_futures=True)
+        if self.network is not None:
+            import torch
+
+            torch.set_num_threads(torch.get_num_threads())  # later threads follow the last call
 
     def build(self, plan: Plan, shard: PlannedShard) -> Sidecar:
         """Write one feature shard; returns its sidecar.
@@ -95,16 +107,15 @@ class Extractor:
                 sums.add_clipped(grids if grids.dtype == np.float32 else restore(grids, "bf16"), self.scale)
             grids = self._to_stored(grids)
             values = restore(grids, spec.dtype, self.scale)
-            self._refuse_infinite(shard, rows, values)
             sums.add(values)
+            if not sums.finite:
+                self._refuse_infinite(shard, rows, values)
             for row, grid in zip(rows, grids, strict=True):
                 yield Sample(_record(row), spec.npy_bytes(grid), "npy", row.width, row.height, about=spec.about_values)
             self.progress(len(rows))
 
     def _refuse_infinite(self, shard: PlannedShard, rows: Sequence[SampleRow], values: Grids) -> None:
         """ValueError, with their number, for pictures whose float32 features [B, L, D] are not finite as stored."""
-        if np.isfinite(values.sum(dtype=np.float64)):  # one pass; NaN and infinity both stay in a sum
-            return
         bad = [row for row, grid in zip(rows, values, strict=True) if not np.isfinite(grid).all()]
         if bad:
             raise ValueError(
@@ -149,14 +160,36 @@ class Extractor:
 
     def _compute(self, pictures: Pixels) -> Grids:
         """uint8 [B, S, S, 3] -> grids [B, L, D]: float32, or bf16 as uint16 bits."""
-        if self.network is None:
-            from preprocessing.features.network import load_network
-
-            encoder, weights = self.recipe.encoder, Path(self.settings.weights)
-            check_planned(weights, encoder.weights_sha256)
-            options = (self.recipe.transform.size, self.recipe.compute, self.device, self.plan.samples)
-            self.network = load_network(weights, encoder.stage, *options)
+        with self.loading:
+            if self.network is None:
+                self.network = self._load()
         return self.network(pictures)
+
+    def _load(self) -> Callable[[Pixels], Grids]:
+        from preprocessing.features.network import load_network
+
+        encoder, weights = self.recipe.encoder, Path(self.settings.weights)
+        check_planned(weights, encoder.weights_sha256)
+        options = (self.recipe.transform.size, self.recipe.compute, self.device, self.plan.samples)
+        return load_network(weights, encoder.stage, *options)
+
+
+def _network_threads(device: str) -> ThreadPoolExecutor:
+    """Of a CPU each with its share of the cores, of which none is left over."""
+    if device != "cpu":
+        return ThreadPoolExecutor(1, thread_name_prefix="network")
+    cores = available_cores()
+    count = min(BATCHES_AT_ONCE, cores)
+    shares: SimpleQueue[int] = SimpleQueue()
+    for number in reversed(range(count)):
+        shares.put((cores + number) // count)
+    return ThreadPoolExecutor(count, thread_name_prefix="network", initializer=_take_share, initargs=(shares,))
+
+
+def _take_share(shares: "SimpleQueue[int]") -> None:
+    import torch
+
+    torch.set_num_threads(min(shares.get(), torch.get_num_threads()))
 
 
 def _record(row: SampleRow) -> ImageRecord:

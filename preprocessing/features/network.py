@@ -51,7 +51,10 @@ def load_network(
     @torch.inference_mode()
     def run(pictures: npt.NDArray[np.uint8]) -> npt.NDArray[Any]:
         rows = torch.from_numpy(pictures).to(device).flatten(2)  # [B, S, S * 3]
-        normal = torch.addcmul(bias, rows.float(), slope).to(COMPUTE[compute])
+        normal = torch.empty(rows.shape, dtype=COMPUTE[compute], device=device)
+        at_once = 1 if device == "cpu" else len(rows)  # one picture stays in a core's cache
+        for some, to in zip(rows.split(at_once), normal.split(at_once), strict=True):
+            to.copy_(torch.addcmul(bias, some.float(), slope))
         grids = forward(normal.view(-1, size, size, 3).permute(0, 3, 1, 2)).cpu().contiguous()
         stored: npt.NDArray[Any] = grids.view(torch.uint16).numpy() if compute == "bf16" else grids.numpy()
         return stored

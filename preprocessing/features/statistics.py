@@ -99,6 +99,11 @@ class ChannelSums:
         squares = np.einsum("...ld,...ld->...d", values, values)
         self.squares += squares.reshape(-1, len(self.sum)).sum(axis=0, dtype=np.float64)
 
+    @property
+    def finite(self) -> bool:
+        """False from the first value on that is NaN or infinite, as both stay in a sum, or so large that a sum is."""
+        return bool(np.isfinite(self.squares).all())
+
     def add_clipped(self, values: Floats, scale: Floats) -> None:
         """Count what int8 cuts off of float32 values [B, L, D], before they are stored."""
         beyond = np.count_nonzero(np.abs(values) >= 127.5 * scale, axis=(1, 2))

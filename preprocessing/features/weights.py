@@ -39,7 +39,8 @@ def find_weights(weights: str, weights_dir: Path = WEIGHTS_DIR) -> Path:
 
 def check_planned(path: Path, sha256: str) -> None:
     """ValueError unless this is the file, by its digest, that a plan was made with."""
-    if files.sha256(find_weights(str(path))) != sha256:
+    if not path.is_file() or files.sha256(path) != sha256:
+        find_weights(str(path))  # says more of one that is missing or damaged
         raise ValueError(f"encoder weights {path}: not the file the features were planned with ({sha256[:12]})")
 
 

@@ -48,7 +48,7 @@ def pairs(encoder: ResNet | TimmNetwork) -> list[tuple[str, str]]:
 
 def follow(encoder: ResNet | TimmNetwork) -> list[tuple[str, str]]:
     """(module, module) by name: the second's input is the first's output, which nothing else uses; each is run once."""
-    network = copy.deepcopy(encoder).eval().to("meta", torch.float32)  # whatever type it computes in
+    network = _without_values(encoder).eval()
     made: dict[int, tuple[str, Any]] = {}
     found, runs = [], Counter[str]()
     uses = _Uses()
@@ -66,6 +66,16 @@ def follow(encoder: ResNet | TimmNetwork) -> list[tuple[str, str]]:
     with torch.no_grad(), uses:
         network(torch.empty(1, 3, size, size, device="meta"))
     return [(a, b) for a, b, place in found if uses.count[place] == 1 and runs[a] == runs[b] == 1]
+
+
+def _without_values(encoder: Network) -> Network:
+    """A copy on the meta device in float32, whatever type it computes in; no value is copied."""
+    memo: dict[int, Any] = {}
+    for tensor in (*encoder.parameters(), *encoder.buffers()):
+        dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
+        empty = torch.empty_like(tensor, device="meta", dtype=dtype)
+        memo[id(tensor)] = nn.Parameter(empty, False) if isinstance(tensor, nn.Parameter) else empty
+    return copy.deepcopy(encoder, memo)
 
 
 class _Uses(TorchDispatchMode):

@@ -6,11 +6,13 @@ torchvision's. Nothing is downloaded here.
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sat.model.encoders import resnet, timm_network
 from sat.model.encoders.encoder import GridEncoder, refuse_unfit
@@ -57,7 +59,8 @@ def load_encoder(path: str | Path, architecture: str = "", stage: int = 0) -> re
     about = read_about(path)
     architecture = architecture or about.architecture
     try:
-        encoder = build_encoder(architecture, stage, about.pixels)
+        with _Unfilled():  # type: ignore[no-untyped-call]  # torch has no types here
+            encoder = build_encoder(architecture, stage, about.pixels)
         weights = load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
@@ -67,6 +70,15 @@ def load_encoder(path: str | Path, architecture: str = "", stage: int = 0) -> re
     _named_module(encoder).load_state_dict(kept, strict=False)  # only num_batches_tracked may be absent
     _place(encoder, about)
     return encoder.requires_grad_(False).eval()
+
+
+class _Unfilled(TorchDispatchMode):
+    """Leaves out the random first weights, which a file's take the place of: most of the time that building takes."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.ops.aten.normal_.default, torch.ops.aten.uniform_.default):
+            return args[0]
+        return func(*args, **(kwargs or {}))
 
 
 def _place(encoder: resnet.ResNet | timm_network.TimmNetwork, about: AboutWeights) -> None:
