@@ -9,6 +9,7 @@ import gc
 import logging
 import os
 import threading
+from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -45,9 +46,13 @@ from sat.text import CaptionTokenizer
 
 logger = logging.getLogger(__name__)
 
-PLANNED_TOGETHER = 8
+PLANNED_TOGETHER = 32
 SLOTS = 4
 """Batches whose memory is kept per worker: two wait, one is filled, one is in use; more get memory of their own."""
+BURST = 8
+"""Without workers so many batches are read in one go, if they fit BURST_BYTES. A step drives the reader's code and
+tables out of the processor's caches, and to fetch them again takes as long as to read a small batch."""
+BURST_BYTES = 8 << 20
 CHECKED_AT_START = 20_000
 """Up to so many shards rank 0 compares all sizes before it starts; every size is compared when its shard is opened."""
 
@@ -188,7 +193,34 @@ def read_number_ids(manifest: Manifest, split: str, cache: CacheOptions = CacheO
 
 
 def _make_ring(plan: TrainingPlan | EvaluationPlan, row: GridRow, num_workers: int) -> Ring:
-    return Ring(max(num_workers, 1), SLOTS, plan.rows * row.nbytes, shared=num_workers > 0)
+    size = plan.rows * row.nbytes
+    slots = SLOTS if num_workers else max(SLOTS, _burst_of(size) + 1)  # a burst, and the batch in use
+    return Ring(max(num_workers, 1), slots, size, shared=num_workers > 0)
+
+
+def _burst_of(size: int) -> int:
+    """How many batches of `size` bytes are read in one go."""
+    return max(1, min(BURST, BURST_BYTES // max(size, 1)))
+
+
+def _in_bursts(batches: Iterator[CaptionBatch], together: int) -> Iterator[CaptionBatch]:
+    """The same batches, `together` read in one go; an error that ends them comes in its place."""
+    burst: deque[CaptionBatch] = deque()
+    try:
+        for batch in batches:
+            burst.append(batch)
+            if len(burst) == together:
+                yield from _emptied(burst)
+    except Exception:
+        yield from _emptied(burst)
+        raise
+    yield from _emptied(burst)
+
+
+def _emptied(burst: "deque[CaptionBatch]") -> Iterator[CaptionBatch]:
+    """What it holds; it lets go of each, whose memory is used again."""
+    while burst:
+        yield burst.popleft()
 
 
 def _iterate(
@@ -196,10 +228,12 @@ def _iterate(
 ) -> Generator[CaptionBatch, None, None]:
     workers, allowed = reading.options.num_workers, reading.options.max_bad_samples
     remote = any(each.store.is_remote for each in reader.readers)
+    # Where a batch takes long, one that waits for a burst would wait for long.
+    together = 1 if workers or remote or reader.decode else _burst_of(plan.rows * reader.row.nbytes)
     parent = os.getpid() if threading.current_thread() is threading.main_thread() else 0
     # Item i goes to worker i % workers and comes back in order: DataLoader's own round robin.
     loader: DataLoader[Any] = DataLoader(
-        PlannedBatches(plan, reader, ahead=4 if remote else 1),
+        PlannedBatches(plan, reader, ahead=4 if remote else together),
         batch_size=None,
         shuffle=False,
         num_workers=workers,
@@ -211,7 +245,7 @@ def _iterate(
         batches: Iterator[CaptionBatch] = iter(loader)
     epoch = bad = retries = 0
     try:
-        for batch in batches:
+        for batch in _in_bursts(batches, together):
             for problem in batch.problems:
                 logger.warning("quarantined: %s", problem)
             epoch, bad = batch.epoch, batch.bad + (bad if batch.epoch == epoch else 0)
