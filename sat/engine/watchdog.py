@@ -89,10 +89,12 @@ class _Watch:
             address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
             wait = timedelta(seconds=self.every)
             self.store = dist.TCPStore(address, port, is_master=False, timeout=wait)  # type: ignore[attr-defined]  # public
-            while not self.ended.wait(self.every):
+            while True:  # at once, so that a rank that stands still in its first step is known
                 self._tell()
                 self.others = self._heard()
                 self.talks += 1
+                if self.ended.wait(self.every):
+                    return
 
     def _tell(self) -> None:
         pulse = self.processes.pulse
@@ -107,7 +109,8 @@ class _Watch:
         """Say who stands where, show the stacks, and end; those who are waited for end too where they are at hand."""
         pulse, before, talks = self.processes.pulse, self.others, self.talks
         time.sleep(4 * self.every)
-        heard = self.others if self.talks > talks else {}
+        reached = self.talks > talks
+        heard = self.others if reached else {}
         others: list[str] = []
         silent: list[tuple[str, int]] = []
         for rank, words in heard.items():
@@ -117,7 +120,8 @@ class _Watch:
             state = "gives no sign of life since it was at" if gone else f"has been for {seconds} s at"
             others.append(f"rank {rank} on {host} {state}: {doing}")
         if not heard and self.processes.world_size > 1:
-            others.append("nothing is heard of the other ranks: the machine of rank 0 is out of reach")
+            why = "they have said nothing yet" if reached else "the machine of rank 0 is out of reach"
+            others.append(f"nothing is heard of the other ranks: {why}")
         waited = time.monotonic() - pulse.at
         if waited < EARLY * self.timeout:
             return  # it has got on meanwhile
