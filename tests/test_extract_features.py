@@ -145,6 +145,7 @@ def test_batches_in_the_network_share_the_cores_and_change_no_bit(made, tmp_path
         manifest = extract(made, tmp_path / "features")
         assert taken[-1] == cores  # for threads to come
     finally:
+        monkeypatch.undo()
         take(before)
     assert manifest.digest == extract(made, tmp_path / "again").digest
 

@@ -1,6 +1,6 @@
 """On what a shard of features was computed. The same network gives other last bits elsewhere.
 
-Libraries choose how they add up by the instructions that a processor has, by its caches and by the number of threads;
+Libraries choose how they add up by the instructions that a processor has, by its caches and by the number of cores;
 all that is recorded in each shard's sidecar, in words. Nothing is computed from it: it explains bytes that differ.
 """
 
@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from sat.machine import available_cores
 from sat.shards.schema import Sidecar
 
 MADE_ON = "made_on"
@@ -19,19 +20,19 @@ INSTRUCTIONS = (
     *(("avx2", "AVX2"), ("avx", "AVX"), ("sve", "SVE"), ("asimd", "NEON")),
 )
 """Flag of a processor (/proc/cpuinfo) and what it is called, the most able first."""
-LIMITS = ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "MKL_CBWR")
+LIMITS = ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "MKL_CBWR", "OMP_NUM_THREADS")
 """Environment variables by which the libraries use less than there is."""
 
 
 def made_on(device: str) -> str:
-    """The processor with its instructions, threads and limits, or the GPU; then the version of torch (imported)."""
+    """The processor with its instructions, cores and limits, or the GPU; then the version of torch (imported)."""
     import torch
 
     if torch.device(device).type == "cuda":
         return f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}, torch {torch.__version__}"
     limits = "".join(f", {name}={os.environ[name]}" for name in LIMITS if name in os.environ)
     name, instructions = processor()
-    return f"{name}, {instructions}{limits}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    return f"{name}, {instructions}{limits}, {available_cores()} cores, torch {torch.__version__}"
 
 
 def processor(about: Path = Path("/proc/cpuinfo")) -> tuple[str, str]:
