@@ -31,7 +31,7 @@ import numpy as np
 import typer
 
 from sat.bench.loader import BATCH, captions_of, write_shards
-from sat.data import reader
+from sat.data import loader, reader
 from sat.data.batch import stretches_of
 from sat.data.loader import Reading, training_batches
 from sat.data.options import LoaderOptions
@@ -215,6 +215,7 @@ def _read_epochs(
 ) -> None:
     """One rank: reads its share of every epoch when it is told to, and sends what that took."""
     sources = [(load_manifest(url), 1.0)]
+    loader.BURST = 1  # nothing is read ahead of the epoch in which it is counted
     if case.few_rows:
         reader.CACHED_ROWS = int(sources[0][0].shards.samples.sum()) // 4
     tokenizer = build_tokenizer(captions_of(0), 1)
