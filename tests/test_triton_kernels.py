@@ -6,8 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from sat.model import loss
 from sat.model.kernels import torch_kernels, triton_kernels
 from sat.model.kernels.interface import Gate, Seen
+from sat.model.kernels.products import rows_apart
 from sat.model.packing import pack
 from sat.model.passage import Inputs, Weights
 from sat.model.recurrence import Loop, recur
@@ -191,8 +193,11 @@ def test_the_gradient_of_a_plain_sum_which_is_one_number_expanded_is_the_exact_o
 
 @every_dtype
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
-def test_cross_entropy_is_pytorchs_and_leaves_its_gradient_in_the_logits(smoothing, dtype):
-    given, bias = 3 * random(9, V, dtype=dtype), random(V, seed=1)
+@pytest.mark.parametrize("apart", [V, V + 11, V + 3000], ids=["together", "aligned", "far apart"])
+def test_cross_entropy_is_pytorchs_and_leaves_its_gradient_in_the_logits(apart, smoothing, dtype):
+    whole, bias = random(9, apart, dtype=dtype), random(V, seed=1)
+    whole[:, V:] = torch.nan  # as memory may be that nobody has written to
+    given = whole[:, :V].mul_(3)
     targets = torch.randint(V, (9,), generator=torch.Generator().manual_seed(0)).to(DEVICE)
     given[4] = -torch.inf
     given[4, targets[4]] = 0.0
@@ -204,6 +209,22 @@ def test_cross_entropy_is_pytorchs_and_leaves_its_gradient_in_the_logits(smoothi
     assert_near(found[1][finite], expected[1][finite], torch.float32)
     assert torch.equal(found[2], expected[2])
     assert_near(given, wide, dtype)
+
+
+@pytest.mark.parametrize("words", [V, 64])
+def test_the_loss_is_the_same_with_logits_whose_rows_begin_at_multiples_of_16(words, monkeypatch):
+    assert rows_apart(3, words, torch.empty(0, device="meta")).stride() == (64, 1)
+    targets, factors = torch.arange(9, device=DEVICE), random(9).abs()
+    found = []
+    for kernels, apart in ((torch_kernels, words), (triton_kernels, 64)):
+        monkeypatch.setattr(
+            loss, "rows_apart", lambda n, width, like, apart=apart: like.new_full((n, apart), torch.nan)[:, :width]
+        )
+        given = [random(*shape).requires_grad_() for shape in ((9, 17), (words, 17), (words,))]
+        summed = loss.linear_cross_entropy(*given, targets, 0.1, kernels, factors)
+        found.append([summed.objective.detach(), *torch.autograd.grad(summed.objective, given)])
+    for one, truth in zip(found[1], found[0], strict=True):
+        assert_near(one, truth, torch.float32, 2)
 
 
 def test_cross_entropy_of_what_is_not_finite_is_nan_and_no_hit():

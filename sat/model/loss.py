@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sat.model.kernels.interface import Kernels
-from sat.model.kernels.products import enough_rows, padded, prepares_for_sizes
+from sat.model.kernels.products import enough_rows, padded, prepares_for_sizes, rows_apart
 
 CHUNK_BYTES, ON_GPU = 24 << 20, 512 << 20
 """Memory of one chunk of logits: about a CPU's last-level cache; on a GPU what is small beside its memory."""
@@ -91,7 +91,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             gradients = of_hidden[: len(hidden)], torch.zeros_like(weight, dtype=wide), torch.zeros_like(bias)
         for part, rows in chunks:
             fed = padded(hidden[part], rows)
-            logits = fed @ weight.t()
+            logits = torch.mm(fed, weight.t(), out=rows_apart(rows, len(weight), fed))
             delta = logits[: len(nll[part])]
             nll[part], sum_log_p, correct[part] = kernels.cross_entropy(delta, bias, targets[part], smoothing)
             loss, counted = nll[part], None

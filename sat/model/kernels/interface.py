@@ -112,7 +112,8 @@ class Kernels(Protocol):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """NLL [n], summed log-probabilities [n] and hits (bool [n]) of `logits` [n, V] + `bias` [V].
 
-        `targets` int64 [n]. `logits` become the gradient of the loss smoothed by `smoothing`.
+        `targets` int64 [n]. `logits` become the gradient of the loss smoothed by `smoothing`; what lies between their
+        rows may be written to.
         """
 
     def dropout(self, x: Tensor, keys: Tensor, rate: float) -> Tensor:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from sat.model.kernels import torch_kernels
 from sat.model.kernels.interface import Gate, Seen
@@ -326,15 +327,15 @@ def cell_backward(
 def cross_entropy(logits: Tensor, bias: Tensor, targets: Tensor, smoothing: float) -> tuple[Tensor, Tensor, Tensor]:
     """NLL [n], summed log-probabilities [n] and hits (bool [n]) of `logits` [n, V] + `bias` [V], `targets` int64 [n].
 
-    `logits` become the gradient of the loss smoothed by `smoothing`.
+    `logits` become the gradient of the loss smoothed by `smoothing`, what lies between their rows zeros.
     """
-    n, V = logits.shape
-    assert logits.is_contiguous()
+    (n, V), stride = logits.shape, logits.stride(0)
+    assert logits.stride(1) == 1
     nll, sum_log_p = bias.new_empty(n), bias.new_empty(n)
     correct = torch.empty(n, dtype=torch.bool, device=bias.device)
-    _programs().cross_entropy[n,](
-        logits, bias, targets, nll, sum_log_p, correct, float(smoothing), V, BLOCK=min(_power(V), 4096), num_warps=8
-    )
+    outputs, block = (nll, sum_log_p, correct), min(_power(V), 2048)
+    far = pad(bias, (0, stride - V)) if stride > V else bias  # as far as the next row
+    _programs().cross_entropy[n,](logits, stride, far, targets, *outputs, float(smoothing), V, BLOCK=block, num_warps=4)
     return nll, sum_log_p, correct
 
 

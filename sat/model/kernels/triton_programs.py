@@ -140,10 +140,13 @@ def alpha_sums(alphas, begins, lengths, sums, L, BL: tl.constexpr):
 
 
 @triton.jit
-def cross_entropy(logits, bias, targets, nll, sum_log_p, correct, smoothing, V, BLOCK: tl.constexpr):
-    """Grid: rows. The logits become the gradient."""
+def cross_entropy(logits, stride, bias, targets, nll, sum_log_p, correct, smoothing, V, BLOCK: tl.constexpr):
+    """Grid: rows, which begin `stride` apart. The logits become the gradient, what lies behind them zeros.
+
+    Rows are read to their ends, as a GPU reads 16 bytes at once only where a mask changes at multiples of as many.
+    """
     row = tl.program_id(0).to(tl.int64)
-    logits += row * V
+    logits += row * stride
     target = tl.load(targets + row)
     right = tl.load(logits + target).to(tl.float32) + tl.load(bias + target)  # first: it is overwritten below
     top = tl.full([BLOCK], -float("inf"), dtype=tl.float32)
@@ -151,8 +154,8 @@ def cross_entropy(logits, bias, targets, nll, sum_log_p, correct, smoothing, V, 
     for low in range(0, V, BLOCK):
         word = low + tl.arange(0, BLOCK)
         real = word < V
-        x = tl.load(logits + word, mask=real, other=0.0).to(tl.float32)
-        x += tl.load(bias + word, mask=real, other=0.0)
+        x = tl.load(logits + word, mask=word < stride, other=0.0).to(tl.float32)
+        x += tl.load(bias + word, mask=word < stride, other=0.0)
         plain += tl.where(real, x, 0.0)
         higher = tl.where(real & ((x > top) | (x != x)), x, top)
         known = higher > -float("inf")
@@ -167,11 +170,11 @@ def cross_entropy(logits, bias, targets, nll, sum_log_p, correct, smoothing, V, 
     tl.store(correct + row, (right >= most) & (normaliser == normaliser))
     for low in range(0, V, BLOCK):
         word = low + tl.arange(0, BLOCK)
-        real = word < V
-        x = tl.load(logits + word, mask=real, other=0.0).to(tl.float32)
-        x += tl.load(bias + word, mask=real, other=0.0)
+        x = tl.load(logits + word, mask=word < stride, other=0.0).to(tl.float32)
+        x += tl.load(bias + word, mask=word < stride, other=0.0)
         delta = tl.exp(x - normaliser) - smoothing / V
-        tl.store(logits + word, tl.where(word == target, delta + (smoothing - 1.0), delta), mask=real)
+        delta = tl.where(word == target, delta + (smoothing - 1.0), delta)
+        tl.store(logits + word, tl.where(word < V, delta, 0.0), mask=word < stride)
 
 
 @triton.jit
