@@ -27,10 +27,12 @@ from sat.model.packing import Packing, Room, pack, side_by_side
 from sat.model.recording import Play, Record
 
 ROWS, STEPS = 16, 2
-SLACK, LONGER = 1.15, 4
+SLACK, LONGER = 1.15, 2
 """A new room has so many times its batch's rows, and room for captions so many words longer."""
-SPARE = 1.2
-"""A recording serves where a new one would go through no less than its words divided by this."""
+STEP = 200
+"""Words that take as long as what a step takes by itself: a dozen programs one behind the other, 60 us on an H200."""
+SPARE = 1.1
+"""A recording serves where a new one would take no less than its time divided by this."""
 LIMIT = 48
 """Recordings of one objective; beyond them whatever covers serves, and what nothing covers is not replayed."""
 Compute = Callable[[Memory, Draws, Tensor | None], LossSums]
@@ -63,6 +65,11 @@ def new_room(needed: Room) -> Room:
     wanted = [-(-math.ceil(SLACK * needed.rows[begin]) // ROWS) * ROWS for begin in range(0, len(needed.rows), STEPS)]
     most = -(-needed.rows[0] // ROWS) * ROWS
     return Room(needed.images, (*(min(rows, most) for rows in wanted for _ in range(STEPS)), *[ROWS] * LONGER))
+
+
+def time_of(room: Room) -> int:
+    """What a recording of it takes, in words."""
+    return sum(room.rows) + STEP * len(room.rows)
 
 
 def covers(room: Room, other: Room) -> bool:
@@ -178,7 +185,10 @@ class _Recording:
         losses, asked = zip(*asks, strict=True)
         aliases = list(self._aliases.values())
         found = torch.autograd.grad(losses, aliases, asked, retain_graph=True, materialize_grads=True)
-        self._keep("gradient", torch.cat([each.reshape(-1) for each in found]))
+        parts = [each.reshape(-1) for each in found]
+        if "gradient" not in self._kept:
+            self._kept["gradient"] = parts[0].new_empty(sum(each.numel() for each in parts))
+        torch.cat(parts, out=self._kept["gradient"])  # large: it is not to be copied once more
 
     def __getitem__(self, name: str) -> Tensor:
         """`losses`, `asked`, `gradient`, or the counts by the name of their type."""
@@ -252,9 +262,9 @@ class Replay:
         if not needed.rows:
             return None
         fitting = [room for room in self._recordings if covers(room, needed)]
-        nearest, new = min(fitting, key=lambda room: sum(room.rows), default=None), new_room(needed)
+        nearest, new = min(fitting, key=time_of, default=None), new_room(needed)
         full = len(self._recordings) >= LIMIT
-        if nearest and (full or sum(nearest.rows) <= SPARE * sum(new.rows)):
+        if nearest and (full or time_of(nearest) <= SPARE * time_of(new)):
             return nearest
         return None if full else new
 
