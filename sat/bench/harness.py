@@ -137,7 +137,7 @@ def traffic(function: Callable[[], object], device: str) -> Traffic | None:
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], acc_events=True) as seen:
         function()
         _synchronise(device)
-    events = [event for event in seen.events() if event.device_type.name == "CUDA"]
+    events = [each for each in seen.events() if each.device_type.name == "CUDA" and not each.is_user_annotation]
     kernels = [event for event in events if not event.name.lower().startswith(("memcpy", "memset"))]
     synchronised = sum("synchron" in str(each.message) for each in waits)
     busy = sum(event.time_range.elapsed_us() for event in kernels) / 1e6
