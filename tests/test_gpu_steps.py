@@ -2,8 +2,13 @@
 
 import pytest
 import torch
+from helpers_shards import make_feature_dataset, self_describing_captions
 
 from sat.data.batch import CaptionBatch
+from sat.data.buffers import Ring
+from sat.data.loader import Reading, training_batches
+from sat.data.options import LoaderOptions
+from sat.data.plan import Cursor
 from sat.engine.ddp import Ddp
 from sat.engine.processes import Processes
 from sat.model.captioner import Captioner
@@ -12,6 +17,7 @@ from sat.model.objectives.teacher_forcing import TeacherForcing
 from sat.model.packing import pack
 from sat.model.spec import CaptionerSpec, Sizes
 from sat.optim import build_optimizer
+from sat.text import build_tokenizer
 from tests.helpers_captioner import all_attentions
 
 pytestmark = pytest.mark.gpu
@@ -24,6 +30,12 @@ def host_batch(seed: int):
     captions = torch.randint(4, 97, (6, 5, 12), generator=generator)
     captions[:, :, 0] = 1
     return captions, lengths, torch.randint(1 << 62, (6, 5), generator=generator)
+
+
+def caption_batch(grid, seed: int, regions=None):
+    nothing = {"image_ids": [], "sample_keys": [], "problems": []}
+    numbers = dict.fromkeys(("epoch", "step", "samples_done", "retries"), 0)
+    return CaptionBatch(grid, *host_batch(seed), **nothing, **numbers, regions=regions)
 
 
 def make_stepper(attention: str, autocast_type=None):
@@ -40,7 +52,7 @@ def make_stepper(attention: str, autocast_type=None):
 def take_step(stepper, processes, grid, seed: int):
     captions, lengths, keys = host_batch(seed)
     with processes.autocast():
-        sums = stepper(grid, captions, lengths, 0.0, None, keys.pin_memory())
+        sums = stepper(grid, captions, lengths, 0.0, None, keys)
     stepper.backward(total_loss(sums, float(lengths.sum()), float((lengths > 0).sum())))
     return sums, stepper.step()
 
@@ -78,17 +90,45 @@ def test_batches_are_copied_beside_the_computing_and_arrive_whole():
     busy = torch.randn(2048, 2048, device="cuda")
     sums, expected = [], []
     for number in range(60):
-        captions, lengths, keys = host_batch(number)
         grid = torch.full((64, 49, 256), float(number)).pin_memory()
-        nothing = {"image_ids": [], "sample_keys": [], "problems": []} | dict.fromkeys(
-            ("epoch", "step", "samples_done", "retries"), 0
-        )
-        batch = CaptionBatch(grid, captions, lengths, keys.pin_memory(), **nothing)
+        batch = caption_batch(grid, number)
         busy = (busy @ busy).clamp(-1, 1)
         there = batch.to("cuda")
         assert there.grid.device.type == "cuda"
-        assert there.captions is captions and there.lengths is lengths and there.keys is batch.keys
+        assert all(getattr(there, name) is getattr(batch, name) for name in ("captions", "lengths", "keys"))
         sums.append(torch.stack([there.grid.amin(), there.grid.amax()]))
         expected.append([number, number])
         del batch, there, grid
     assert torch.stack(sums).tolist() == expected
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_loaders_batches_arrive_whole_though_their_memory_is_filled_again_at_once(tmp_path, num_workers):
+    manifest = make_feature_dataset(tmp_path, {"train": 23, "val": 1})
+    sources, tokenizer = [(manifest, 1.0)], build_tokenizer(self_describing_captions("train", 0), 1)
+    settings = {"splits": ["train"], "cursor": Cursor.start(sources, 7), "global_batch": 4, "epochs": 20}
+    here, there = [], []
+    busy = torch.randn(2048, 2048, device="cuda")
+    for found, pinned in ((here, False), (there, True)):
+        reading = Reading(LoaderOptions(num_workers=num_workers), pin_memory=pinned)
+        for batch in training_batches(sources, tokenizer, reading, **settings):
+            assert batch.grid.is_pinned() == pinned
+            busy = (busy @ busy).clamp(-1, 1)
+            grid = batch.to("cuda").grid if pinned else batch.grid
+            found.append(grid.float().flatten(1).sum(1))
+    assert len(here) == 120 and torch.allclose(torch.cat(here), torch.cat(there).cpu(), rtol=1e-5)
+
+
+def test_memory_that_cannot_be_locked_serves_all_the_same(caplog):
+    ring = Ring(1, 2, 1 << 20, shared=True)
+    ring.lock()
+    ring.lock()
+    assert "cannot be locked" in caplog.text
+    torch.ones(1, device="cuda").sum().item()  # is told of no error
+
+
+def test_regions_arrive_with_rows_that_are_cut_off():
+    whole = torch.randn(5, 7, 3).pin_memory()
+    regions = torch.tensor([1, 4, 2, 3, 4])
+    there = caption_batch(whole[:, :4], 0, regions).to("cuda")
+    assert torch.equal(there.grid.cpu(), whole[:, :4]) and torch.equal(there.regions.cpu(), regions)

@@ -300,14 +300,6 @@ def test_batches_move_between_devices_and_leave_on_the_host_what_a_step_is_plann
     assert len(batch.sample_keys) == 8
 
 
-def test_what_stays_on_the_host_is_not_pinned(batches_of, monkeypatch):
-    monkeypatch.setattr(torch.Tensor, "pin_memory", torch.Tensor.clone)
-    batch = batches_of()[0]
-    pinned = batch.pin_memory()
-    same = {name for name in ("grid", "captions", "lengths", "keys") if getattr(pinned, name) is getattr(batch, name)}
-    assert same == {"captions", "lengths"} and torch.equal(pinned.grid, batch.grid)
-
-
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_memory_is_used_again_only_when_nobody_holds_a_batch_or_a_view_of_it(manifest, tokenizer, num_workers):
     sources = [(manifest, 1.0)]

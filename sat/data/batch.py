@@ -82,32 +82,62 @@ class CaptionBatch:
     def to(self, device: torch.device | str) -> "CaptionBatch":
         """What the model computes with on `device`; the others stay on the host, where a step is planned.
 
-        From pinned memory nobody waits for the copy, and a GPU copies beside what it still computes of the last step.
+        Nobody waits for the copy, and a GPU copies beside what it still computes of the last step.
         """
         if torch.device(device).type == "cuda":
-            return self._beside(torch.device(device))
+            return self._beside(_copying(torch.device(device)))
         return self._inputs(lambda tensor: tensor.to(device))
 
-    def _beside(self, device: torch.device) -> "CaptionBatch":
+    def _beside(self, copying: "_Copying") -> "CaptionBatch":
         """Copied by a stream of its own, for which the computing one waits."""
-        computing, copying = torch.cuda.current_stream(device), _copying_stream(device)
-        with torch.cuda.stream(copying):
-            there = self._inputs(lambda tensor: tensor.to(device, non_blocking=True))
-        computing.wait_stream(copying)
-        return there._inputs(lambda tensor: _keep_for(computing, tensor))
-
-    def pin_memory(self) -> "CaptionBatch":
-        """Called by the DataLoader: page-locked copies of what a GPU may be given."""
-        return replace(self._inputs(Tensor.pin_memory), keys=self.keys.pin_memory())
+        here, computing = self._inputs(_locked), torch.cuda.current_stream(copying.stream.device)
+        with torch.cuda.stream(copying.stream):
+            there = here._inputs(lambda tensor: tensor.to(copying.stream.device, non_blocking=True))
+        copying.keep(here.grid)
+        computing.wait_stream(copying.stream)
+        there = there._inputs(lambda tensor: _keep_for(computing, tensor))
+        return replace(there, grid=there.grid[:, : self.grid.shape[1]])
 
     def _inputs(self, function: Callable[[Tensor], Tensor]) -> "CaptionBatch":
         """With what `function` makes of the inputs, which are the grid and the regions."""
         return replace(self, grid=function(self.grid), regions=None if self.regions is None else function(self.regions))
 
 
+class _Copying:
+    """The copies to a GPU. What is copied stays, as its memory is the loader's and would be filled again."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.stream = torch.cuda.Stream(device)
+        self._done, self._kept = torch.cuda.Event(), torch.empty(0)
+
+    def keep(self, tensor: Tensor) -> None:
+        """What is being copied now; of the one before, which is long done, the host makes sure."""
+        self._done.synchronize()
+        self._kept = tensor
+        self._done.record(self.stream)
+
+
 @functools.cache
-def _copying_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
+def _copying(device: torch.device) -> _Copying:
+    return _Copying(device)
+
+
+def _locked(tensor: Tensor) -> Tensor:
+    """Itself in its whole rows, or a copy in locked memory."""
+    tensor = _whole(tensor)
+    if tensor.is_contiguous() and tensor.is_pinned():
+        return tensor
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor)
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """What [:, :n] was taken of, as only what lies together is copied at once; others as they are."""
+    if tensor.dim() < 2 or tensor.is_contiguous() or not tensor[0].is_contiguous():
+        return tensor
+    apart, size = tensor.stride()[:2]
+    if apart % size or not apart or tensor.storage_offset() % apart:
+        return tensor
+    return tensor.as_strided((len(tensor), apart // size, *tensor.shape[2:]), tensor.stride())
 
 
 def _keep_for(stream: torch.cuda.Stream, tensor: Tensor) -> Tensor:

@@ -75,7 +75,7 @@ class Reading:
     pictures: Pictures | None = None
     """Needed for image shards, and only for them."""
     pin_memory: bool = False
-    """Batches lie in page-locked memory, from which a GPU copies without waiting."""
+    """Batches lie in locked memory, from which a GPU copies beside its work; needs one."""
     keep_references: bool = False
     """Training batches hold the captions as they were given, too."""
 
@@ -145,7 +145,7 @@ def training_batches(
         tokenizer, options.captions_per_image, options.max_caption_length, cursor.seed, reading.keep_references
     )
     decode = reading.pictures.decode if reading.pictures else None
-    ring = _make_ring(plan, row, options.num_workers)
+    ring = _make_ring(plan, row, reading)
     reader = BatchReader(readers, captions, row, decode, options.on_bad_sample == "quarantine", ring)
     return _iterate(plan, reader, reading)
 
@@ -169,7 +169,7 @@ def evaluation_batches(
     reader = _open_reader(manifest, reading.options, check=share.rank == 0)
     plan = EvaluationPlan(chosen, begin, end, batch_size)
     decode = reading.pictures.decode if reading.pictures else None
-    ring = _make_ring(plan, row, reading.options.num_workers)
+    ring = _make_ring(plan, row, reading)
     return _iterate(plan, BatchReader([reader], None, row, decode, quarantine=False, ring=ring), reading)
 
 
@@ -192,10 +192,10 @@ def read_number_ids(manifest: Manifest, split: str, cache: CacheOptions = CacheO
     return found
 
 
-def _make_ring(plan: TrainingPlan | EvaluationPlan, row: GridRow, num_workers: int) -> Ring:
-    size = plan.rows * row.nbytes
-    slots = SLOTS if num_workers else max(SLOTS, _burst_of(size) + 1)  # a burst, and the batch in use
-    return Ring(max(num_workers, 1), slots, size, shared=num_workers > 0)
+def _make_ring(plan: TrainingPlan | EvaluationPlan, row: GridRow, reading: Reading) -> Ring:
+    size, workers = plan.rows * row.nbytes, reading.options.num_workers
+    slots = SLOTS if workers else max(SLOTS, _burst_of(size) + 1)  # a burst, and the batch in use
+    return Ring(max(workers, 1), slots, size, shared=workers > 0 or reading.pin_memory)
 
 
 def _burst_of(size: int) -> int:
@@ -237,12 +237,13 @@ def _iterate(
         batch_size=None,
         shuffle=False,
         num_workers=workers,
-        pin_memory=reading.pin_memory,
         worker_init_fn=partial(_settle_worker, parent),
         multiprocessing_context="fork" if workers else None,  # workers inherit the ring
     )
     with stopping.held():  # workers are born deaf to the wish to stop, which schedulers send to everybody
         batches: Iterator[CaptionBatch] = iter(loader)
+    if reading.pin_memory:
+        reader.ring.lock()
     epoch = bad = retries = 0
     try:
         for batch in _in_bursts(batches, together):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sat.model.kernels.interface import Kernels
-from sat.model.packing import Packing
+from sat.model.packing import Packing, side_by_side
 
 GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
 """The 64-bit numbers are int64 here, whose products wrap."""
@@ -57,7 +57,10 @@ class Draws:
         if keys is None:
             keys = torch.randint(-(1 << 63), (1 << 63) - 1, packing.extent)
         image = packing.images
-        keys = keys.to(image.device, non_blocking=image.device.type != "cpu")  # the host reads at once what it gets
+        on_gpu = image.device.type != "cpu"
+        if on_gpu and keys.device.type == "cpu":  # from locked memory nobody waits for the copy
+            keys = side_by_side([keys.flatten()], image.device).view_as(keys)
+        keys = keys.to(image.device, non_blocking=on_gpu)  # the host reads at once what it gets
         return cls(packing, keys[image, 0], keys[image[packing.row_image], packing.row_caption])
 
     def of_images(self, site: Site) -> Tensor:

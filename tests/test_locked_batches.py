@@ -1,0 +1,89 @@
+"""Batches for a GPU lie in memory that is locked; here with a stand-in for CUDA (on one: `test_gpu_steps`)."""
+
+import pytest
+import torch
+from helpers_shards import make_feature_dataset, read_batches, self_describing_captions
+
+from sat.data.batch import _whole
+from sat.data.loader import Reading, training_batches
+from sat.data.options import LoaderOptions
+from sat.data.plan import Cursor
+from sat.text import build_tokenizer
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory):
+    return make_feature_dataset(tmp_path_factory.mktemp("features"), {"train": 23, "val": 1})
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return build_tokenizer(self_describing_captions("train", 0), 1)
+
+
+class Runtime:
+    """Stands in for CUDA's."""
+
+    def __init__(self, error=0):
+        self.error, self.locked, self.unlocked = error, [], []
+
+    class cudaError:
+        success = 0
+
+    def cudaHostRegister(self, address, size, flags):
+        self.locked.append(range(address, address + size))
+        return self.error
+
+    def cudaHostUnregister(self, address):
+        self.unlocked.append(address)
+
+    def cudaGetErrorString(self, error):
+        return f"error {error}"
+
+
+def locked_batches(manifest, tokenizer, num_workers=0):
+    sources, reading = [(manifest, 1.0)], Reading(LoaderOptions(num_workers=num_workers), pin_memory=True)
+    cursor = Cursor.start(sources, 7)
+    return training_batches(sources, tokenizer, reading, splits=["train"], cursor=cursor, global_batch=8)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_batches_for_a_gpu_lie_in_memory_that_is_locked_until_the_last_of_them_is_gone(
+    manifest, tokenizer, num_workers, monkeypatch
+):
+    runtime = Runtime()
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    batches = locked_batches(manifest, tokenizer, num_workers)
+    for batch, expected in zip(batches, read_batches([(manifest, 1.0)], tokenizer), strict=True):
+        assert torch.equal(batch.grid, expected.grid)
+        assert batch.grid.data_ptr() in runtime.locked[0]
+        assert batch.grid.data_ptr() + batch.grid.nbytes - 1 in runtime.locked[0]
+    view = batch.grid[-1:, :1]
+    del batches, batch
+    assert len(runtime.locked) == 1 and not runtime.unlocked
+    del view
+    assert runtime.unlocked == [runtime.locked[0].start]
+
+
+def test_memory_that_cannot_be_locked_serves_all_the_same_and_is_said(manifest, tokenizer, caplog, monkeypatch):
+    runtime, asked = Runtime(error=2), []
+
+    def refuse(*size, device):
+        asked.append(device)
+        raise RuntimeError("what came before: error 2")
+
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    batches = locked_batches(manifest, tokenizer)
+    monkeypatch.setattr(torch, "zeros", refuse)
+    assert len(list(batches)) == 3 and asked == ["cuda"]
+    assert "cannot be locked, so each is copied once more: error 2" in caplog.text and not runtime.unlocked
+
+
+def test_what_is_cut_off_from_whole_rows_is_copied_with_them():
+    tensor = torch.arange(4 * 6 * 5).view(4, 6, 5)
+    for cut in (tensor[:, :2], tensor[1:3, :1], tensor[:, :, 0][:, :2]):
+        assert torch.equal(_whole(cut)[:, : cut.shape[1]], cut)
+    assert _whole(tensor[1:, :2]).is_contiguous()
+    others = (tensor[:, 1:3], tensor[:, :, :2], tensor.transpose(0, 1), tensor[:1].expand(4, -1, -1)[:, :2])
+    for other in (tensor, tensor[0, 0], tensor[:0, :2], tensor[:, :0], *others):
+        assert torch.equal(_whole(other)[:, : other.shape[1]] if other.dim() > 1 else _whole(other), other)
