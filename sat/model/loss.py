@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sat.model.kernels.interface import Kernels
-from sat.model.kernels.products import enough_rows, padded, prepares_for_sizes, rows_apart
+from sat.model.kernels.products import enough_columns, enough_rows, padded, prepares_for_sizes
 
 CHUNK_BYTES, ON_GPU = 24 << 20, 512 << 20
 """Memory of one chunk of logits: about a CPU's last-level cache; on a GPU what is small beside its memory."""
@@ -81,25 +81,26 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         wide = torch.promote_types(hidden.dtype, torch.float32)
         dtypes = (hidden.dtype, weight.dtype, bias.dtype)
-        weight, bias = weight.to(hidden.dtype), bias.to(wide)
-        chunks = _chunks(hidden, len(weight))
+        V, bias = len(weight), bias.to(wide)
+        weight = padded(weight.to(hidden.dtype), enough_columns(V, hidden))
+        chunks = _chunks(hidden, V)
         nll, correct = hidden.new_empty(len(hidden), dtype=wide), torch.empty_like(targets, dtype=torch.bool)
         objective = nll.new_zeros(())
         gradients = None
         if any(ctx.needs_input_grad[:3]):
             of_hidden = hidden.new_empty(sum(rows for _, rows in chunks), hidden.shape[1])
-            gradients = of_hidden[: len(hidden)], torch.zeros_like(weight, dtype=wide), torch.zeros_like(bias)
+            gradients = of_hidden, torch.zeros_like(weight, dtype=wide), bias.new_zeros(len(weight))
         for part, rows in chunks:
             fed = padded(hidden[part], rows)
-            logits = torch.mm(fed, weight.t(), out=rows_apart(rows, len(weight), fed))
-            delta = logits[: len(nll[part])]
+            logits = fed @ weight.t()
+            delta = logits[: len(nll[part]), :V]
             nll[part], sum_log_p, correct[part] = kernels.cross_entropy(delta, bias, targets[part], smoothing)
             loss, counted = nll[part], None
             if factors is not None:
                 loss, sum_log_p = loss * factors[part], sum_log_p * factors[part]
                 counted = padded(factors[part, None], rows)
-            objective += (1 - smoothing) * loss.sum() - smoothing / len(weight) * sum_log_p.sum()
-            if gradients is not None:  # of what was made up the logits are zeros, which add nothing
+            objective += (1 - smoothing) * loss.sum() - smoothing / V * sum_log_p.sum()
+            if gradients is not None:  # what was made up of the logits are zeros, which add nothing
                 of_part, once = of_hidden[part.start : part.start + rows], logits.new_ones(1, rows)
                 torch.mm(logits, weight, out=of_part)
                 if counted is not None:  # not the logits, which are larger than all the rest
@@ -108,7 +109,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 _add_product(gradients[1], logits.t(), fed)
                 gradients[2].add_((once @ logits)[0])
         if gradients is not None:
-            ctx.save_for_backward(*gradients)
+            ctx.save_for_backward(*(each[:n] for each, n in zip(gradients, (len(hidden), V, V), strict=True)))
             ctx.dtypes = dtypes
         ctx.mark_non_differentiable(nll, correct)
         return objective, nll, correct

@@ -333,9 +333,10 @@ def cross_entropy(logits: Tensor, bias: Tensor, targets: Tensor, smoothing: floa
     assert logits.stride(1) == 1
     nll, sum_log_p = bias.new_empty(n), bias.new_empty(n)
     correct = torch.empty(n, dtype=torch.bool, device=bias.device)
-    outputs, block = (nll, sum_log_p, correct), min(_power(V), 2048)
+    outputs, block, warps = (nll, sum_log_p, correct), min(_power(V), 1024), 2 * logits.element_size()
     far = pad(bias, (0, stride - V)) if stride > V else bias  # as far as the next row
-    _programs().cross_entropy[n,](logits, stride, far, targets, *outputs, float(smoothing), V, BLOCK=block, num_warps=4)
+    given = (logits, stride, far, targets)
+    _programs().cross_entropy[n,](*given, *outputs, float(smoothing), V, BLOCK=block, num_warps=warps)
     return nll, sum_log_p, correct
 
 
