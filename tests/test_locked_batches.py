@@ -1,10 +1,13 @@
 """Batches for a GPU lie in memory that is locked; here with a stand-in for CUDA (on one: `test_gpu_steps`)."""
 
+import pickle
+
 import pytest
 import torch
 from helpers_shards import make_feature_dataset, read_batches, self_describing_captions
 
-from sat.data.batch import _whole
+from sat.data.batch import CaptionBatch, InTransit, _whole
+from sat.data.buffers import Ring
 from sat.data.loader import Reading, training_batches
 from sat.data.options import LoaderOptions
 from sat.data.plan import Cursor
@@ -87,3 +90,18 @@ def test_what_is_cut_off_from_whole_rows_is_copied_with_them():
     others = (tensor[:, 1:3], tensor[:, :, :2], tensor.transpose(0, 1), tensor[:1].expand(4, -1, -1)[:, :2])
     for other in (tensor, tensor[0, 0], tensor[:0, :2], tensor[:, :0], *others):
         assert torch.equal(_whole(other)[:, : other.shape[1]] if other.dim() > 1 else _whole(other), other)
+
+
+@pytest.mark.parametrize("most", [255, 65_535, 65_536, 1 << 40])
+def test_words_of_any_vocabulary_cross_processes(most):
+    ring = Ring(1, 1, 1 << 10, shared=True)
+    slot = ring.take(0, 24)
+    assert slot is not None
+    captions, numbers = torch.tensor([[[1, most, 0]]]), dict.fromkeys(("epoch", "step", "samples_done", "retries"), 0)
+    grid = ring.tensor(slot, (1, 2, 3), torch.float32, release=False).fill_(1.5)
+    lists = {"image_ids": ["a"], "sample_keys": ["b"], "problems": []}
+    sent = CaptionBatch(grid, captions, torch.tensor([[2]]), torch.tensor([[-(1 << 63)]]), **lists, **numbers)
+    found = pickle.loads(pickle.dumps(InTransit(sent, ring.number, slot, (1, 2, 3))))
+    for name in ("grid", "captions", "lengths", "keys"):
+        assert torch.equal(getattr(found, name), getattr(sent, name)), name
+        assert getattr(found, name).dtype == getattr(sent, name).dtype

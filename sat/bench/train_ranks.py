@@ -163,7 +163,7 @@ class Ranks:
     def bare(self, batches: Batches, first: int, steps: int) -> dict[str, float]:
         """One turn of bare steps, over batches that are fetched beforehand."""
         plain = replace(self.learner, stepper=self.learner.stepper.plain)  # type: ignore[attr-defined]  # it is timed
-        kept = [next(batches) for _ in range(steps)]
+        kept = [[_locked(batch, self.clock.device) for batch in next(batches)] for _ in range(steps)]
         self.run.processes.barrier()
         began, cpu, captions = self.clock.now(), time.process_time(), 0.0
         for step, (batch,) in enumerate(kept, first):
@@ -173,6 +173,11 @@ class Ranks:
             captions += of_batch
         seconds, cpu = self.clock.now() - began, time.process_time() - cpu
         return {"bare_captions_per_s": captions / seconds, "bare_captions_per_cpu_s": captions / cpu}
+
+
+def _locked(batch: CaptionBatch, device: torch.device) -> CaptionBatch:
+    """For a GPU in locked memory, as the loop's are: of so many batches most have found no place in the loader's."""
+    return batch if device.type == "cpu" else replace(batch, grid=batch.grid.pin_memory())
 
 
 def measure(config: Config, steps: int, rounds: int) -> None:

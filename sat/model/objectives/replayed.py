@@ -89,10 +89,10 @@ class _Setting(NamedTuple):
     """Where each is, and whether it learns; buffers among them."""
 
     @classmethod
-    def of(cls, model: Captioner, grid: Tensor, regions: Tensor | None) -> Self:
+    def of(cls, model: Captioner, parameters: list[nn.Parameter], grid: Tensor, regions: Tensor | None) -> Self:
         kind = grid.device.type
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        weights = tuple((each.data_ptr(), each.requires_grad) for each in (*model.parameters(), *model.buffers()))
+        weights = tuple((each.data_ptr(), each.requires_grad) for each in (*parameters, *model.buffers()))
         return cls(grid.dtype, regions is not None, autocast, model.training, weights)
 
 
@@ -233,11 +233,12 @@ class Replay:
         It is no field, as it holds the objective, which holds this: they would outlive their last user.
         """
         last = Replay._last() if Replay._last else None
-        record = None if last and last.on_its_way else _recorder_for(self._model, batch.grid)
+        parameters = list(self._model.parameters())  # a walk that a short step notices
+        record = None if last and last.on_its_way else _recorder_for(self._model, parameters, batch.grid)
         if record is None:
             return None
         self._model.refuse(batch.grid, batch.regions)
-        setting = _Setting.of(self._model, batch.grid, batch.regions)
+        setting = _Setting.of(self._model, parameters, batch.grid, batch.regions)
         if setting != self._setting:
             self._setting, self._memory, self._recordings, self._kept = setting, None, {}, {}
         plan = pack(batch.captions, batch.lengths, HOST, self._room_for)
@@ -284,12 +285,12 @@ class Replay:
         return self._recordings[room]
 
 
-def _recorder_for(model: Captioner, grid: Tensor) -> Record | None:
+def _recorder_for(model: Captioner, parameters: list[nn.Parameter], grid: Tensor) -> Record | None:
     """What records; None where that does not serve.
 
     Weights that move cannot be read by a recording: DeepSpeed's ZeRO 3 moves them, and marks them.
     """
-    learning = [each for each in model.parameters() if each.requires_grad]
+    learning = [each for each in parameters if each.requires_grad]
     alike = len({each.dtype for each in learning}) == 1 and not any(hasattr(each, "ds_id") for each in learning)
     served = alike and torch.is_grad_enabled() and not grid.requires_grad
     return choose_recorder(model.kernels, model.vocabulary.weight) if served else None
