@@ -131,12 +131,28 @@ def test_the_memory_of_a_laid_weight_is_no_other_ones_until_it_is_laid_out_anew(
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("shape", [(0, 64), (0, 3, 64), (2, 0, 64), (64,), (2, 3, 64)])
-def test_rows_of_any_shape_are_multiplied(shape):
-    layer, rows = PackableLinear(64, 96), torch.randn(shape)
+def test_rows_of_any_shape_are_multiplied(shape, device):
+    layer, rows = PackableLinear(64, 97).to(device), torch.randn(shape, device=device)
     expected = layer(rows)
     layer.rest("auto")
     assert layer(rows).shape == expected.shape and close(layer(rows), expected)
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+@pytest.mark.parametrize("words", [96, 97])
+def test_a_gpus_weights_are_brought_into_the_type_of_the_products_once(words):
+    layer, rows = PackableLinear(64, words).cuda(), torch.randn(5, 64, device="cuda")
+    with torch.autocast("cuda", torch.bfloat16):
+        expected = layer(rows).float()
+        layer.rest("auto")
+        assert (layer(rows) - expected).norm() <= 1e-2 * expected.norm()
+        layer.weight.data = 2 * layer.weight.data
+        layer.bias *= 2
+        assert (layer(rows) - 2 * expected).norm() <= 2e-2 * expected.norm()
+    assert layer(rows).dtype == torch.float32
 
 
 def test_what_was_at_rest_stays_so(laid):

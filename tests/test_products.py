@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sat.model.kernels import choose, measured, native, torch_kernels
+from sat.model.kernels import choose, measured, native, products, torch_kernels
 from sat.model.kernels.choose import choose_products
-from sat.model.kernels.products import FEW, OCTAVE, Packed, Plain, enough_rows
+from sat.model.kernels.products import FEW, OCTAVE, Packed, Plain, Rounded, enough_columns, enough_rows
 from sat.model.packing import pack
 from sat.model.passage import Inputs, Weights
 from sat.model.plain_recurrence import PlainLoop, recur_plain
@@ -48,6 +48,20 @@ def test_a_packed_product_is_that_of_pytorch_for_every_number_of_rows(K, N):
                 factor.into(rows, out)
                 assert factor.times(rows).shape == (n, N)
                 assert close(factor.times(rows), exact) and close(out, exact)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("K, N", [(5, 3), (64, 96), (129, 33)])
+def test_a_product_of_columns_made_up_to_16_is_that_of_pytorch(K, N, biased, monkeypatch):
+    monkeypatch.setattr(products, "enough_columns", lambda width, like: enough_columns(width, like.to("meta")))
+    generator = torch.Generator().manual_seed(K)
+    rows, bias = torch.randn(9, K, generator=generator), torch.randn(N, generator=generator) if biased else None
+    for matrix in (torch.randn(K, N, generator=generator), torch.randn(N, K, generator=generator).t()):
+        factor = Rounded.of(matrix)
+        assert len(factor.columns) % 16 == 0 and factor.times(rows, bias).shape == (9, N)
+        exact = rows.double() @ matrix.double()
+        assert close(factor.times(rows, bias), exact if bias is None else exact + bias)
+        assert factor.times(rows[:0], bias).shape == (0, N)
 
 
 @needs_compiler

@@ -1,7 +1,8 @@
 """Weights at rest: while a model only speaks, its matrices are laid out once for all the words of all its captions.
 
 Few rows meet them at every word, one for each beam, which is what packed products are for
-(`sat.model.kernels.products`). Nothing else changes; a layer that is trained after all goes its usual way.
+(`sat.model.kernels.products`); on a GPU they are brought into the rows' type once, not at every word. Nothing else
+changes; a layer that is trained after all goes its usual way.
 """
 
 from collections.abc import Iterable, Iterator
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sat.model.kernels.measured import packs
-from sat.model.kernels.products import Packed
+from sat.model.kernels.products import Packed, Rounded
 
 
 class _Laid(NamedTuple):
@@ -22,7 +23,7 @@ class _Laid(NamedTuple):
     """Type, and where the weight lay in which version: with another one it is laid out anew."""
     weight: Tensor
     """Held, so that no other one comes to lie there."""
-    factor: Packed
+    factor: Packed | Rounded
 
 
 class PackableLinear(nn.Linear):
@@ -39,11 +40,11 @@ class PackableLinear(nn.Linear):
         if self.kernels_at_rest is None or torch.is_grad_enabled():
             return super().forward(rows)
         rows = rows.to(_product_type(rows))
-        if not packs(self.kernels_at_rest, rows):
+        if self.kernels_at_rest == "torch" or not (rows.is_cuda or packs(self.kernels_at_rest, rows)):
             return super().forward(rows)
         bias = None if self.bias is None else self.bias.to(rows.dtype)
         product = self._factor(rows).times(rows.reshape(-1, self.in_features), bias)
-        return product.view(*rows.shape[:-1], self.out_features)
+        return product.reshape(*rows.shape[:-1], self.out_features)
 
     def train(self, mode: bool = True) -> Self:
         """As usual; a weight that was trained is laid out anew, as fused optimizers leave its version as it is."""
@@ -59,12 +60,13 @@ class PackableLinear(nn.Linear):
         """Of a copy, which is not at rest; what oneDNN has laid out cannot be copied."""
         return self.__dict__ | {"kernels_at_rest": None, "_laid": None}
 
-    def _factor(self, rows: Tensor) -> Packed:
+    def _factor(self, rows: Tensor) -> Packed | Rounded:
         weight = self.weight
         of = (rows.dtype, weight.data_ptr(), 0 if weight.is_inference() else weight._version)
         laid = self._laid
         if laid is None or laid.of != of:
-            laid = self._laid = _Laid(of, weight.detach(), Packed.of(weight.detach().to(rows.dtype).t()))
+            lay = Rounded.of if rows.is_cuda else Packed.of
+            laid = self._laid = _Laid(of, weight.detach(), lay(weight.detach().to(rows.dtype).t()))
         return laid.factor
 
 

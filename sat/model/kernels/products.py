@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.functional import linear, pad
 
 FEW = 5
 """Rows for which the native kernels, which leave the matrix as it lies, take half of oneDNN's time or less."""
@@ -90,6 +90,26 @@ class Packed(NamedTuple):
     def into(self, rows: Tensor, out: Tensor) -> None:
         """See `Factor`."""
         out.copy_(self.times(rows))
+
+
+class Rounded(NamedTuple):
+    """PyTorch's own, on a GPU, by a matrix in the rows' type with as many columns as products are quick with."""
+
+    columns: Tensor
+    """[N', K]"""
+    width: int
+    """N"""
+
+    @classmethod
+    def of(cls, matrix: Tensor) -> "Rounded":
+        """`matrix` [K, N]"""
+        return cls(padded(matrix.t(), enough_columns(matrix.shape[1], matrix)), matrix.shape[1])
+
+    def times(self, rows: Tensor, bias: Tensor | None = None) -> Tensor:
+        """See `Factor`; `bias` [N] is added."""
+        more = len(self.columns) - self.width
+        bias = pad(bias, (0, more)) if more and bias is not None else bias
+        return linear(rows, self.columns, bias)[:, : self.width]
 
 
 def enough_rows(n: int) -> int:
