@@ -40,3 +40,25 @@ def test_a_plan_with_room_holds_the_words_of_the_plan_without(seed):
     before = torch.cat([torch.arange(roomy.rows[0]), torch.arange(len(roomy.inputs))])[roomy.previous]
     rowwise = torch.cat([torch.arange(roomy.rows[0]), roomy.word_row])[roomy.previous]
     assert torch.equal(rowwise, roomy.word_row) and (before >= 0).all()
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_plan_counts_what_runs_at_each_step(seed):
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(0, 9, (seed, 1 + seed % 4), generator=generator) * (
+        torch.rand(seed, 1, generator=generator) > 0.3
+    )
+    plan = pack(torch.zeros(*lengths.shape, 9, dtype=torch.int64), lengths)
+    for t in range(9):
+        running = lengths > t
+        expected = (int(running.sum()), int(running.any(1).sum()), int(running.sum(1).max()) if seed else 0)
+        found = (plan.rows, plan.images_running, plan.slots_running)
+        assert tuple(each[t] if t < len(each) else 0 for each in found) == expected
+
+
+@pytest.mark.parametrize("images", [3, 65_535, 65_536, 65_537])
+def test_rows_are_grouped_by_image_for_any_number_of_images(images):
+    lengths = torch.tensor([2, 1]).expand(images, 2)
+    ends, rows = pack(torch.zeros(images, 2, 3, dtype=torch.int64), lengths).rows_by_image
+    assert torch.equal(ends, 2 * torch.arange(images + 1))
+    assert torch.equal(rows.view(images, 2), torch.arange(2 * images).view(2, images).t())

@@ -197,8 +197,8 @@ class _Rows(NamedTuple):
         row = _longest_first(by_slot.ravel())
         row_lengths, (row_image, row_slot) = by_slot.ravel()[row], np.divmod(row, lengths.shape[1])
         steps = np.arange(row_lengths[0] if len(row) else 0)
-        running = by_slot > steps[:, None, None]  # [T, B', K]
-        at_each_step = (row_lengths > steps[:, None]).sum(1), running.any(2).sum(1), running.any(1).sum(1)
+        longest = by_slot[:, :1].ravel(), by_slot.max(0, initial=0)  # caption of each image, and of each slot
+        at_each_step = ((each > steps[:, None]).sum(1) for each in (row_lengths, *longest))
         return cls(images, row_image, row_slot, caption.ravel()[row], row_lengths, *at_each_step)
 
     def with_room(self, room: "Room") -> Self:
@@ -287,4 +287,5 @@ def _ranks(image: Indices, images: int) -> Indices:
 
 
 def _group(image: Indices, images: int) -> tuple[Indices, Indices]:
-    return np.append(0, np.bincount(image, minlength=images).cumsum()), np.argsort(image, kind="stable")
+    numbers = image.astype(np.uint16) if images < 1 << 16 else image  # which NumPy sorts several times as fast
+    return np.append(0, np.bincount(image, minlength=images).cumsum()), np.argsort(numbers, kind="stable")
