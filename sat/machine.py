@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -3, -4, -8
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -2, -3, -4, -8
 """Parameters of glibc's mallopt (malloc.h)."""
 EXACT = 4e-6
 """Relative error allowed to an fp32 product of inner length 2048; bf16 rounding would give 2e-3."""
@@ -99,7 +99,8 @@ def keep_all_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError):
         return  # another C library
-    mallopt(M_ARENA_MAX, 1)  # the arenas of threads hold no block above 64 MB
+    mallopt(M_ARENA_MAX, 1)  # the arenas of threads hold no block above 64 MB; those there already stay in use:
+    mallopt(M_TOP_PAD, 64 << 20)  # an arena gives back no part smaller than this, and its parts are of 64 MB
     mallopt(M_MMAP_MAX, 0)
     mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
 

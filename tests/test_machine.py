@@ -1,6 +1,12 @@
-"""fp32 products go another way only where it was seen to be as exact; cores are counted as they may be used."""
+"""fp32 products go another way only where it was seen to be as exact; cores are counted as they may be used.
+
+Freed memory is kept.
+"""
 
 import os
+import platform
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -70,6 +76,42 @@ def test_the_error_of_products_tells_bf16_rounding_from_fp32(monkeypatch):
 
     monkeypatch.setattr(torch.Tensor, "__matmul__", rounded)
     assert machine._product_error() > 100 * machine.EXACT
+
+
+FAULTS = """
+import resource, sys, threading
+from sat.machine import keep_all_freed_memory
+
+def touch():  # blocks of which two fill one of the 64 MB that glibc gives a thread
+    return [b"x" * (25 << 20) for _ in range(5)]
+
+def count():
+    touch()
+    before = resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
+    for _ in range(3):
+        touch()
+    counts.append(resource.getrusage(resource.RUSAGE_THREAD).ru_minflt - before)
+
+counts, ended = [], threading.Event()
+early = threading.Thread(target=ended.wait)  # has a place of its own to take memory from, which others then share
+early.start()
+if sys.argv[1] == "keep":
+    keep_all_freed_memory()
+for _ in range(3):
+    thread = threading.Thread(target=count)
+    thread.start()
+    thread.join()
+ended.set()
+print(max(counts))
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_freed_memory_is_kept_in_every_thread_whatever_was_begun_before():
+    def faults(mode):
+        return int(subprocess.run([sys.executable, "-c", FAULTS, mode], capture_output=True, check=True).stdout)
+
+    assert faults("keep") < 1000 < 20_000 < faults("give back")
 
 
 def test_the_cores_are_those_this_process_may_use():

@@ -3,16 +3,19 @@
 import copy
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from preprocessing.features import network
 from preprocessing.features.fused import PackedConvolution
 from preprocessing.features.network import fast_forward
 from preprocessing.features.writing import write_weights
 from sat import files
 from sat.captioning import find_encoder
+from sat.machine import best_precision
 from sat.model.encoders.folding import fold_batchnorm
 from sat.model.encoders.table import blueprint, build_encoder, load_encoder, parameters_of
 from sat.model.encoders.weights import AboutWeights, read_about
@@ -42,9 +45,33 @@ def test_folding_and_fusing_keep_the_grid(architecture):
     assert torch.backends.mkldnn.is_available() is any(isinstance(m, PackedConvolution) for m in fast.modules())
     with torch.inference_mode():
         expected = encoder(images)
-        for network in (folded, fast):
-            found = network(images.to(memory_format=torch.channels_last))
+        for each in (folded, fast):
+            found = each(images.to(memory_format=torch.channels_last))
             assert found.shape == expected.shape and (found - expected).norm() <= 1e-4 * expected.norm()
+
+
+@pytest.mark.parametrize("compute", sorted({"fp32", best_precision()}))
+@pytest.mark.parametrize("architecture", [SMALL, "timm/convnext_atto"])
+def test_a_batch_in_pieces_gives_the_bits_of_the_whole(architecture, compute, tmp_path, monkeypatch):
+    encoder, weights, sizes = shaken(architecture), tmp_path / "w.safetensors", []
+    write_weights(parameters_of(encoder), weights, AboutWeights(architecture), "")
+    pictures = np.random.default_rng(0).integers(0, 256, (7, 64, 64, 3), dtype=np.uint8)
+
+    def watched(*about):
+        forward = fast_forward(*about)
+        return lambda images: sizes.append(len(images)) or forward(images)
+
+    monkeypatch.setattr(network, "fast_forward", watched)
+    run = network.load_network(weights, 0, 64, compute)
+    whole = run(pictures)
+    monkeypatch.setattr(network, "_at_once", lambda size: 3)
+    assert np.array_equal(run(pictures), whole) and sizes == [7, 3, 3, 1]
+
+
+def test_the_pieces_of_a_batch_grow_with_the_threads_and_shrink_with_the_pictures(monkeypatch):
+    for threads, size, pictures in [(1, 224, 8), (2, 224, 16), (1, 448, 2), (1, 1024, 1)]:
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        assert network._at_once(size) == pictures
 
 
 def test_a_file_of_timms_fits_with_its_classifier_and_is_cut_at_a_stage(tmp_path):

@@ -27,6 +27,8 @@ COMPUTE = {"bf16": torch.bfloat16, "fp32": torch.float32}
 """Precisions of the network's arithmetic; fp16 is left out, it is many times slower on a CPU."""
 COMPILE_IMAGES = 50_000
 """A GPU job of this many pictures repays the minute that torch.compile takes."""
+PIXELS_AT_ONCE = 8 * 224**2
+"""Per thread of a CPU: of threads malloc keeps no block above 64 MB, and a map of 32 pictures is larger."""
 
 
 def refuse_compute(compute: str) -> None:
@@ -48,18 +50,25 @@ def load_network(
     forward = fast_forward(encoder, size, compute, device, images)
     slope, bias = _pixel_row(encoder, size, device)
 
+    def normal(rows: Tensor) -> Tensor:
+        """uint8 [B, S, S * 3] -> [B, 3, S, S] as the network wants them."""
+        pixels = torch.addcmul(bias, rows.float(), slope).to(COMPUTE[compute])
+        return pixels.view(-1, size, size, 3).permute(0, 3, 1, 2)
+
     @torch.inference_mode()
     def run(pictures: npt.NDArray[np.uint8]) -> npt.NDArray[Any]:
         rows = torch.from_numpy(pictures).to(device).flatten(2)  # [B, S, S * 3]
-        normal = torch.empty(rows.shape, dtype=COMPUTE[compute], device=device)
-        at_once = 1 if device == "cpu" else len(rows)  # one picture stays in a core's cache
-        for some, to in zip(rows.split(at_once), normal.split(at_once), strict=True):
-            to.copy_(torch.addcmul(bias, some.float(), slope))
-        grids = forward(normal.view(-1, size, size, 3).permute(0, 3, 1, 2)).cpu().contiguous()
+        at_once = _at_once(size) if device == "cpu" else len(rows)
+        grids = torch.cat([forward(normal(some)) for some in rows.split(at_once)]).cpu().contiguous()
         stored: npt.NDArray[Any] = grids.view(torch.uint16).numpy() if compute == "bf16" else grids.numpy()
         return stored
 
     return run
+
+
+def _at_once(size: int) -> int:
+    """Pictures of a batch that a CPU's network gets in one call, which give the bits that the whole batch does."""
+    return max(1, PIXELS_AT_ONCE * torch.get_num_threads() // size**2)
 
 
 def _pixel_row(encoder: GridEncoder, size: int, device: str) -> tuple[Tensor, Tensor]:
