@@ -1,4 +1,4 @@
-"""The best words of a step found at once by the native kernel: those of log-softmax and a search for the greatest."""
+"""The best words of a step found at once by a kernel: those of log-softmax and a search for the greatest."""
 
 import pytest
 import torch
@@ -7,11 +7,20 @@ from sat.evaluation import decoding
 from sat.evaluation.beams import top_words
 from sat.evaluation.decoding import decode
 from sat.evaluation.options import DecodeOptions
-from sat.model.kernels import native
+from sat.model.kernels import native, triton_kernels
 from tests.helpers_captioner import make_model
 from tests.helpers_kernels import needs_compiler
 
-pytestmark = needs_compiler
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+every_kernel = pytest.mark.parametrize(
+    "best_words", [pytest.param(native.best_words, marks=needs_compiler), triton_kernels.best_words], ids=["cpu", "gpu"]
+)
+
+
+def by(best_words, logits, *rest):
+    """Where it runs; Triton's interpreter without a GPU."""
+    device = "cpu" if best_words is native.best_words else DEVICE
+    return (found.cpu() for found in best_words(logits.to(device), *rest))
 
 
 def slowly(logits, blocked, count):
@@ -25,14 +34,15 @@ def slowly(logits, blocked, count):
 @pytest.mark.parametrize("V", [1, 2, 5, 63, 64, 65, 200, 3001])
 @pytest.mark.parametrize("scale", [1.0, 0.2], ids=["rarely equal", "often equal"])
 @pytest.mark.parametrize("blocked", [[], [0, 1], [0, 1, 3]])
-def test_the_words_are_those_of_the_slow_way(V, scale, blocked):
+@every_kernel
+def test_the_words_are_those_of_the_slow_way(best_words, V, scale, blocked):
     generator, blocked = torch.Generator().manual_seed(V), [word for word in blocked if word < V]
     logits = torch.randn(9, V, generator=generator)
     if scale < 1:
         logits = (logits / scale).round() * scale  # equal words: the lower ids count
     logits[3, V // 2] = -torch.inf
     for count in {min(count, V) for count in (1, 2, 4, 9)}:
-        values, ids = native.best_words(logits.view(3, 3, V), blocked, count)
+        values, ids = by(best_words, logits.view(3, 3, V), blocked, count)
         assert values.shape == ids.shape == (3, 3, count)
         for row, found in enumerate(zip(ids.view(9, count), values.view(9, count), strict=True)):
             said = [(int(word), value) for word, value in zip(*found, strict=True) if value > -torch.inf]
@@ -44,14 +54,27 @@ def test_the_words_are_those_of_the_slow_way(V, scale, blocked):
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 @pytest.mark.parametrize("place", [0, 1, 77, 99])
-def test_a_row_that_is_not_finite_is_nan_and_no_other(bad, place):
+@every_kernel
+def test_a_row_that_is_not_finite_is_nan_and_no_other(best_words, bad, place):
     logits = torch.randn(5, 100)
     logits[2, place] = bad
-    values, _ = native.best_words(logits, [0, 1], 4)
+    values, _ = by(best_words, logits, [0, 1], 4)
     assert values.isnan().any(1).tolist() == [False, False, True, False, False]
-    assert native.best_words(torch.full((1, 100), -torch.inf), [0], 4)[0].isnan().any()
+    values, _ = by(best_words, torch.full((1, 100), -torch.inf), [0], 4)
+    assert values.isnan().any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_of_any_type_may_lie_apart(dtype):
+    whole = torch.randn(2, 3, 112, generator=torch.Generator().manual_seed(3)).to(dtype)
+    together, apart = (list(by(triton_kernels.best_words, each, [0], 4)) for each in (whole[..., :100].clone(), whole))
+    again = list(by(triton_kernels.best_words, whole[..., :100], [0], 4))
+    assert all(map(torch.equal, together, again)) and not torch.equal(together[0], apart[0])
+    values = whole[..., :100].float().log_softmax(-1).gather(-1, again[1])
+    assert again[0].dtype == torch.float32 and torch.allclose(again[0], values, atol=3e-6)
+
+
+@needs_compiler
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_the_number_of_threads_changes_nothing(threads):
     logits, before = torch.randn(50, 777, generator=torch.Generator().manual_seed(1)), torch.get_num_threads()
@@ -63,6 +86,7 @@ def test_the_number_of_threads_changes_nothing(threads):
         torch.set_num_threads(before)
 
 
+@needs_compiler
 @pytest.mark.parametrize("options", [{"beam_size": 3, "n_best": 2}, {"method": "greedy"}, {"block_unk": True}], ids=str)
 def test_captions_and_what_is_kept_of_them_are_those_of_the_slow_way(options, monkeypatch):
     model = make_model(torch.float32).eval()

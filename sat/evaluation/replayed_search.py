@@ -6,6 +6,7 @@ behind what settled them, so the captions are those of a search that lets them g
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Protocol
 
@@ -22,15 +23,19 @@ from sat.evaluation.beams import (
     block_words,
     collect,
     log_probs,
+    never_said,
     nothing_said,
     pick,
     refuse_broken,
 )
 from sat.evaluation.options import DecodeOptions
 from sat.model.captioner import Memory, State
+from sat.model.kernels import triton_kernels
 from sat.model.recording import Record, record_on_gpu
 from sat.text import END, START
 
+AT_ONCE = 16
+"""Most words that are searched for one after the other in one program."""
 LOOKS_EVERY = 4
 """Steps from one look at whether all captions are settled to the next: the host waits for the GPU then."""
 
@@ -77,11 +82,9 @@ class _Search:
 
     def _next(self, beams: Beams, state: State, tokens: Tensor) -> tuple[Beams, State, Tensor]:
         logits, after, _ = self._model.step(self._memory, state, tokens)
-        logp = log_probs([logits])
-        self.broken |= logp[..., END].isnan().any()
-        block_words(logp, beams.words[..., :0], self._options)
-        width = self._options.width
-        chosen = best_continuations(*best_words(logp, width), beams, width)
+        values, words = _best_words(logits, self._options)
+        self.broken |= values.isnan().any()
+        chosen = best_continuations(values, words, beams, self._options.width)
         beams = advance(beams, self._at, chosen)
         self._at += 1
         rows = torch.arange(len(chosen.parents), device=chosen.parents.device)[:, None]
@@ -112,6 +115,18 @@ def search_replayed(model: Steps, memory: Memory, options: DecodeOptions, record
     for image, found in collect(search.beams, None, options):
         captions[image] = found
     return captions
+
+
+def _best_words(logits: Tensor, options: DecodeOptions) -> tuple[Tensor, Tensor]:
+    """Log-probabilities and ids of the best words for each slot of `logits` [B, k, V], in order of ids; NaN: broken."""
+    V, count = logits.shape[-1], min(options.width, logits.shape[-1])
+    if logits.device.type == "cuda" and V <= triton_kernels.MOST_WORDS and count <= AT_ONCE:
+        return triton_kernels.best_words(logits, never_said(options), count)
+    logp = log_probs([logits])
+    broken = logp[..., END].isnan()
+    block_words(logp, logp.new_empty(0), options)
+    values, words = best_words(logp, options.width)
+    return values.masked_fill(broken[..., None], math.nan), words
 
 
 def _without_cached_casts(device: str) -> torch.autocast:

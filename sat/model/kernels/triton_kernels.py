@@ -7,6 +7,7 @@ are compiled when they are first met, for each kind of numbers and sizes; `usabl
 
 import functools
 import os
+from collections.abc import Sequence
 from types import ModuleType
 from typing import NamedTuple
 
@@ -30,6 +31,8 @@ HELD = 256
 """Most locations that a program holds at once."""
 WARP = 8192
 """Bytes of a tile that a warp holds in registers."""
+MOST_WORDS = 1 << 15
+"""Of a vocabulary whose logits a program holds."""
 PROGRAMS = 1024
 """Enough for all processors of a large GPU to have several."""
 
@@ -338,6 +341,19 @@ def cross_entropy(logits: Tensor, bias: Tensor, targets: Tensor, smoothing: floa
     given = (logits, stride, far, targets)
     _programs().cross_entropy[n,](*given, *outputs, float(smoothing), V, BLOCK=block, num_warps=warps)
     return nll, sum_log_p, correct
+
+
+def best_words(logits: Tensor, blocked: Sequence[int], count: int) -> tuple[Tensor, Tensor]:
+    """As the native kernels', of `logits` [..., V] of any type, V up to MOST_WORDS, without at most three `blocked`."""
+    *leading, V = logits.shape
+    rows = logits.flatten(0, -2)
+    values = logits.new_empty(*leading, count, dtype=torch.float32)
+    ids = torch.empty_like(values, dtype=torch.int64)
+    unwanted = (*blocked, *[-1] * (3 - len(blocked)))
+    block = _power(V)
+    how = {"COUNT": count, "BC": _power(count), "BLOCK": block, "num_warps": min(16, max(1, block // 512))}
+    _programs().best_words[len(rows),](rows, rows.stride(0), *unwanted, values, ids, V, **how)
+    return values, ids
 
 
 def dropout(x: Tensor, keys: Tensor, rate: float) -> Tensor:

@@ -178,6 +178,31 @@ def cross_entropy(logits, stride, bias, targets, nll, sum_log_p, correct, smooth
 
 
 @triton.jit
+def best_words(
+    logits, stride, first, second, third, values, ids, V, COUNT: tl.constexpr, BC: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Grid: rows, which BLOCK holds. Log-probabilities and ids of the COUNT best words but three, in order of ids."""
+    row = tl.program_id(0).to(tl.int64)
+    word, place = tl.arange(0, BLOCK), tl.arange(0, BC)
+    x = tl.load(logits + row * stride + word, mask=word < V, other=-float("inf")).to(tl.float32)
+    top = tl.max(x, axis=0)
+    log_sum = tl.log(tl.sum(tl.exp(x - top), axis=0))  # NaN where a logit is, or is infinite, or none is finite
+    x = tl.where((word == first) | (word == second) | (word == third), -float("inf"), x)
+    found, chosen = tl.full([BC], -float("inf"), dtype=tl.float32), tl.full([BC], BLOCK, dtype=tl.int32)
+    for number in tl.static_range(COUNT):
+        best = tl.max(x, axis=0)
+        which = tl.min(tl.where(x == best, word, BLOCK), axis=0)  # of equals the first one
+        x = tl.where(word == which, -float("inf"), x)
+        which = tl.where(best > -float("inf"), which, BLOCK)
+        found, chosen = tl.where(place == number, best, found), tl.where(place == number, which, chosen)
+    order = chosen * BC + place  # what there is not comes last
+    rank = tl.sum((order[:, None] > order[None, :]).to(tl.int32), axis=1)
+    out, mask = row * COUNT + rank, place < COUNT
+    tl.store(values + out, found - top - log_sum, mask=mask)
+    tl.store(ids + out, tl.where(chosen < BLOCK, chosen, 0).to(tl.int64), mask=mask)
+
+
+@triton.jit
 def dropout(x, keys, out, threshold, scale, W, BLOCK: tl.constexpr):
     """Grid: rows, blocks of W. The numbers are those of `torch_kernels.random_integers`."""
     row, element = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
