@@ -2,8 +2,8 @@
 
 The surprising decision: a worker sends the number of a slot, not a tensor. The slots are one anonymous shared mapping
 that every worker inherits by fork, so a batch of 100 MB crosses processes without a copy, a page fault or a file in
-/dev/shm (64 MB in many containers). A slot is free again when the last tensor over it is gone. Locked, it is what a GPU
-copies from by itself, as far as the host is concerned without a copy too.
+/dev/shm (64 MB in many containers). A slot is free again when the last tensor over it is gone. Locked slots are what a
+GPU copies from by itself: the host does not copy a batch at all.
 """
 
 import contextlib

@@ -330,7 +330,7 @@ def cell_backward(
 def cross_entropy(logits: Tensor, bias: Tensor, targets: Tensor, smoothing: float) -> tuple[Tensor, Tensor, Tensor]:
     """NLL [n], summed log-probabilities [n] and hits (bool [n]) of `logits` [n, V] + `bias` [V], `targets` int64 [n].
 
-    `logits` become the gradient of the loss smoothed by `smoothing`, what lies between their rows zeros.
+    `logits` become the gradient of the loss smoothed by `smoothing`, what follows each row up to a block's end zeros.
     """
     (n, V), stride = logits.shape, logits.stride(0)
     assert logits.stride(1) == 1

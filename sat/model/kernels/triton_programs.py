@@ -141,7 +141,7 @@ def alpha_sums(alphas, begins, lengths, sums, L, BL: tl.constexpr):
 
 @triton.jit
 def cross_entropy(logits, stride, bias, targets, nll, sum_log_p, correct, smoothing, V, BLOCK: tl.constexpr):
-    """Grid: rows, which begin `stride` apart. The logits become the gradient, what lies behind them zeros.
+    """Grid: rows, which begin `stride` apart. The logits become the gradient, what follows in the last block zeros.
 
     Rows are read to their ends, as a GPU reads 16 bytes at once only where a mask changes at multiples of as many.
     """
