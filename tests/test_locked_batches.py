@@ -1,6 +1,8 @@
 """Batches for a GPU lie in memory that is locked; here with a stand-in for CUDA (on one: `test_gpu_steps`)."""
 
+import itertools
 import pickle
+from contextlib import closing
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from sat.data.batch import CaptionBatch, InTransit, _whole
 from sat.data.buffers import Ring
 from sat.data.loader import Reading, training_batches
 from sat.data.options import LoaderOptions
-from sat.data.plan import Cursor
+from sat.data.plan import Cursor, Share
 from sat.text import build_tokenizer
 
 
@@ -44,10 +46,10 @@ class Runtime:
         return f"error {error}"
 
 
-def locked_batches(manifest, tokenizer, num_workers=0):
+def locked_batches(manifest, tokenizer, num_workers=0, **more):
     sources, reading = [(manifest, 1.0)], Reading(LoaderOptions(num_workers=num_workers), pin_memory=True)
     cursor = Cursor.start(sources, 7)
-    return training_batches(sources, tokenizer, reading, splits=["train"], cursor=cursor, global_batch=8)
+    return training_batches(sources, tokenizer, reading, splits=["train"], cursor=cursor, global_batch=8, **more)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -66,6 +68,17 @@ def test_batches_for_a_gpu_lie_in_memory_that_is_locked_until_the_last_of_them_i
     assert len(runtime.locked) == 1 and not runtime.unlocked
     del view
     assert runtime.unlocked == [runtime.locked[0].start]
+
+
+@pytest.mark.parametrize("num_workers", [0, 1, 2])
+def test_so_do_all_micro_batches_of_a_step_and_of_the_one_before(manifest, tokenizer, num_workers, monkeypatch):
+    runtime, steps, before = Runtime(), 0, []
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    with closing(locked_batches(manifest, tokenizer, num_workers, share=Share(0, 1, 8), epochs=3)) as batches:
+        while of_step := list(itertools.islice(batches, 8)):
+            assert all(batch.grid.data_ptr() in runtime.locked[0] for batch in of_step)
+            steps, before = steps + 1, of_step
+    assert steps == 9 and before
 
 
 def test_memory_that_cannot_be_locked_serves_all_the_same_and_is_said(manifest, tokenizer, caplog, monkeypatch):

@@ -47,8 +47,9 @@ from sat.text import CaptionTokenizer
 logger = logging.getLogger(__name__)
 
 PLANNED_TOGETHER = 32
-SLOTS = 4
-"""Batches whose memory is kept per worker: two wait, one is filled, one is in use; more get memory of their own."""
+SLOTS, AHEAD = 4, 2
+"""The least batches whose memory is kept per worker, and how many of them wait or are filled; the others are in use,
+and what finds no place gets memory of its own."""
 BURST = 8
 """Without workers so many batches are read in one go, if they fit BURST_BYTES. A step drives the reader's code and
 tables out of the processor's caches, and to fetch them again takes as long as to read a small batch."""
@@ -145,7 +146,7 @@ def training_batches(
         tokenizer, options.captions_per_image, options.max_caption_length, cursor.seed, reading.keep_references
     )
     decode = reading.pictures.decode if reading.pictures else None
-    ring = _make_ring(plan, row, reading)
+    ring = _make_ring(plan, row, reading, share.accumulation_steps)
     reader = BatchReader(readers, captions, row, decode, options.on_bad_sample == "quarantine", ring)
     return _iterate(plan, reader, reading)
 
@@ -192,10 +193,11 @@ def read_number_ids(manifest: Manifest, split: str, cache: CacheOptions = CacheO
     return found
 
 
-def _make_ring(plan: TrainingPlan | EvaluationPlan, row: GridRow, reading: Reading) -> Ring:
+def _make_ring(plan: TrainingPlan | EvaluationPlan, row: GridRow, reading: Reading, of_a_step: int = 1) -> Ring:
     size, workers = plan.rows * row.nbytes, reading.options.num_workers
-    slots = SLOTS if workers else max(SLOTS, _burst_of(size) + 1)  # a burst, and the batch in use
-    return Ring(max(workers, 1), slots, size, shared=workers > 0 or reading.pin_memory)
+    in_use = 2 * of_a_step  # a step's batches are held until the next one's are there
+    slots = AHEAD + -(-in_use // workers) if workers else _burst_of(size) + in_use - 1
+    return Ring(max(workers, 1), max(SLOTS, slots), size, shared=workers > 0 or reading.pin_memory)
 
 
 def _burst_of(size: int) -> int:
