@@ -4,6 +4,7 @@ import itertools
 import pickle
 from contextlib import closing
 
+import psutil
 import pytest
 import torch
 from helpers_shards import make_feature_dataset, read_batches, self_describing_captions
@@ -93,6 +94,17 @@ def test_memory_that_cannot_be_locked_serves_all_the_same_and_is_said(manifest, 
     monkeypatch.setattr(torch, "zeros", refuse)
     assert len(list(batches)) == 3 and asked == ["cuda"]
     assert "cannot be locked, so each is copied once more: error 2" in caplog.text and not runtime.unlocked
+
+
+def test_an_error_while_memory_is_locked_leaves_no_worker_behind(manifest, tokenizer, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: 1 / 0)
+    before = set(psutil.Process().children())
+    with closing(locked_batches(manifest, tokenizer, num_workers=2)) as batches:
+        with pytest.raises(ZeroDivisionError) as raised:
+            next(batches)
+        left = set(psutil.Process().children()) - before
+    del raised  # with which they would end in any case, if late
+    assert not left
 
 
 def test_what_is_cut_off_from_whole_rows_is_copied_with_them():

@@ -244,10 +244,10 @@ def _iterate(
     )
     with stopping.held():  # workers are born deaf to the wish to stop, which schedulers send to everybody
         batches: Iterator[CaptionBatch] = iter(loader)
-    if reading.pin_memory:
-        reader.ring.lock()
     epoch = bad = retries = 0
     try:
+        if reading.pin_memory:
+            reader.ring.lock()
         for batch in _in_bursts(batches, together):
             for problem in batch.problems:
                 logger.warning("quarantined: %s", problem)
