@@ -113,7 +113,8 @@ def test_what_is_cut_off_from_whole_rows_is_copied_with_them():
         assert torch.equal(_whole(cut)[:, : cut.shape[1]], cut)
     assert _whole(tensor[1:, :2]).is_contiguous()
     others = (tensor[:, 1:3], tensor[:, :, :2], tensor.transpose(0, 1), tensor[:1].expand(4, -1, -1)[:, :2])
-    for other in (tensor, tensor[0, 0], tensor[:0, :2], tensor[:, :0], *others):
+    memory = torch.from_numpy(tensor.numpy()[:, :2]), torch.zeros(4, 10).as_strided((4, 1, 5), (10, 0, 1))
+    for other in (tensor, tensor[0, 0], tensor[:0, :2], tensor[:, :0], *others, *memory):
         assert torch.equal(_whole(other)[:, : other.shape[1]] if other.dim() > 1 else _whole(other), other)
 
 

@@ -134,8 +134,9 @@ def _whole(tensor: Tensor) -> Tensor:
     """What [:, :n] was taken of, as only what lies together is copied at once; others as they are."""
     if tensor.dim() < 2 or tensor.is_contiguous() or not tensor[0].is_contiguous():
         return tensor
-    apart, size = tensor.stride()[:2]
-    if apart % size or not apart or tensor.storage_offset() % apart:
+    (apart, size, *_), begin = tensor.stride(), tensor.storage_offset()
+    behind = (begin + len(tensor) * apart) * tensor.itemsize > tensor.untyped_storage().nbytes()
+    if not (apart and size) or apart % size or begin % apart or behind:
         return tensor
     return tensor.as_strided((len(tensor), apart // size, *tensor.shape[2:]), tensor.stride())
 
