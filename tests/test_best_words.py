@@ -72,6 +72,8 @@ def test_rows_of_any_type_may_lie_apart(dtype):
     assert all(map(torch.equal, together, again)) and not torch.equal(together[0], apart[0])
     values = whole[..., :100].float().log_softmax(-1).gather(-1, again[1])
     assert again[0].dtype == torch.float32 and torch.allclose(again[0], values, atol=3e-6)
+    with pytest.raises(AssertionError):  # and not the words of other memory
+        triton_kernels.best_words(whole.to(DEVICE)[..., ::2], [0], 4)
 
 
 @needs_compiler

@@ -347,6 +347,7 @@ def best_words(logits: Tensor, blocked: Sequence[int], count: int) -> tuple[Tens
     """As the native kernels', of `logits` [..., V] of any type, V up to MOST_WORDS, without at most three `blocked`."""
     *leading, V = logits.shape
     rows = logits.flatten(0, -2)
+    assert rows.stride(1) == 1
     values = logits.new_empty(*leading, count, dtype=torch.float32)
     ids = torch.empty_like(values, dtype=torch.int64)
     unwanted = (*blocked, *[-1] * (3 - len(blocked)))
