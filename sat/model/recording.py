@@ -37,7 +37,7 @@ def _captured(work: Callable[[], object], beside: torch.cuda.CUDAGraph | None) -
     graph, collecting = torch.cuda.CUDAGraph(), gc.isenabled()
     gc.disable()  # an older recording that is collected meanwhile would spoil this one
     try:
-        # Other threads pin batches meanwhile, which is none of this one's business.
+        # Other threads let go of pinned memory meanwhile (a checkpoint's), which is none of this one's business.
         graph.capture_begin(pool=beside.pool() if beside else None, capture_error_mode="thread_local")
         try:
             work()
