@@ -112,6 +112,9 @@ def test_what_is_cut_off_from_whole_rows_is_copied_with_them():
     for cut in (tensor[:, :2], tensor[1:3, :1], tensor[:, :, 0][:, :2]):
         assert torch.equal(_whole(cut)[:, : cut.shape[1]], cut)
     assert _whole(tensor[1:, :2]).is_contiguous()
+    slot = Ring(1, 2, 1 << 10, shared=True).tensor(1, (4, 6, 5), torch.bfloat16)
+    found = _whole(slot[:, :2])  # up to the end of its memory
+    assert found.shape == slot.shape and found.data_ptr() == slot.data_ptr()
     others = (tensor[:, 1:3], tensor[:, :, :2], tensor.transpose(0, 1), tensor[:1].expand(4, -1, -1)[:, :2])
     memory = torch.from_numpy(tensor.numpy()[:, :2]), torch.zeros(4, 10).as_strided((4, 1, 5), (10, 0, 1))
     for other in (tensor, tensor[0, 0], tensor[:0, :2], tensor[:, :0], *others, *memory):
