@@ -1,6 +1,8 @@
 """The loader's promises over real tiny shards: equal global batches in any world, resume anywhere, evaluation once."""
 
 import os
+import subprocess
+import sys
 import time
 from collections import Counter
 from dataclasses import replace
@@ -298,6 +300,29 @@ def test_batches_move_between_devices_and_leave_on_the_host_what_a_step_is_plann
     assert batch.grid.device.type == "meta"
     assert {each.device.type for each in (batch.captions, batch.lengths, batch.keys)} == {"cpu"}
     assert len(batch.sample_keys) == 8
+
+
+LEFT_OPEN = """
+import sys, psutil
+from sat.data.loader import Reading, training_batches
+from sat.data.options import LoaderOptions
+from sat.data.plan import Cursor
+from sat.shards.manifest import load_manifest
+from sat.text import build_tokenizer
+sources = [(load_manifest(sys.argv[1]), 1.0)]
+how = {"splits": ["train"], "cursor": Cursor.start(sources, 7), "global_batch": 2, "epochs": 9}
+batches = training_batches(sources, build_tokenizer(["a"], 1), Reading(LoaderOptions(num_workers=2)), **how)
+next(batches)
+print(*[child.pid for child in psutil.Process().children()])
+"""
+
+
+def test_a_process_that_leaves_a_loader_open_ends_with_its_workers(manifest):
+    command = [sys.executable, "-c", LEFT_OPEN, str(manifest.root)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    workers = [int(pid) for pid in done.stdout.split()]
+    assert len(workers) == 2 and not any(map(psutil.pid_exists, workers))
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

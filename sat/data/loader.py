@@ -5,6 +5,7 @@ can make any batch, and the cursor (which the trainer advances after its optimiz
 hand these loaders to `accelerator.prepare`: they are already shared among the ranks.
 """
 
+import atexit
 import gc
 import logging
 import os
@@ -244,6 +245,8 @@ def _iterate(
     )
     with stopping.held():  # workers are born deaf to the wish to stop, which schedulers send to everybody
         batches: Iterator[CaptionBatch] = iter(loader)
+    end = partial(_end_workers, batches, os.getpid())
+    atexit.register(end)  # of who has not closed this: multiprocessing asks by a signal that they ignore, and waits
     epoch = bad = retries = 0
     try:
         if reading.pin_memory:
@@ -258,13 +261,19 @@ def _iterate(
                 raise ValueError(f"{bad} bad samples, data.max_bad_samples allows {allowed}; the last: {last}")
             yield batch
     finally:
-        if isinstance(batches, _MultiProcessingDataLoaderIter):
-            # Its own __del__ comes too late where an error's frames hold it: then workers end only after 5 s each.
-            batches._shutdown_workers()
-            for worker in batches._workers:  # torch gives up on those that read for longer than 5 s
-                worker.kill()
+        # Its own __del__ comes too late where an error's frames hold it: then workers end only after 5 s each.
+        end()
+        atexit.unregister(end)
     if retries:
         logger.warning("%d reads failed and were repeated with success", retries)
+
+
+def _end_workers(batches: Iterator[CaptionBatch], process: int) -> None:
+    """Those that `process` has; one that was forked from it has none."""
+    if isinstance(batches, _MultiProcessingDataLoaderIter) and os.getpid() == process:
+        batches._shutdown_workers()
+        for worker in batches._workers:  # torch gives up on those that read for longer than 5 s
+            worker.kill()
 
 
 def _settle_worker(parent: int, _: int) -> None:
