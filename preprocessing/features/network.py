@@ -67,7 +67,7 @@ def load_network(
 
 
 def _at_once(size: int) -> int:
-    """Pictures of a batch that a CPU's network gets in one call, which give the bits that the whole batch does."""
+    """Pictures of a batch that a CPU's network gets in one call; a test wants the bits that the whole batch gives."""
     return max(1, PIXELS_AT_ONCE * torch.get_num_threads() // size**2)
 
 
